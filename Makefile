@@ -1,0 +1,41 @@
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.stamp
+# Extra arguments: make test ARGS="-k cli", make demo ARGS="--context 1000".
+ARGS ?=
+
+.PHONY: setup demo test test-all check format clean
+
+setup: $(STAMP)
+
+# torch comes first and is then pinned to what is there: pip would otherwise be free to replace it
+# with a newer build that brings gigabytes of CUDA libraries.
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install torch==2.13.0
+	$(BIN)/python -c 'import torch; print("torch==" + torch.__version__)' > $(VENV)/torch.txt
+	$(BIN)/python -m pip install -c $(VENV)/torch.txt -e '.[dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/spark-optimize demo $(ARGS)
+
+test: setup
+	$(BIN)/pytest -q -n 2 -m "not slow" --durations=15 $(ARGS)
+
+test-all: setup
+	$(BIN)/pytest -q -n 2 --durations=15 $(ARGS)
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""The definition of every operation: plain fp32 PyTorch that the fast kernels are tested against."""

@@ -1,0 +1,1 @@
+"""Graph passes: any way to write cached attention becomes attention over a pruned cache."""

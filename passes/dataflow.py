@@ -1,0 +1,90 @@
+"""Questions about what reaches what, answered by networkx, and small edits of a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import networkx as nx
+import torch
+from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from .program import Program
+
+
+def digraph(graph: fx.Graph) -> nx.DiGraph[fx.Node]:
+    """The graph's data dependencies, an edge from each value to each of its users."""
+    flow: nx.DiGraph[fx.Node] = nx.DiGraph()
+    flow.add_nodes_from(graph.nodes)
+    flow.add_edges_from((node, user) for node in graph.nodes for user in node.users)
+    return flow
+
+
+def live_nodes(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes that the output or a side effect needs; passes leave dead alternatives behind."""
+    flow = digraph(graph)
+    roots = [node for node in graph.nodes if node.op == "output" or has_effect(node)]
+    return set(roots).union(*(nx.ancestors(flow, root) for root in roots))
+
+
+def has_effect(node: fx.Node) -> bool:
+    """Whether a node does more than compute its value.
+
+    Random operators do not count, as they do for fx: scaled_dot_product_attention is one by its
+    tag, and one that nobody reads any more has to go.
+    """
+    return node.is_impure(impure_random=False)
+
+
+def readers_inside(start: fx.Node, end: fx.Node) -> list[fx.Node]:
+    """Nodes outside the region from ``start`` to ``end`` that read a value inside it.
+
+    The region is every node on a path from ``start`` to ``end``; the value of ``end`` itself may
+    be read by anybody. An empty answer means that the region is convex and can be replaced.
+    """
+    if start is end:
+        return []
+    flow: nx.DiGraph[fx.Node] = nx.DiGraph()
+    stack = [end]
+    while stack:  # backwards from the end, no further than the start's own depth
+        node = stack.pop()
+        for operand in node.all_input_nodes:
+            if operand not in flow and operand >= start:
+                stack.append(operand)
+            flow.add_edge(operand, node)
+    region = nx.descendants(flow, start) | {start}
+    return [user for node in region - {end} for user in node.users if user not in region]
+
+
+def value_of(argument: Any) -> Any:
+    """The fake value of a node, or the argument itself where it is a constant."""
+    return argument.meta["val"] if isinstance(argument, fx.Node) else argument
+
+
+def call(program: Program, target: Callable[..., Any], args: tuple[Any, ...]) -> fx.Node:
+    """Add a call at the graph's insertion point and compute its fake value."""
+    node = program.graph.call_function(target, args)
+    with program.fake_mode:
+        node.meta["val"] = target(*fx.map_arg(args, value_of))
+    return node
+
+
+def inline(
+    program: Program, function: Callable[..., Any], args: tuple[fx.Node, ...]
+) -> tuple[fx.Node, ...]:
+    """Trace ``function`` on the fake values of ``args`` and add its operators to the graph."""
+    traced = make_fx(function, pre_dispatch=True)(*(value_of(arg) for arg in args))
+    traced.graph.eliminate_dead_code()
+    placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
+    mapping = dict(zip(placeholders, args, strict=True))
+    result = program.graph.graph_copy(traced.graph, mapping)
+    return result if isinstance(result, tuple) else (result,)  # type: ignore[return-value]
+
+
+def same_size(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Whether two shapes are equal for every value of their symbols."""
+    return len(left.shape) == len(right.shape) and all(
+        statically_known_true(a == b) for a, b in zip(left.shape, right.shape, strict=True)
+    )

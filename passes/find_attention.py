@@ -1,0 +1,86 @@
+"""Any way to write attention becomes one ``torch.ops.spark.attention``.
+
+The canonical node takes over the uses of the original output; the original nodes stay behind,
+dead, so that a site which is refused later gets back exactly what the model computed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from ..report import Refusal, Site
+from .dataflow import call, live_nodes, readers_inside
+from .patterns import MATCHERS, Attention, Refused
+from .program import Program
+
+CANONICAL = torch.ops.spark.attention.default
+ORIGINAL = "spark_original"
+"""Key of ``node.meta`` under which a canonical node remembers what it stands for."""
+
+
+@dataclass(frozen=True)
+class FindAttention:
+    """Returns the number of attentions that were made canonical; others are refused."""
+
+    def __call__(self, program: Program) -> int:
+        live = live_nodes(program.graph)
+        nodes = [node for node in program.graph.nodes if node in live]
+        return sum(self._visit(program, node, live) for node in nodes)
+
+    def _visit(self, program: Program, node: fx.Node, live: set[fx.Node]) -> bool:
+        try:
+            for matcher in MATCHERS:
+                attention = matcher(node)
+                if attention is not None:
+                    _check(attention, live)
+                    _replace(program, attention)
+                    return True
+        except Refused as refused:
+            program.sites.append(refused_site(node, refused.refusal))
+        return False
+
+
+def _check(attention: Attention, live: set[fx.Node]) -> None:
+    """Refuse an attention whose scores or weights somebody else reads."""
+    readers = readers_inside(attention.scores, attention.output)
+    others = [reader for reader in readers if reader in live]
+    if others:
+        raise Refused("the attention weights are also used elsewhere", others[0])
+
+
+def _replace(program: Program, attention: Attention) -> None:
+    original = attention.output
+    with program.graph.inserting_after(original):
+        canonical = call(
+            program,
+            CANONICAL,
+            (
+                attention.query, attention.key, attention.value, attention.attn_mask,
+                attention.causal_offset, attention.scale, attention.softcap, None,
+            ),
+        )  # fmt: skip
+    original.replace_all_uses_with(canonical)
+    canonical.meta = {**original.meta, "val": canonical.meta["val"], ORIGINAL: original}
+
+
+def restore(canonical: fx.Node) -> fx.Node:
+    """Give the node that a canonical one stands for its uses back, and return it."""
+    original: fx.Node = canonical.meta[ORIGINAL]
+    canonical.replace_all_uses_with(original)
+    return original
+
+
+def refused_site(node: fx.Node, refusal: Refusal) -> Site:
+    """The site of an attention whose operands are not known."""
+    return Site(layer_name(node), 0, 0, 0, 0, 0, 0, refusal)
+
+
+def layer_name(node: fx.Node) -> str:
+    """The module path that a node was traced in, or its own name."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [path for path, _ in stack.values()]
+    path = str(paths[-1]) if paths else ""
+    return path.replace("L['self'].", "").replace("L['self']", "") or node.name

@@ -1,0 +1,181 @@
+"""Canonical attention and appends become operators on the pruned cache, or a refusal.
+
+- No compressed past: the attention stays the model's own exact one; right behind it the keys are
+  pruned, so that a layer's dense keys die before the next layer's are born.
+- A compressed past: one operator appends to the dense tail and attends over packed keys and tail.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, fx
+
+from .. import ops
+from ..cache import PrunedKeys, StoredValues
+from ..config import SparkConfig
+from ..kernels.layout import kept_channels, key_token_bytes
+from ..report import Site
+from .dataflow import call, inline, live_nodes
+from .find_attention import CANONICAL as ATTENTION
+from .find_attention import layer_name, restore
+from .find_kv_append import CANONICAL as APPEND
+from .patterns import Refused, tensor
+from .program import Program, Replacement
+from .states import stored_tensors
+
+
+class _Site(NamedTuple):
+    """A canonical attention and what feeds it."""
+
+    attention: fx.Node
+    query: fx.Node
+    key: fx.Node
+    value: fx.Node
+    past_key: fx.Node | None
+    past_value: fx.Node | None
+
+
+@dataclass(frozen=True)
+class InsertSpark:
+    """Returns the number of sites that were rewritten; adds every site to the program."""
+
+    def __call__(self, program: Program) -> int:
+        returned = {node for node in program.returned() if isinstance(node, fx.Node)}
+        live = live_nodes(program.graph)
+        rewritten = 0
+        for attention in program.graph.find_nodes(op="call_function", target=ATTENTION):
+            site, refusal = _site(attention), None
+            program_site = _described(site, program.config)
+            try:
+                _check(program, site, returned, live)
+                (_append_and_attend if site.past_key in program.states else _store)(program, site)
+                rewritten += 1
+            except Refused as refused:
+                refusal = refused.refusal
+            program.sites.append(replace(program_site, refusal=refusal))
+        return rewritten
+
+
+def _site(attention: fx.Node) -> _Site:
+    query, key, value = attention.args[:3]
+    past_key, past_value = (
+        node.args[0] if node.target is APPEND else None  # type: ignore[union-attr]
+        for node in (key, value)
+    )
+    return _Site(attention, query, key, value, past_key, past_value)  # type: ignore[arg-type]
+
+
+def _check(program: Program, site: _Site, returned: set[fx.Node], live: set[fx.Node]) -> None:
+    """Raise Refused unless the site's cache can be stored compressed."""
+    for name, node in (("keys", site.key), ("values", site.value)):
+        if node not in returned:
+            raise Refused(f"the {name} are not returned by the graph: no cache is kept", node)
+    key_state, value_state = (
+        program.states.get(node)  # type: ignore[arg-type]
+        for node in (site.past_key, site.past_value)
+    )
+    if isinstance(key_state, PrunedKeys) != isinstance(value_state, StoredValues):
+        raise Refused("keys and values have pasts of different kinds", site.attention)
+    if site.key is site.value:
+        raise Refused("keys and values are the same tensor", site.key)
+    if isinstance(key_state, PrunedKeys):
+        if not key_state.config.stores_like(program.config):
+            raise Refused("the cache was compressed with other options", site.attention)
+        _check_readers(program, site, live)
+    if tensor(site.key).dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise Refused(f"keys of {tensor(site.key).dtype} cannot be pruned", site.key)
+
+
+def _check_readers(program: Program, site: _Site, live: set[fx.Node]) -> None:
+    """The appended keys and values must serve this attention and the next step alone."""
+    allowed = {site.attention, program.output}
+    for append, past in ((site.key, site.past_key), (site.value, site.past_value)):
+        assert past is not None
+        for node, readers in ((append, allowed), (past, {append})):
+            others = [
+                user for user in node.users
+                if user in live and user not in readers and user.target != torch.ops.aten.sym_size.int
+            ]  # fmt: skip
+            if others:
+                raise Refused(f"the cache is also read by {others[0].target}", others[0])
+
+
+def _store(program: Program, site: _Site) -> None:
+    """Prune keys and values behind the exact attention of a prefill."""
+    config, kv_heads = program.config, tensor(site.key).shape[1]
+    length = tensor(site.key).shape[2]
+    original = restore(site.attention)
+    key, value = (
+        restore(node) if node.target is APPEND else node for node in (site.key, site.value)
+    )
+    with program.graph.inserting_before(original.next):
+        keys = inline(program, lambda k, q: store_keys(k, q, kv_heads, config), (key, site.query))
+        values = inline(program, lambda v: store_values(v, config), (value,))
+    program.replaced[key] = Replacement(keys, True, length, None)
+    program.replaced[value] = Replacement(values, False, length, None)
+
+
+def store_keys(key: Tensor, query: Tensor, kv_heads: int, config: SparkConfig) -> tuple[Tensor, ...]:
+    """The stored tensors of dense keys [B, Hkv, S, D]: kept, bits, scale, norms, stats, tail."""
+    packed, sinks = config.packed_length(key.shape[2]), config.sink_tokens
+    kept = kept_channels(key.shape[3], config.key_ratio)
+    stats = ops.query_stats(query, kv_heads, config.window)
+    norms = stats.sqrt()
+    # With nothing to pack yet the rows are only room for the first block.
+    body = key[:, :, sinks : sinks + packed] if packed else _room(key, config.window)
+    rows = ops.prune(body, norms, norms, kept, config.recovery, config.saliency)
+    dense = (key[:, :, :sinks], key[:, :, sinks + packed :]) if packed else (key,)
+    tail = torch.cat((*dense, _room(key, config.window)), dim=2)
+    return (*rows, norms, torch.zeros_like(stats) if packed else stats, tail)
+
+
+def store_values(value: Tensor, config: SparkConfig) -> Tensor:
+    """The stored tensor of dense values [B, Hkv, S, Dv]: a buffer with room for one block more."""
+    return torch.cat((value, _room(value, config.window)), dim=2)
+
+
+def _room(like: Tensor, rows: int) -> Tensor:
+    return like.new_zeros((*like.shape[:2], rows, like.shape[3]))
+
+
+def _append_and_attend(program: Program, site: _Site) -> None:
+    """One operator in place of append, recovery and attention."""
+    assert site.past_key is not None and site.past_value is not None
+    config, attention, length = program.config, site.attention, tensor(site.key).shape[2]
+    new_key, new_value = site.key.args[1], site.value.args[1]
+    key, value = (stored_tensors(program, past) for past in (site.past_key, site.past_value))
+    for past in (site.past_key, site.past_value):
+        program.extra[past] = tensor(new_key).shape[2]  # type: ignore[arg-type]
+    mask, causal_offset, scale, softcap, sinks = attention.args[3:]
+    with program.graph.inserting_before(attention):
+        pair = call(program, torch.ops.spark.append_attend.default, (
+            site.query, new_key, new_value,
+            key["kept"], key["bits"], key["scale"], key["norms"], key["packed_length"],
+            key["tail"], value["values"], key["length"],
+            mask, causal_offset, scale, softcap, sinks,
+            config.sink_tokens, config.recovery, config.saliency,
+        ))  # fmt: skip
+        output = call(program, operator.getitem, (pair, 0))
+        kv_heads = tensor(site.key).shape[1]
+        recent = call(
+            program, torch.ops.spark.query_stats.default, (site.query, kv_heads, config.window)
+        )
+        stats = call(program, torch.ops.aten.add.Tensor, (key["stats"], recent))
+    attention.replace_all_uses_with(output)
+    program.replaced[site.key] = Replacement((stats,), True, length, site.past_key)
+    program.replaced[site.value] = Replacement((), False, length, site.past_value)
+
+
+def _described(site: _Site, config: SparkConfig) -> Site:
+    (_, query_heads, _, _), (_, kv_heads, _, key_dim) = tensor(site.query).shape, tensor(site.key).shape
+    value_dim, itemsize = tensor(site.value).shape[3], tensor(site.key).element_size()
+    key_bytes = key_token_bytes(key_dim, config.key_ratio, itemsize, config.recovery)
+    return Site(
+        layer_name(site.attention), int(query_heads), int(kv_heads), int(key_dim), int(value_dim),
+        dense_token_bytes=int(kv_heads * (key_dim + value_dim) * itemsize),
+        stored_token_bytes=int(kv_heads * (key_bytes + value_dim * itemsize)),
+    )  # fmt: skip

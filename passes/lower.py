@@ -1,0 +1,90 @@
+"""From Dynamo's graph of torch calls to functional pre-dispatch ATen.
+
+Pre-dispatch, so that scaled_dot_product_attention, softmax and linear stay whole; functional, so
+that a value is the same wherever it is read. Compressed states are traced as dense tensors of
+their logical shape: what the model's code computes with is what the matching has to see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._functorch.aot_autograd import aot_export_module
+from torch._guards import TracingContext
+from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
+
+from ..cache import SparkTensor
+from ..config import SparkConfig
+from .program import Program
+
+
+def fake_inputs(example_inputs: Sequence[Any]) -> tuple[FakeTensorMode, list[Any]]:
+    """Fakes of a backend's example inputs with the dynamic sizes that Dynamo decided on.
+
+    Returns:
+        The fake mode and the fakes; a compressed state becomes a state of fake tensors.
+    """
+    context = TracingContext.try_get()
+    mode = context.fake_mode if context is not None else None
+    if mode is None:
+        mode = torch._guards.detect_fake_mode(example_inputs) or FakeTensorMode()
+    contexts: Any = {} if context is None else context.tensor_to_context
+
+    def fake(value: Any) -> Any:
+        if not isinstance(value, Tensor) or isinstance(value, FakeTensor):
+            return value
+        symbolic = contexts.get(value)
+        if symbolic is None:
+            return mode.from_tensor(value, static_shapes=True)
+        source = getattr(symbolic, "tensor_source", None)
+        return mode.from_tensor(value, symbolic_context=symbolic, source=source, trace=False)
+
+    return mode, [fake(value) for value in example_inputs]
+
+
+def as_dense(mode: FakeTensorMode, fake: Any) -> Any:
+    """A plain fake of the logical shape in place of a fake state."""
+    if not isinstance(fake, SparkTensor):
+        return fake
+    with mode:
+        return torch.empty(fake.shape, dtype=fake.dtype, device=fake.device)
+
+
+def lower(
+    module: fx.GraphModule, mode: FakeTensorMode, fakes: Sequence[Any], config: SparkConfig
+) -> Program:
+    """Lower a graph whose inputs are all placeholders.
+
+    Mutations of inputs become ``copy_`` calls at the end, as AOTAutograd leaves them.
+    """
+    dense = [as_dense(mode, fake) for fake in fakes]
+    with torch.fx.traceback.preserve_node_meta(), torch.no_grad():
+        lowered, signature = aot_export_module(module, dense, trace_joint=False, pre_dispatch=True)
+    _write_back_mutations(lowered.graph, signature)
+    placeholders = lowered.graph.find_nodes(op="placeholder")
+    states = {
+        node: fake
+        for node, fake in zip(placeholders, fakes, strict=True)
+        if isinstance(fake, SparkTensor)
+    }
+    return Program(lowered, mode, config, list(placeholders), states)
+
+
+def _write_back_mutations(graph: fx.Graph, signature: Any) -> None:
+    """Replace the leading outputs that stand for mutated inputs by copies into the inputs."""
+    mutated = {**signature.user_inputs_to_mutate, **signature.buffers_to_mutate}
+    if not mutated:
+        return
+    output = graph.output_node()
+    values: list[Any] = list(output.args[0])  # type: ignore[arg-type]
+    by_name = {node.name: node for node in graph.nodes}
+    with graph.inserting_before(output):
+        for value in values[: len(mutated)]:
+            target = by_name[mutated[value.name]]
+            copy = graph.call_function(torch.ops.aten.copy_.default, (target, value))
+            copy.meta["val"] = target.meta["val"]
+    output.args = (tuple(values[len(mutated) :]),)

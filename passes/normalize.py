@@ -1,0 +1,64 @@
+"""ATen variants to few forms, none of which changes a value or a stride.
+
+- assertions on metadata go: fake shapes prove them, and they would keep a rewritten value alive
+- aliases that do nothing (``alias``, ``detach``, ``lift_fresh_copy``, dropout that is off) go
+- ``cat``, ``softmax`` and ``transpose`` count their dimensions from the front
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from .patterns import argument, rank
+from .program import Program
+
+_aten = torch.ops.aten
+_NOTHING = {_aten.alias.default, _aten.detach.default, _aten.lift_fresh_copy.default}
+_DIMENSIONS = {
+    _aten.cat.default: ("dim",),
+    _aten.softmax.int: ("dim",),
+    _aten._softmax.default: ("dim",),
+    _aten._safe_softmax.default: ("dim",),
+    _aten.transpose.int: ("dim0", "dim1"),
+}
+
+
+@dataclass(frozen=True)
+class Normalize:
+    """Returns the number of nodes that were removed or changed."""
+
+    def __call__(self, program: Program) -> int:
+        return sum(_normalize(node) for node in list(program.graph.nodes))
+
+
+def _normalize(node: fx.Node) -> bool:
+    if node.target is _aten._assert_tensor_metadata.default:
+        node.graph.erase_node(node)
+        return True
+    if node.target in _NOTHING or _is_dropout_off(node):
+        node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+        node.graph.erase_node(node)
+        return True
+    return any([_count_from_front(node, name) for name in _DIMENSIONS.get(node.target, ())])  # type: ignore[arg-type]
+
+
+def _is_dropout_off(node: fx.Node) -> bool:
+    if node.target is not _aten.dropout.default:
+        return False
+    return argument(node, "p") == 0 or not argument(node, "train")
+
+
+def _count_from_front(node: fx.Node, name: str) -> bool:
+    dim = argument(node, name)
+    if not isinstance(dim, int) or dim >= 0:
+        return False
+    position = [a.name for a in node.target._schema.arguments].index(name)  # type: ignore[union-attr]
+    positive = dim + rank(node)
+    if position < len(node.args):
+        node.update_arg(position, positive)
+    else:
+        node.update_kwarg(name, positive)
+    return True

@@ -1,0 +1,23 @@
+"""SparK's pruned key/value cache as a ``torch.compile`` backend.
+
+>>> model = spark_compile.optimize(model, key_ratio=0.8)   # compiles in place
+>>> model.generate(...)
+"""
+
+from __future__ import annotations
+
+from .backend import optimize, spark
+from .cache import PrunedKeys, StoredValues
+from .config import SparkConfig
+from .report import Report, SparkError, SparkWarning
+
+__all__ = [
+    "PrunedKeys",
+    "Report",
+    "SparkConfig",
+    "SparkError",
+    "SparkWarning",
+    "StoredValues",
+    "optimize",
+    "spark",
+]

@@ -1,0 +1,143 @@
+"""The Dynamo entry: capture, passes, inner compiler, runtime wrapper."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, fx, nn
+
+from .cache import SparkTensor
+from .config import SparkConfig
+from .passes.lower import as_dense, fake_inputs, lower
+from .passes.pipeline import PassFailed, run_passes, timed_ms
+from .report import GraphReport, SparkError, SparkWarning, record
+from .runtime import SparkGraph
+
+Compiled = Callable[..., Any]
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+_warned: set[str] = set()
+
+
+def spark(
+    module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Compiled:
+    """The backend behind ``torch.compile(model, backend="spark", options={...})``.
+
+    Args:
+        module: Dynamo's graph.
+        example_inputs: its inputs; tensors, integers and compressed states.
+        options: fields of :class:`SparkConfig`.
+        mode: as ``torch.compile``'s, handed on to Inductor.
+
+    Raises:
+        ValueError, TypeError: an option is wrong.
+        SparkError: under ``strict=True``, where otherwise a SparkWarning is given.
+    """
+    config = SparkConfig.from_options(options)
+    inner = _inner_compiler(config, mode)
+    start = time.perf_counter()
+    reason = _reason_to_leave_alone(example_inputs)
+    mode_fakes, fakes = fake_inputs(example_inputs)
+    if reason is None:
+        try:
+            program = lower(module, mode_fakes, fakes, config)
+        except Exception as error:
+            reason = f"pass Lower failed: {type(error).__name__}: {error}"
+        else:
+            try:
+                matches = run_passes(program)
+            except PassFailed as error:
+                reason = str(error)
+    if reason is not None:
+        _complain(reason, config)
+        record(GraphReport("left alone", left_alone=reason))
+        return _unrewritten(module, example_inputs, mode_fakes, fakes, inner)
+    report = GraphReport(
+        program.phase, tuple(program.sites), None, matches, timed_ms(start)
+    )
+    record(report)
+    _complain_about_refusals(report, config)
+    if not report.rewritten and not program.states:
+        return inner(module, list(example_inputs))
+    placeholders = program.graph.find_nodes(op="placeholder")
+    compiled = inner(program.module, [node.meta["val"] for node in placeholders])
+    return SparkGraph(compiled, program, fakes)
+
+
+def optimize(model: ModuleT, **options: Any) -> ModuleT:
+    """Compile ``model`` in place with ``backend="spark"`` and return it, ready for ``generate``.
+
+    ``torch.compile(model).generate`` runs the uncompiled original: ``torch.compile`` returns a
+    wrapper whose other methods are those of the model inside. Compiling in place does not.
+
+    Args:
+        model: any decoder.
+        options: fields of :class:`SparkConfig`.
+
+    Raises:
+        ValueError, TypeError: an option is wrong.
+    """
+    SparkConfig.from_options(options)
+    model.compile(backend="spark", options=options)
+    return model
+
+
+def _reason_to_leave_alone(example_inputs: Sequence[Any]) -> str | None:
+    tensors = [value for value in example_inputs if isinstance(value, Tensor)]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return "gradients are enabled and a parameter needs one (training): use torch.no_grad()"
+    return None
+
+
+def _inner_compiler(config: SparkConfig, mode: str | None) -> Callable[..., Compiled]:
+    from torch._dynamo.backends.registry import lookup_backend
+
+    compiler = lookup_backend(config.inner)
+    if mode is None or config.inner != "inductor":
+        return compiler
+    return lambda module, inputs: compiler(module, inputs, mode=mode)  # type: ignore[call-arg]
+
+
+def _unrewritten(
+    module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    mode_fakes: Any,
+    fakes: Sequence[Any],
+    inner: Callable[..., Compiled],
+) -> Compiled:
+    """The untouched graph under the inner compiler; states it gets are recovered before."""
+    if not any(isinstance(value, SparkTensor) for value in example_inputs):
+        return inner(module, list(example_inputs))
+    compiled = inner(module, [as_dense(mode_fakes, fake) for fake in fakes])
+
+    def densely(*args: Any) -> Any:
+        return compiled(*(a.dense() if isinstance(a, SparkTensor) else a for a in args))
+
+    return densely
+
+
+def _complain_about_refusals(report: GraphReport, config: SparkConfig) -> None:
+    if not report.sites:
+        _complain("spark found no attention in the graph: nothing was rewritten", config)
+    elif not report.rewritten:
+        _complain(f"spark rewrote nothing: {report.refusals()}", config)
+    elif len(report.rewritten) < len(report.sites):
+        total = f"{len(report.rewritten)} of {len(report.sites)}"
+        _complain(f"spark rewrote {total} sites: {report.refusals()}", config)
+
+
+def _complain(message: str, config: SparkConfig) -> None:
+    """Warn once per message, or raise under ``strict``."""
+    if config.strict:
+        raise SparkError(message)
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, SparkWarning, stacklevel=2)

@@ -1,0 +1,106 @@
+"""The options of the backend: one frozen, validated value that is also the cache key."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+Recovery = Literal["degenerate", "none", "exponential", "gaussian"]
+Saliency = Literal["squared", "absolute"]
+Inner = Literal["inductor", "eager", "aot_eager"]
+
+
+@dataclass(frozen=True)
+class SparkConfig:
+    """Options of ``backend="spark"``.
+
+    Raises:
+        ValueError: an option is unknown or out of range; the message names it, its value and what
+            is allowed.
+        TypeError: an option has the wrong type.
+    """
+
+    key_ratio: float = 0.5
+    """Share of key channels pruned per token, 0 <= key_ratio < 1; 0 stores every channel."""
+    window: int = 32
+    """Number of latest queries that score the channels; also the number of new tokens that are
+    gathered before they are compressed."""
+    recovery: Recovery = "degenerate"
+    """How the saliency of a pruned channel is restored when attending."""
+    saliency: Saliency = "squared"
+    """``"squared"`` scores k^2 * n as the authors' code, ``"absolute"`` |k| * n as their paper."""
+    sink_tokens: int = 0
+    """Number of first tokens whose keys stay dense."""
+    recent_tokens: int | None = None
+    """Number of latest tokens whose keys stay dense; None means ``window``."""
+    min_tokens: int = 0
+    """Contexts shorter than this stay dense altogether."""
+    inner: Inner = "inductor"
+    """Compiler of the rewritten graph."""
+    strict: bool = False
+    """Raise instead of warning when a site is refused, nothing is rewritten or a pass fails."""
+
+    def __post_init__(self) -> None:
+        _number("key_ratio", self.key_ratio, (int, float), "a number with 0 <= key_ratio < 1")
+        if not 0 <= self.key_ratio < 1:
+            raise _error("key_ratio", self.key_ratio, "0 <= key_ratio < 1")
+        _at_least("window", self.window, 2)
+        _at_least("sink_tokens", self.sink_tokens, 0)
+        if self.recent_tokens is not None:
+            _at_least("recent_tokens", self.recent_tokens, 0)
+        _at_least("min_tokens", self.min_tokens, 0)
+        for name, allowed in (("recovery", Recovery), ("saliency", Saliency), ("inner", Inner)):
+            value = getattr(self, name)
+            if value not in get_args(allowed):
+                raise _error(name, value, "one of " + ", ".join(map(repr, get_args(allowed))))
+        if not isinstance(self.strict, bool):
+            raise TypeError(f"option 'strict' is {self.strict!r}: allowed is True or False")
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any] | None) -> SparkConfig:
+        """Build from the ``options`` of ``torch.compile``; an unknown name raises ValueError."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name, value in (options or {}).items():
+            if name not in known:
+                raise _error(str(name), value, "one of the options " + ", ".join(known))
+        return cls(**(options or {}))
+
+    def stores_like(self, other: SparkConfig) -> bool:
+        """Whether a state stored under one of the two can be continued under the other."""
+        return dataclasses.replace(self, inner=other.inner, strict=other.strict) == other
+
+    @property
+    def recent(self) -> int:
+        """Number of latest tokens whose keys stay dense."""
+        return self.window if self.recent_tokens is None else self.recent_tokens
+
+    @property
+    def dense_room(self) -> int:
+        """Rows of a fresh tail: sinks, recent tokens and one block waiting to be compressed."""
+        return self.sink_tokens + self.recent + self.window
+
+    def packed_length(self, length: int) -> int:
+        """Number of tokens to pack of a context of ``length`` tokens (0: too short to start).
+
+        With a symbolic length the comparisons are guards: one graph for each of the two answers.
+        """
+        packed = length - self.sink_tokens - self.recent
+        return packed if length >= self.min_tokens and packed >= self.window else 0
+
+
+def _error(name: str, value: object, allowed: str) -> ValueError:
+    return ValueError(f"option {name!r} is {value!r}: allowed is {allowed}")
+
+
+def _number(name: str, value: object, types: tuple[type, ...], allowed: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, types):
+        raise TypeError(f"option {name!r} is {value!r}: allowed is {allowed}")
+
+
+def _at_least(name: str, value: object, least: int) -> None:
+    _number(name, value, (int,), f"an integer >= {least}")
+    assert isinstance(value, int)
+    if value < least:
+        raise _error(name, value, f"an integer >= {least}")

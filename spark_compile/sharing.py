@@ -1,0 +1,59 @@
+"""Who may write where in a buffer that several cache handles read: Go slices with a memory.
+
+A growing buffer is shared by every handle that was made from it. A handle of n rows may append in
+place only while no other living handle sees a row behind its own n-th; otherwise the append takes
+a copy first. Two continuations of one prefix therefore never see each other's tokens, while
+`crop` and append, as speculative decoding does them, still copy nothing.
+"""
+
+from __future__ import annotations
+
+import weakref
+
+from torch import Tensor
+
+
+class Rows:
+    """One handle's share of a growable buffer: its first ``count`` rows."""
+
+    __slots__ = ("__weakref__", "_borrowed", "_sharers", "count")
+
+    def __init__(
+        self, count: int, shared_with: Rows | None = None, *, borrowed: bool = False
+    ) -> None:
+        self.count = count
+        self._borrowed = borrowed  # the buffer came from elsewhere: who shares it is not known
+        self._sharers: weakref.WeakSet[Rows] = (
+            weakref.WeakSet() if shared_with is None else shared_with._sharers
+        )
+        self._sharers.add(self)
+
+    def is_newest(self) -> bool:
+        """Whether no other living handle sees a row behind these."""
+        if self._borrowed:
+            return False
+        return all(other is self or other.count <= self.count for other in self._sharers)
+
+    def reserve(
+        self, buffers: tuple[Tensor, ...], extra: int, slack: int
+    ) -> tuple[tuple[Tensor, ...], Rows]:
+        """Buffers [B, H, C, ...] whose rows ``count`` to ``count + extra`` may be written.
+
+        Returns:
+            The buffers themselves or, where they are too small or somebody else's, copies with
+            room for at least ``slack`` rows more, and the share of ``count + extra`` rows.
+        """
+        needed, capacity = self.count + extra, buffers[0].shape[2]
+        if needed <= capacity and self.is_newest() and not buffers[0].is_inference():
+            return buffers, Rows(needed, shared_with=self)
+        if needed > capacity:
+            # A 1/32 share bounds the slack at 3 % and the copying at 32 rows per appended row.
+            capacity = needed + max(slack, needed // 32)
+        return tuple(grown(buffer, self.count, capacity) for buffer in buffers), Rows(needed)
+
+
+def grown(buffer: Tensor, count: int, capacity: int) -> Tensor:
+    """A copy of the first ``count`` rows of [B, H, C, ...] with room for ``capacity`` rows."""
+    copy = buffer.new_zeros((*buffer.shape[:2], capacity, *buffer.shape[3:]))
+    copy[:, :, :count] = buffer[:, :, :count]
+    return copy

@@ -1,0 +1,21 @@
+"""What every test shares: a sys.path without the repository root, and a fresh compiler and seed."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# From the root, `import kernels` would find the folder of this repository instead of the PyPI package.
+sys.path[:] = [entry for entry in sys.path if entry and Path(entry).resolve() != ROOT]
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler_and_seed() -> None:
+    """Forget every compiled graph and seed the random numbers before each test."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
