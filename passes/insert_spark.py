@@ -119,7 +119,9 @@ def _store(program: Program, site: _Site) -> None:
     program.replaced[value] = Replacement(values, False, length, None)
 
 
-def store_keys(key: Tensor, query: Tensor, kv_heads: int, config: SparkConfig) -> tuple[Tensor, ...]:
+def store_keys(
+    key: Tensor, query: Tensor, kv_heads: int, config: SparkConfig
+) -> tuple[Tensor, ...]:
     """The stored tensors of dense keys [B, Hkv, S, D]: kept, bits, scale, norms, stats, tail."""
     packed, sinks = config.packed_length(key.shape[2]), config.sink_tokens
     kept = kept_channels(key.shape[3], config.key_ratio)
@@ -171,7 +173,10 @@ def _append_and_attend(program: Program, site: _Site) -> None:
 
 
 def _described(site: _Site, config: SparkConfig) -> Site:
-    (_, query_heads, _, _), (_, kv_heads, _, key_dim) = tensor(site.query).shape, tensor(site.key).shape
+    (_, query_heads, _, _), (_, kv_heads, _, key_dim) = (
+        tensor(site.query).shape,
+        tensor(site.key).shape,
+    )
     value_dim, itemsize = tensor(site.value).shape[3], tensor(site.key).element_size()
     key_bytes = key_token_bytes(key_dim, config.key_ratio, itemsize, config.recovery)
     return Site(

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ..cache import SparkTensor
 from ..config import SparkConfig
-from .program import Program
+from .program import PassFailed, Program
 
 
 def fake_inputs(example_inputs: Sequence[Any]) -> tuple[FakeTensorMode, list[Any]]:
@@ -60,10 +60,18 @@ def lower(
     """Lower a graph whose inputs are all placeholders.
 
     Mutations of inputs become ``copy_`` calls at the end, as AOTAutograd leaves them.
+
+    Raises:
+        PassFailed: the graph cannot be made functional.
     """
     dense = [as_dense(mode, fake) for fake in fakes]
-    with torch.fx.traceback.preserve_node_meta(), torch.no_grad():
-        lowered, signature = aot_export_module(module, dense, trace_joint=False, pre_dispatch=True)
+    try:
+        with torch.fx.traceback.preserve_node_meta(), torch.no_grad():
+            lowered, signature = aot_export_module(
+                module, dense, trace_joint=False, pre_dispatch=True
+            )
+    except Exception as error:
+        raise PassFailed(f"pass Lower failed: {type(error).__name__}: {error}") from error
     _write_back_mutations(lowered.graph, signature)
     placeholders = lowered.graph.find_nodes(op="placeholder")
     states = {

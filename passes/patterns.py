@@ -181,7 +181,9 @@ def _weighted_sum(softmax: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
     """The product of the weights with the values, and the weights it takes."""
     weights = softmax
     while True:
-        users = [user for user in weights.users if user.target in PRODUCTS | CASTS | COPIES | RESHAPES]
+        users = [
+            user for user in weights.users if user.target in PRODUCTS | CASTS | COPIES | RESHAPES
+        ]
         products = [user for user in users if user.target in PRODUCTS and user.args[0] is weights]
         if products:
             return products[0], weights

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import torch
@@ -14,7 +13,7 @@ from .find_attention import FindAttention
 from .find_kv_append import FindKVAppend
 from .insert_spark import InsertSpark
 from .normalize import Normalize
-from .program import Program
+from .program import PassFailed, Program
 
 Pass = Callable[[Program], int]
 
@@ -25,10 +24,6 @@ PIPELINE: tuple[Pass, ...] = (
     InsertSpark(),
     Cleanup(),
 )
-
-
-class PassFailed(RuntimeError):
-    """A pass raised, or left a graph that does not hold together."""
 
 
 def run_passes(program: Program, passes: tuple[Pass, ...] = PIPELINE) -> dict[str, int]:
@@ -74,8 +69,3 @@ def _compare(node: fx.Node, actual: object) -> None:
 
 def _shape(value: object) -> str:
     return f"{value.dtype}{list(value.shape)}" if isinstance(value, Tensor) else repr(value)
-
-
-def timed_ms(start: float) -> float:
-    """Milliseconds since ``time.perf_counter()`` was ``start``."""
-    return (time.perf_counter() - start) * 1e3

@@ -13,6 +13,10 @@ from ..config import SparkConfig
 from ..report import Site
 
 
+class PassFailed(RuntimeError):
+    """A pass raised, or left a graph that does not hold together; the message names it."""
+
+
 @dataclass(frozen=True)
 class PlainInput:
     """An input that the rewritten graph takes as it comes."""

@@ -6,9 +6,11 @@
 
 from __future__ import annotations
 
+from .accounting import kv_bytes
 from .backend import optimize, spark
 from .cache import PrunedKeys, StoredValues
 from .config import SparkConfig
+from .explain import explain
 from .report import Report, SparkError, SparkWarning
 
 __all__ = [
@@ -18,6 +20,8 @@ __all__ = [
     "SparkError",
     "SparkWarning",
     "StoredValues",
+    "explain",
+    "kv_bytes",
     "optimize",
     "spark",
 ]

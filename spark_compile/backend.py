@@ -9,15 +9,17 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses import FakeTensorMode
 
 from .cache import SparkTensor
 from .config import SparkConfig
 from .passes.lower import as_dense, fake_inputs, lower
-from .passes.pipeline import PassFailed, run_passes, timed_ms
+from .passes.pipeline import PassFailed, run_passes
 from .report import GraphReport, SparkError, SparkWarning, record
 from .runtime import SparkGraph
 
 Compiled = Callable[..., Any]
+InnerCompiler = Callable[[fx.GraphModule, list[Any]], Compiled]
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 _warned: set[str] = set()
 
@@ -42,27 +44,31 @@ def spark(
         SparkError: under ``strict=True``, where otherwise a SparkWarning is given.
     """
     config = SparkConfig.from_options(options)
-    inner = _inner_compiler(config, mode)
+    return compile_graph(module, example_inputs, config, _inner_compiler(config, mode))
+
+
+def compile_graph(
+    module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    config: SparkConfig,
+    inner: InnerCompiler,
+) -> Compiled:
+    """Rewrite one graph and hand it to ``inner``; the untouched graph where that is not possible."""
     start = time.perf_counter()
+    fake_mode, fakes = fake_inputs(example_inputs)
     reason = _reason_to_leave_alone(example_inputs)
-    mode_fakes, fakes = fake_inputs(example_inputs)
     if reason is None:
         try:
-            program = lower(module, mode_fakes, fakes, config)
-        except Exception as error:
-            reason = f"pass Lower failed: {type(error).__name__}: {error}"
-        else:
-            try:
-                matches = run_passes(program)
-            except PassFailed as error:
-                reason = str(error)
+            program = lower(module, fake_mode, fakes, config)
+            matches = run_passes(program)
+        except PassFailed as error:
+            reason = str(error)
     if reason is not None:
-        _complain(reason, config)
         record(GraphReport("left alone", left_alone=reason))
-        return _unrewritten(module, example_inputs, mode_fakes, fakes, inner)
-    report = GraphReport(
-        program.phase, tuple(program.sites), None, matches, timed_ms(start)
-    )
+        _complain(f"spark left a graph alone: {reason}", config)
+        return _unrewritten(module, example_inputs, fake_mode, fakes, inner)
+    passes_ms = (time.perf_counter() - start) * 1e3
+    report = GraphReport(program.phase, tuple(program.sites), None, matches, passes_ms)
     record(report)
     _complain_about_refusals(report, config)
     if not report.rewritten and not program.states:
@@ -97,7 +103,7 @@ def _reason_to_leave_alone(example_inputs: Sequence[Any]) -> str | None:
     return None
 
 
-def _inner_compiler(config: SparkConfig, mode: str | None) -> Callable[..., Compiled]:
+def _inner_compiler(config: SparkConfig, mode: str | None) -> InnerCompiler:
     from torch._dynamo.backends.registry import lookup_backend
 
     compiler = lookup_backend(config.inner)
@@ -109,14 +115,14 @@ def _inner_compiler(config: SparkConfig, mode: str | None) -> Callable[..., Comp
 def _unrewritten(
     module: fx.GraphModule,
     example_inputs: Sequence[Any],
-    mode_fakes: Any,
+    fake_mode: FakeTensorMode,
     fakes: Sequence[Any],
-    inner: Callable[..., Compiled],
+    inner: InnerCompiler,
 ) -> Compiled:
     """The untouched graph under the inner compiler; states it gets are recovered before."""
     if not any(isinstance(value, SparkTensor) for value in example_inputs):
         return inner(module, list(example_inputs))
-    compiled = inner(module, [as_dense(mode_fakes, fake) for fake in fakes])
+    compiled = inner(module, [as_dense(fake_mode, fake) for fake in fakes])
 
     def densely(*args: Any) -> Any:
         return compiled(*(a.dense() if isinstance(a, SparkTensor) else a for a in args))

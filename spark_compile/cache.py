@@ -297,9 +297,7 @@ def new_keys(inner: Mapping[str, Tensor], length: int, config: SparkConfig) -> P
     """Keys of ``length`` tokens from the tensors that a prefill graph made."""
     batch, heads, _, head_dim = inner["tail"].shape
     packed = torch.tensor(config.packed_length(length))
-    return PrunedKeys(
-        (batch, heads, length, head_dim), config, {**inner, "packed_length": packed}
-    )
+    return PrunedKeys((batch, heads, length, head_dim), config, {**inner, "packed_length": packed})
 
 
 def new_values(values: Tensor, length: int, config: SparkConfig) -> StoredValues:

@@ -146,7 +146,10 @@ def _(rows, new, start, packed_length=None):  # type: ignore[no-untyped-def]
 @torch.library.custom_op(
     "spark::attend",
     mutates_args=(),
-    schema="(Tensor query, " + _STORE.format(tail="", values="") + ", " + _HOW
+    schema="(Tensor query, "
+    + _STORE.format(tail="", values="")
+    + ", "
+    + _HOW
     + ") -> (Tensor, Tensor)",
 )
 def attend(

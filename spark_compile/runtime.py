@@ -56,7 +56,9 @@ def _find_symbol(symbol: object, fakes: Sequence[Any]) -> tuple[int, int | None]
 class SparkGraph:
     """A compiled graph that takes and returns compressed states."""
 
-    def __init__(self, compiled: Callable[..., Any], program: Program, fakes: Sequence[Any]) -> None:
+    def __init__(
+        self, compiled: Callable[..., Any], program: Program, fakes: Sequence[Any]
+    ) -> None:
         self._compiled = compiled
         self._config: SparkConfig = program.config
         self._outputs = tuple(program.outputs)

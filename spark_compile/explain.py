@@ -1,0 +1,98 @@
+"""What the backend would do to a model, without compiling it or computing with its weights."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import SymInt, Tensor, fx, nn
+
+from .backend import compile_graph
+from .config import SparkConfig
+from .report import Report, SparkWarning, collect_report
+
+
+def explain(model: nn.Module, inputs: Mapping[str, Any], **options: Any) -> Report:
+    """Run the passes on a model and report every attention site.
+
+    The model is traced with ``inputs`` and, if it returns ``past_key_values``, once more with the
+    last token and that cache, so that prefill and decode are both reported.
+
+    Args:
+        model: a decoder; its weights may be on the meta device.
+        inputs: keyword arguments of its forward; tensors may be on the meta device.
+        options: fields of :class:`SparkConfig`; ``inner`` is ignored, nothing is compiled.
+
+    Raises:
+        ValueError, TypeError: an option is wrong.
+        SparkError: under ``strict=True``, as compiling would.
+    """
+    config = SparkConfig.from_options(options)
+
+    def backend(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        return compile_graph(module, example_inputs, config, _allocate_outputs)
+
+    compiled = torch.compile(model, backend=backend)
+    call = {name: _off_meta(value) for name, value in inputs.items()}
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        call.setdefault("use_cache", True)
+    with _weights_off_meta(model), torch.no_grad(), collect_report() as report:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SparkWarning)  # the report says the same
+            output = compiled(**call)
+            past = getattr(output, "past_key_values", None)
+            if past is not None and "input_ids" in call:
+                last = call["input_ids"][:, -1:]
+                compiled(input_ids=last, past_key_values=past, use_cache=True)
+    return report
+
+
+def _allocate_outputs(module: fx.GraphModule, _inputs: list[Any]) -> Callable[..., Any]:
+    """An inner compiler whose graphs return zeros of the right shapes and compute nothing."""
+    values = [
+        node.meta.get("val", node.meta.get("example_value")) if isinstance(node, fx.Node) else node
+        for node in module.graph.output_node().args[0]  # type: ignore[union-attr]
+    ]
+    return lambda *_args: [_zeros_like(value) for value in values]
+
+
+def _zeros_like(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        sizes = [_hint(size) for size in value.shape]
+        return torch.zeros(sizes, dtype=value.dtype, device=value.device)
+    return _hint(value)
+
+
+def _hint(value: Any) -> Any:
+    """The size that a symbol has in this call, without a guard."""
+    return value.node.hint if isinstance(value, SymInt) else value
+
+
+def _off_meta(value: Any) -> Any:
+    """A meta tensor as one CPU element seen through zero strides: Dynamo needs real tensors."""
+    if not isinstance(value, Tensor) or not value.is_meta:
+        return value
+    return torch.zeros((), dtype=value.dtype).expand(value.shape)
+
+
+@contextmanager
+def _weights_off_meta(model: nn.Module) -> Iterator[None]:
+    """Stand-ins for a model's meta parameters and buffers inside the ``with`` block."""
+    replaced: list[tuple[dict[str, Any], str, Tensor]] = []
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and tensor.is_meta:
+                    replaced.append((tensors, name, tensor))
+                    stand_in = _off_meta(tensor.detach())
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    tensors[name] = nn.Parameter(stand_in, False) if is_parameter else stand_in
+    try:
+        yield
+    finally:
+        for tensors, name, tensor in replaced:
+            tensors[name] = tensor
