@@ -1,4 +1,4 @@
-"""Layout of the packed cache and the kernels that read it, imported as ``spark_compile.kernels``."""
+"""Layout of the packed cache and its kernels, imported as ``spark_compile.kernels``."""
 
 if __name__ == "kernels":
     # transformers imports a PyPI package of this name; with the repository root on sys.path this

@@ -21,8 +21,9 @@ from torch import Tensor
 
 def kept_channels(head_dim: int, key_ratio: float) -> int:
     """T = D - floor(key_ratio * D), the number of channels kept per token."""
-    # The addend undoes the rounding of products such as 0.29 * 100 = 28.999999999999996.
-    return head_dim - math.floor(key_ratio * head_dim + 1e-9)
+    # The addend undoes the rounding of products such as 0.29 * 100 = 28.999999999999996; it must
+    # not prune the last channel of a ratio just below 1.
+    return max(1, head_dim - math.floor(key_ratio * head_dim + 1e-9))
 
 
 def plane_bytes(head_dim: int) -> int:

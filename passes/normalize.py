@@ -1,7 +1,8 @@
-"""ATen variants to few forms, none of which changes a value or a stride.
+"""ATen variants to few forms, none of which changes a value.
 
 - assertions on metadata go: fake shapes prove them, and they would keep a rewritten value alive
 - aliases that do nothing (``alias``, ``detach``, ``lift_fresh_copy``, dropout that is off) go
+- ``view`` becomes ``reshape``: a rewritten value may have other strides than the model's own
 - ``cat``, ``softmax`` and ``transpose`` count their dimensions from the front
 """
 
@@ -38,11 +39,15 @@ def _normalize(node: fx.Node) -> bool:
     if node.target is _aten._assert_tensor_metadata.default:
         node.graph.erase_node(node)
         return True
+    if node.target in (_aten.view.default, _aten._unsafe_view.default):
+        node.target = _aten.reshape.default
+        return True
     if node.target in _NOTHING or _is_dropout_off(node):
         node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
         node.graph.erase_node(node)
         return True
-    return any([_count_from_front(node, name) for name in _DIMENSIONS.get(node.target, ())])  # type: ignore[arg-type]
+    names = _DIMENSIONS.get(node.target, ())
+    return sum(_count_from_front(node, name) for name in names) > 0  # type: ignore[arg-type]
 
 
 def _is_dropout_off(node: fx.Node) -> bool:

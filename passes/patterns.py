@@ -23,8 +23,6 @@ _aten = torch.ops.aten
 COPIES = {_aten.clone.default, _aten.contiguous.default}
 """Operators that change at most strides."""
 RESHAPES = {
-    _aten.view.default,
-    _aten._unsafe_view.default,
     _aten.reshape.default,
     _aten.expand.default,
     _aten.slice.Tensor,

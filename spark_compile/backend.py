@@ -107,9 +107,12 @@ def _inner_compiler(config: SparkConfig, mode: str | None) -> InnerCompiler:
     from torch._dynamo.backends.registry import lookup_backend
 
     compiler = lookup_backend(config.inner)
-    if mode is None or config.inner != "inductor":
+    if mode is None or mode == "default":
         return compiler
-    return lambda module, inputs: compiler(module, inputs, mode=mode)  # type: ignore[call-arg]
+    if config.inner != "inductor":
+        raise ValueError(f"mode is {mode!r}: allowed with inner={config.inner!r} is None")
+    patches = torch._inductor.list_mode_options(mode)
+    return lambda module, inputs: compiler(module, inputs, config_patches=patches)  # type: ignore[call-arg]
 
 
 def _unrewritten(

@@ -198,7 +198,7 @@ class PrunedKeys(SparkTensor):
             length,
             Rows(packed, shared_with=packed_rows),
             Rows(length - packed, shared_with=tail_rows),
-            packed_length=torch.tensor(packed),
+            packed_length=_count(packed),
         )
 
     def reserve(self, extra: int) -> PrunedKeys:
@@ -250,7 +250,7 @@ class PrunedKeys(SparkTensor):
         return self._handle(
             self.shape[2], rows, Rows(dense),
             kept=store[0], bits=store[1], scale=store[2], norms=norms, tail=tail,
-            stats=torch.zeros_like(self.stats), packed_length=torch.tensor(packed + surplus),
+            stats=torch.zeros_like(self.stats), packed_length=_count(packed + surplus),
         )  # fmt: skip
 
 
@@ -293,10 +293,15 @@ class StoredValues(SparkTensor):
         return handle
 
 
+def _count(tokens: int) -> Tensor:
+    """A number of tokens as the operators take it: on the CPU whatever the default device is."""
+    return torch.tensor(tokens, dtype=torch.int64, device="cpu")
+
+
 def new_keys(inner: Mapping[str, Tensor], length: int, config: SparkConfig) -> PrunedKeys:
     """Keys of ``length`` tokens from the tensors that a prefill graph made."""
     batch, heads, _, head_dim = inner["tail"].shape
-    packed = torch.tensor(config.packed_length(length))
+    packed = _count(config.packed_length(length))
     return PrunedKeys((batch, heads, length, head_dim), config, {**inner, "packed_length": packed})
 
 
@@ -424,3 +429,17 @@ def _on_dense(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         warnings.warn(message, SparkWarning, stacklevel=3)
     args, kwargs = tree_map_only(SparkTensor, lambda state: state.dense(), (args, kwargs))
     return func(*args, **kwargs)
+
+
+def _register_safe_globals() -> None:
+    """Let ``torch.load(weights_only=True)`` read states, alone or inside transformers' caches."""
+    torch.serialization.add_safe_globals([_rebuild])
+    try:
+        from transformers import cache_utils
+    except ImportError:
+        return
+    names = ("DynamicCache", "DynamicLayer", "DynamicSlidingWindowLayer")
+    torch.serialization.add_safe_globals([getattr(cache_utils, name) for name in names])
+
+
+_register_safe_globals()

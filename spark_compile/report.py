@@ -10,6 +10,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 
@@ -101,15 +102,19 @@ class Report:
         for graph in self.graphs:
             for site in graph.sites:
                 done = site.refusal is None
+                reason = f"[red]refused:[/] {escape(str(site.refusal))}"
                 table.add_row(
                     graph.phase,
-                    site.layer,
+                    escape(site.layer),
                     f"{site.query_heads}/{site.kv_heads}",
                     f"{site.key_dim}/{site.value_dim}",
                     str(site.dense_token_bytes),
                     str(site.stored_token_bytes) if done else "-",
-                    "[green]rewritten[/]" if done else f"[red]refused:[/] {site.refusal}",
+                    "[green]rewritten[/]" if done else reason,
                 )
+            if graph.left_alone is not None:
+                reason = f"[red]left alone:[/] {escape(graph.left_alone)}"
+                table.add_row(graph.phase, *[""] * 5, reason)
             table.add_section()
         return table
 

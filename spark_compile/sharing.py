@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import weakref
 
+import torch
 from torch import Tensor
 
 
@@ -22,7 +23,8 @@ class Rows:
         self, count: int, shared_with: Rows | None = None, *, borrowed: bool = False
     ) -> None:
         self.count = count
-        self._borrowed = borrowed  # the buffer came from elsewhere: who shares it is not known
+        # The buffer came from elsewhere: who shares it is not known, not even through other rows.
+        self._borrowed: bool = borrowed if shared_with is None else shared_with._borrowed
         self._sharers: weakref.WeakSet[Rows] = (
             weakref.WeakSet() if shared_with is None else shared_with._sharers
         )
@@ -43,13 +45,17 @@ class Rows:
             The buffers themselves or, where they are too small or somebody else's, copies with
             room for at least ``slack`` rows more, and the share of ``count + extra`` rows.
         """
-        needed, capacity = self.count + extra, buffers[0].shape[2]
-        if needed <= capacity and self.is_newest() and not buffers[0].is_inference():
+        needed = self.count + extra
+        if needed <= buffers[0].shape[2] and self.is_newest() and _writable(buffers[0]):
             return buffers, Rows(needed, shared_with=self)
-        if needed > capacity:
-            # A 1/32 share bounds the slack at 3 % and the copying at 32 rows per appended row.
-            capacity = needed + max(slack, needed // 32)
+        # A 1/32 share bounds the slack at 3 % and the copying at 32 rows per appended row.
+        capacity = needed + max(slack, needed // 32)
         return tuple(grown(buffer, self.count, capacity) for buffer in buffers), Rows(needed)
+
+
+def _writable(buffer: Tensor) -> bool:
+    """A tensor made in inference mode cannot be written to outside it."""
+    return torch.is_inference_mode_enabled() or not buffer.is_inference()
 
 
 def grown(buffer: Tensor, count: int, capacity: int) -> Tensor:

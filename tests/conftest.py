@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# From the root, `import kernels` would find the folder of this repository instead of the PyPI package.
+# From the root, `import kernels` would find our folder instead of the PyPI package.
 sys.path[:] = [entry for entry in sys.path if entry and Path(entry).resolve() != ROOT]
 
 import pytest  # noqa: E402

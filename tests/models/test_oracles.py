@@ -1,0 +1,84 @@
+"""Both oracles on real architectures, tiny and with random weights."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from oracle import SimulatedSpark, assert_close
+from torch import Tensor
+from zoo import ARCHITECTURES, heads, tiny
+
+from spark_compile import SparkConfig, kv_bytes, optimize
+
+PROMPT, STEPS, CHUNK, WINDOW = 21, 14, 5, 4
+
+
+def tokens(batch: int) -> Tensor:
+    return torch.randint(1, 90, (batch, PROMPT + STEPS + CHUNK))
+
+
+def teacher_forced(model: Any, ids: Tensor, padding: int, mode: Any = None) -> tuple[Tensor, Any]:
+    """Logits of the last position after the prompt, each single token and one chunk."""
+    mask = torch.ones_like(ids)
+    mask[0, :padding] = 0
+    cache = transformers.DynamicCache(config=model.config)
+    ends = [PROMPT + step for step in range(STEPS + 1)] + [PROMPT + STEPS + CHUNK]
+    logits, start = [], 0
+    for end in ends:
+        if mode is not None:
+            mode.begin_step()
+        given = {"attention_mask": mask[:, :end]} if padding else {}
+        with torch.no_grad():
+            output = model(
+                input_ids=ids[:, start:end], past_key_values=cache, use_cache=True, **given
+            )
+        cache, start = output.past_key_values, end
+        logits.append(output.logits[:, -1].float())
+    return torch.stack(logits), cache
+
+
+# Half of the combinations, in which every two values of any two factors meet.
+FAST = {
+    ("sdpa", 0, torch.float32),
+    ("sdpa", 3, torch.bfloat16),
+    ("eager", 3, torch.float32),
+    ("eager", 0, torch.bfloat16),
+}
+COMBINATIONS = [
+    pytest.param(
+        *combination,
+        id="-".join((combination[0], "padded" if combination[1] else "single", str(combination[2])[6:])),
+        marks=[] if combination in FAST else [pytest.mark.slow],
+    )
+    for combination in itertools.product(
+        ("sdpa", "eager"), (0, 3), (torch.float32, torch.bfloat16)
+    )
+]
+
+
+@pytest.mark.parametrize(("attention", "padding", "dtype"), COMBINATIONS)
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+def test_both_oracles(name: str, attention: str, padding: int, dtype: torch.dtype) -> None:
+    model = tiny(name, attention).to(dtype)
+    ids = tokens(batch=2 if padding else 1)
+    exact, dense_cache = teacher_forced(copy.deepcopy(model), ids, padding)
+
+    options: dict[str, Any] = {"window": WINDOW, "inner": "eager", "strict": True}
+    unpruned = optimize(copy.deepcopy(model), key_ratio=0.0, **options)
+    logits, _ = teacher_forced(unpruned, ids, padding)
+    assert_close(logits, exact, dtype)
+
+    torch._dynamo.reset()
+    config = SparkConfig(key_ratio=0.5, **options)
+    with SimulatedSpark(config, *heads(model)) as simulated:
+        expected, _ = teacher_forced(tiny(name, "sdpa").to(dtype), ids, padding, simulated)
+    pruned = optimize(copy.deepcopy(model), key_ratio=0.5, **options)
+    logits, cache = teacher_forced(pruned, ids, padding)
+    assert_close(logits, expected, dtype)
+    assert (expected - exact).abs().max() > 1e-3, "pruning changed nothing: the oracle is blind"
+    assert kv_bytes(cache) < kv_bytes(dense_cache) * 1.25

@@ -1,0 +1,134 @@
+"""The doors to the backend: by name, options, warnings, training."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from decoders import decoder, prompt
+from torch import Tensor, nn
+
+import spark_compile
+from spark_compile import PrunedKeys, SparkWarning, StoredValues
+
+EXACT = {"key_ratio": 0.0, "window": 4, "inner": "eager"}
+
+
+@pytest.fixture(autouse=True)
+def fresh_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Warnings that were given before are given again."""
+    monkeypatch.setattr("spark_compile.backend._warned", set())
+
+
+def compiled(model: nn.Module, **options: Any) -> Any:
+    return torch.compile(model, backend="spark", options={**EXACT, **options})
+
+
+def is_compressed(past: Any) -> bool:
+    return all(
+        isinstance(key, PrunedKeys) and isinstance(value, StoredValues) for key, value in past
+    )
+
+
+class NoAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.softmax(self.linear(x), dim=-1)
+
+
+def test_a_model_without_attention_runs_with_one_warning() -> None:
+    model = NoAttention().requires_grad_(False)
+    model_c = compiled(model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for rows in (3, 5, 7):
+            x = torch.randn(rows, 4)
+            torch.testing.assert_close(model_c(x), model(x))
+    messages = [str(w.message) for w in caught if issubclass(w.category, SparkWarning)]
+    assert messages == ["spark found no attention in the graph: nothing was rewritten"]
+
+
+def test_training_is_left_alone() -> None:
+    model, tokens = decoder(layers=1).requires_grad_(True), prompt(13)
+    model(tokens)[0].square().mean().backward()
+    expected = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    with pytest.warns(SparkWarning, match="gradients are enabled"):
+        logits, past = compiled(model)(tokens)
+    logits.square().mean().backward()
+    torch.testing.assert_close({n: p.grad for n, p in model.named_parameters()}, expected)
+    assert type(past[0][0]) is Tensor
+    with torch.no_grad():  # the same model, now for inference
+        assert is_compressed(compiled(model)(tokens)[1])
+
+
+def test_optimize_compiles_in_place_and_returns_the_model() -> None:
+    model = decoder(layers=1)
+    assert spark_compile.optimize(model, **EXACT) is model
+    assert is_compressed(model(prompt(13))[1])
+
+
+BY_NAME = """
+import sys, torch
+sys.path.insert(0, {support!r})
+from decoders import decoder, prompt
+assert "spark_compile" not in sys.modules
+options = {{"window": 4, "inner": "eager"}}
+compiled = torch.compile(decoder(layers=1), backend="spark", options=options)
+in_place = decoder(layers=1)
+in_place.compile(backend="spark", options=options)
+for model in (compiled, in_place):
+    print(type(model(prompt(13))[1][0][0]).__name__)
+"""
+
+
+def test_the_backend_works_by_name_without_an_import(request: pytest.FixtureRequest) -> None:
+    code = BY_NAME.format(support=str(request.config.rootpath / "tests" / "support"))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["PrunedKeys"] * 2, done.stderr[-2000:]
+
+
+WRONG = [
+    ("key_ratio", 1.5, "0 <= key_ratio < 1"),
+    ("key_ratio", "half", "a number"),
+    ("window", 1, ">= 2"),
+    ("recovery", "exact", "degenerate"),
+    ("key_ration", 0.5, "one of the options key_ratio"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "allowed"), WRONG)
+def test_a_wrong_option_is_named(name: str, value: Any, allowed: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=f"option '{name}' is {value!r}.*{allowed}"):
+        spark_compile.optimize(decoder(layers=1), **{name: value})
+    model = torch.compile(decoder(layers=1), backend="spark", options={name: value})
+    with pytest.raises(Exception, match=f"option '{name}' is {value!r}.*{allowed}"):
+        model(prompt(13))
+
+
+@pytest.mark.parametrize("name", ["sliding", "key_norms"])
+def test_strict_raises_where_a_warning_would_be_given(name: str) -> None:
+    model_c = compiled(decoder(name, layers=1), strict=True)
+    with pytest.raises(Exception, match="SparkError: spark rewrote nothing") as raised:
+        model_c(prompt(1), model_c(prompt(13))[1])
+    assert "node" in str(raised.value)
+    with pytest.raises(Exception, match="SparkError: spark found no attention"):
+        compiled(NoAttention().requires_grad_(False), strict=True)(torch.randn(3, 4))
+
+
+def test_a_refusal_warns_once() -> None:
+    model_c = compiled(decoder("sliding", layers=1))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            model_c(prompt(13))
+    messages = [str(w.message) for w in caught if issubclass(w.category, SparkWarning)]
+    assert len(messages) == 1
+    assert "no cache is kept (node " in messages[0]

@@ -1,0 +1,110 @@
+"""The command line: what it prints, and one-line errors with exit code 2."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import LlamaConfig, T5Config
+from typer.testing import CliRunner
+
+from spark_compile.cli import app
+
+RUNNER = CliRunner()
+LAYERS = 2
+
+
+@pytest.fixture
+def llama_folder(tmp_path: Path) -> Path:
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    config.save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("arguments", [[], ["explain"], ["demo"]])
+def test_help_names_the_options(arguments: list[str]) -> None:
+    result = RUNNER.invoke(app, [*arguments, "--help"])
+    assert result.exit_code == 0
+    assert "Usage" in result.output
+
+
+def test_explain_json_reports_every_layer(llama_folder: Path) -> None:
+    result = RUNNER.invoke(app, ["explain", str(llama_folder), "--json", "--key-ratio", "0.8"])
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    prefill = next(graph for graph in report["graphs"] if graph["phase"] == "prefill")
+    assert prefill["rewritten"] == LAYERS
+    assert all(site["refusal"] is None for site in prefill["sites"])
+    site = prefill["sites"][0]
+    assert site["stored_token_bytes"] < site["dense_token_bytes"]
+
+
+def test_explain_prints_a_table_and_a_summary(llama_folder: Path) -> None:
+    result = RUNNER.invoke(app, ["explain", str(llama_folder)])
+    assert result.exit_code == 0, result.output
+    assert "Attention sites" in result.stdout
+    assert f"{LAYERS} of {LAYERS} sites rewritten" in " ".join(result.stdout.split())
+
+
+def _one_line_error(arguments: list[str]) -> str:
+    result = RUNNER.invoke(app, arguments)
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("key-ratio", "1.5"), ("window", "0"), ("recovery", "magic"), ("saliency", "loud")],
+)
+def test_bad_option_is_named_with_its_value(llama_folder: Path, option: str, value: str) -> None:
+    error = _one_line_error(["explain", str(llama_folder), f"--{option}", value])
+    assert option.replace("-", "_") in error
+    assert value in error
+    assert "allowed is" in error
+
+
+def test_missing_model_is_named(tmp_path: Path) -> None:
+    missing = str(tmp_path / "missing")
+    error = _one_line_error(["explain", missing])
+    assert missing in error
+    assert "hub id" in error
+
+
+def test_folder_with_two_ggufs_is_refused(tmp_path: Path) -> None:
+    for name in ("a.gguf", "b.gguf"):
+        (tmp_path / name).touch()
+    assert "2 .gguf files" in _one_line_error(["explain", str(tmp_path)])
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "model.bin"
+    file.touch()
+    assert "model.bin" in _one_line_error(["explain", str(file)])
+
+
+def test_unknown_model_type_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "no-such-type"}')
+    assert str(tmp_path) in _one_line_error(["explain", str(tmp_path)])
+
+
+def test_encoder_decoder_is_no_causal_language_model(tmp_path: Path) -> None:
+    T5Config(vocab_size=64, d_model=32, num_layers=1).save_pretrained(tmp_path)
+    assert "no causal language model" in _one_line_error(["explain", str(tmp_path)])
+
+
+@pytest.mark.parametrize(("option", "value"), [("dtype", "float8"), ("inner", "gcc")])
+def test_demo_refuses_a_bad_option_before_any_download(option: str, value: str) -> None:
+    error = _one_line_error(["demo", f"--{option}", value])
+    assert value in error
+    assert "allowed is" in error

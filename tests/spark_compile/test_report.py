@@ -1,0 +1,103 @@
+"""Reports made by hand: one line each, a table and data that tell every site and every reason."""
+
+from __future__ import annotations
+
+import io
+import json
+
+from rich.console import Console
+
+from spark_compile import Report
+from spark_compile.report import GraphReport, Refusal, Site, collect_report, record
+
+REWRITTEN = Site("layers.0.attn", 9, 3, 64, 32, dense_token_bytes=400, stored_token_bytes=300)
+REFUSED = Site("layers.1.attn", 8, 8, 16, 16, 256, 200, Refusal("the mask is [b, h, l]", "add_3"))
+ALSO_REFUSED = Site("layers.2.attn", 8, 8, 16, 16, 256, 200, Refusal("dropout of 0.1", "sdpa"))
+PREFILL = GraphReport("prefill", (REWRITTEN, REWRITTEN), matches={"lower": 1}, passes_ms=1.5)
+DECODE = GraphReport("decode", (REWRITTEN, REFUSED, ALSO_REFUSED, REFUSED))
+LEFT = GraphReport("no cache", left_alone="pass Normalize failed: KeyError")
+REFUSING = GraphReport("decode", (REFUSED,))
+EMPTY = GraphReport("no cache")
+
+
+def rendered(report: Report, width: int = 200) -> str:
+    console = Console(file=io.StringIO(), width=width)
+    console.print(report.table())
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_summary_has_a_line_per_graph() -> None:
+    assert Report().summary() == "no graph was compiled"
+    assert Report([PREFILL, DECODE, LEFT, REFUSING, EMPTY]).summary().splitlines() == [
+        "prefill: 2 of 2 sites rewritten, 800 bytes per token become 600 (75%)",
+        "decode: 1 of 4 sites rewritten, 400 bytes per token become 300 (75%); refused: "
+        "2 x the mask is [b, h, l] (node add_3); 1 x dropout of 0.1 (node sdpa)",
+        "no cache: left alone: pass Normalize failed: KeyError",
+        "decode: 0 of 1 sites rewritten; refused: 1 x the mask is [b, h, l] (node add_3)",
+        "no cache: 0 of 0 sites rewritten",
+    ]
+
+
+def test_refusals_name_the_most_frequent_reasons_first() -> None:
+    reasons = ["a", "b", "b", "c", "d", "b", "c"]
+    sites = (Site("x", 1, 1, 8, 8, 1, 1, Refusal(reason, "n")) for reason in reasons)
+    text = GraphReport("decode", tuple(sites)).refusals()
+    assert text == "3 x b (node n); 2 x c (node n); 1 x a (node n)"
+    assert PREFILL.refusals() == ""
+    assert DECODE.rewritten == (REWRITTEN,)
+
+
+def test_as_dict_is_json_with_everything() -> None:
+    report = Report([PREFILL, DECODE, LEFT])
+    data = json.loads(json.dumps(report.as_dict()))
+    assert data["summary"] == report.summary()
+    prefill, decode, left = data["graphs"]
+    assert [graph["rewritten"] for graph in data["graphs"]] == [2, 1, 0]
+    assert prefill["matches"] == {"lower": 1}
+    assert prefill["passes_ms"] == 1.5
+    assert left["left_alone"] == "pass Normalize failed: KeyError"
+    assert decode["sites"][0] == {
+        "layer": "layers.0.attn", "query_heads": 9, "kv_heads": 3, "key_dim": 64, "value_dim": 32,
+        "dense_token_bytes": 400, "stored_token_bytes": 300, "refusal": None,
+    }  # fmt: skip
+    assert decode["sites"][1]["refusal"] == {"reason": "the mask is [b, h, l]", "node": "add_3"}
+
+
+def test_table_has_a_row_per_site() -> None:
+    lines = rendered(Report([PREFILL, DECODE])).splitlines()
+    rewritten = [line for line in lines if "layers.0.attn" in line]
+    assert len(rewritten) == 3
+    for part in ("9/3", "64/32", "400", "300", "rewritten"):
+        assert all(part in line for line in rewritten)
+    refused = [line for line in lines if "refused" in line]
+    assert len(refused) == 3
+    assert all("200" not in line for line in refused)  # nothing is stored in that form
+
+
+def test_table_shows_reasons_as_they_are() -> None:
+    text = rendered(Report([DECODE]))
+    assert text.count("the mask is [b, h, l] (node add_3)") == 2  # no markup, for all its brackets
+    assert text.count("dropout of 0.1 (node sdpa)") == 1
+
+
+def test_table_shows_module_paths_as_they_are() -> None:
+    odd = Site("L['self'][/x].layers[last]", 1, 1, 8, 8, 32, 20)
+    assert "L['self'][/x].layers[last]" in rendered(Report([GraphReport("decode", (odd,))]))
+
+
+def test_table_tells_of_graphs_without_sites() -> None:
+    text = rendered(Report([LEFT]))
+    assert "no cache" in text
+    assert "left alone: pass Normalize failed: KeyError" in text
+
+
+def test_collecting_is_nested_and_ends() -> None:
+    record(EMPTY)  # nobody listens
+    with collect_report() as outer:
+        record(PREFILL)
+        with collect_report() as inner:
+            record(DECODE)
+        record(LEFT)
+    record(EMPTY)
+    assert outer.graphs == [PREFILL, LEFT]
+    assert inner.graphs == [DECODE]

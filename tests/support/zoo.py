@@ -1,0 +1,45 @@
+"""Tiny random models of real architectures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers as t
+
+_COMMON = {"vocab_size": 96, "num_hidden_layers": 2, "max_position_embeddings": 256,
+           "initializer_range": 0.2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 95}  # fmt: skip
+_WIDTHS = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
+_GROUPED = {**_COMMON, **_WIDTHS, "num_key_value_heads": 2}
+
+ARCHITECTURES: dict[str, tuple[type, dict[str, Any]]] = {
+    "llama": (t.LlamaConfig, _GROUPED),
+    "qwen3": (t.Qwen3Config, {**_GROUPED, "head_dim": 16}),
+    "mistral": (t.MistralConfig, {**_GROUPED, "sliding_window": None}),
+    "gpt2": (t.GPT2Config, {**_COMMON, "n_embd": 64, "n_head": 4, "n_layer": 2,
+                            "n_positions": 256}),
+    "gpt_neox": (t.GPTNeoXConfig, {**_COMMON, **_WIDTHS}),
+    "gemma3": (t.Gemma3TextConfig, {**_GROUPED, "head_dim": 16, "sliding_window": 512,
+                                    "layer_types": ["full_attention"] * 2}),
+    "phi3": (t.Phi3Config, _GROUPED),
+    "falcon": (t.FalconConfig, {**_COMMON, "hidden_size": 64, "num_attention_heads": 4,
+                                "multi_query": True, "new_decoder_architecture": False}),
+}  # fmt: skip
+
+
+def tiny(name: str, attention: str) -> Any:
+    """A model of the architecture in eval mode; the same weights at every call."""
+    kind, fields = ARCHITECTURES[name]
+    config = kind(**fields)
+    config._attn_implementation = attention
+    torch.manual_seed(7)
+    return t.AutoModelForCausalLM.from_config(config).eval()
+
+
+def heads(model: Any) -> tuple[int, int]:
+    """Hq and Hkv of a model's attentions."""
+    config = model.config
+    queries = config.num_attention_heads
+    if getattr(config, "multi_query", False):
+        return queries, 1
+    return queries, getattr(config, "num_key_value_heads", None) or queries
