@@ -13,7 +13,7 @@ from torch import fx
 
 from ..report import Refusal, Site
 from .dataflow import call, live_nodes, readers_inside
-from .patterns import MATCHERS, Attention, Refused
+from .patterns import MATCHERS, Attention, Refused, tensor
 from .program import Program
 
 CANONICAL = torch.ops.spark.attention.default
@@ -62,6 +62,10 @@ def _replace(program: Program, attention: Attention) -> None:
                 attention.causal_offset, attention.scale, attention.softcap, None,
             ),
         )  # fmt: skip
+    if tensor(canonical).dtype != tensor(original).dtype:
+        program.graph.erase_node(canonical)
+        reason = f"{tensor(original).dtype} comes out of {tensor(attention.value).dtype} values"
+        raise Refused(reason, original)
     original.replace_all_uses_with(canonical)
     canonical.meta = {**original.meta, "val": canonical.meta["val"], ORIGINAL: original}
 

@@ -23,7 +23,7 @@ from .dataflow import call, inline, live_nodes
 from .find_attention import CANONICAL as ATTENTION
 from .find_attention import layer_name, restore
 from .find_kv_append import CANONICAL as APPEND
-from .patterns import Refused, tensor
+from .patterns import Refused, moved_from, tensor
 from .program import Program, Replacement
 from .states import stored_tensors
 
@@ -74,34 +74,47 @@ def _check(program: Program, site: _Site, returned: set[fx.Node], live: set[fx.N
     for name, node in (("keys", site.key), ("values", site.value)):
         if node not in returned:
             raise Refused(f"the {name} are not returned by the graph: no cache is kept", node)
-    key_state, value_state = (
-        program.states.get(node)  # type: ignore[arg-type]
-        for node in (site.past_key, site.past_value)
-    )
-    if isinstance(key_state, PrunedKeys) != isinstance(value_state, StoredValues):
-        raise Refused("keys and values have pasts of different kinds", site.attention)
     if site.key is site.value:
         raise Refused("keys and values are the same tensor", site.key)
-    if isinstance(key_state, PrunedKeys):
-        if not key_state.config.stores_like(program.config):
-            raise Refused("the cache was compressed with other options", site.attention)
-        _check_readers(program, site, live)
     if tensor(site.key).dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise Refused(f"keys of {tensor(site.key).dtype} cannot be pruned", site.key)
+    _check_past(program, site)
+    _check_readers(program, site, live)
+
+
+def _check_past(program: Program, site: _Site) -> None:
+    """Keys and values continue one compressed cache each, or none."""
+    past_key, past_value = (
+        program.states.get(past)  # type: ignore[arg-type]
+        for past in (site.past_key, site.past_value)
+    )
+    if isinstance(past_key, PrunedKeys) and isinstance(past_value, StoredValues):
+        if not past_key.config.stores_like(program.config):
+            raise Refused("the cache was compressed with other options", site.attention)
+        for node, past in ((site.key, past_key), (site.value, past_value)):
+            if tensor(node.args[1]).dtype != past.dtype:  # type: ignore[arg-type]
+                raise Refused(f"the new tokens are not {past.dtype} as the cache is", node)
+        return
+    for node in (site.key, site.value):
+        parts = (node.args[0] or node, node.args[1]) if node.target is APPEND else (node,)
+        if any(moved_from(part, program.states) for part in parts):  # type: ignore[arg-type]
+            raise Refused("a compressed cache is continued in an unknown way", node)
 
 
 def _check_readers(program: Program, site: _Site, live: set[fx.Node]) -> None:
     """The appended keys and values must serve this attention and the next step alone."""
     allowed = {site.attention, program.output}
     for append, past in ((site.key, site.past_key), (site.value, site.past_value)):
-        assert past is not None
-        for node, readers in ((append, allowed), (past, {append})):
-            others = [
-                user for user in node.users
-                if user in live and user not in readers and user.target != torch.ops.aten.sym_size.int
-            ]  # fmt: skip
-            if others:
-                raise Refused(f"the cache is also read by {others[0].target}", others[0])
+        _refuse_others(append, allowed, live)
+        if past in program.states:
+            _refuse_others(past, {append}, live)  # type: ignore[arg-type]
+
+
+def _refuse_others(node: fx.Node, allowed: set[fx.Node], live: set[fx.Node]) -> None:
+    for user in node.users:
+        if user in live and user not in allowed and user.target is not torch.ops.aten.sym_size.int:
+            name = "another attention" if user.target is ATTENTION else str(user.target)
+            raise Refused(f"the cache is also read by {name}", user)
 
 
 def _store(program: Program, site: _Site) -> None:
@@ -178,9 +191,10 @@ def _described(site: _Site, config: SparkConfig) -> Site:
         tensor(site.key).shape,
     )
     value_dim, itemsize = tensor(site.value).shape[3], tensor(site.key).element_size()
+    value_bytes = kv_heads * value_dim * tensor(site.value).element_size()
     key_bytes = key_token_bytes(key_dim, config.key_ratio, itemsize, config.recovery)
     return Site(
         layer_name(site.attention), int(query_heads), int(kv_heads), int(key_dim), int(value_dim),
-        dense_token_bytes=int(kv_heads * (key_dim + value_dim) * itemsize),
-        stored_token_bytes=int(kv_heads * (key_bytes + value_dim * itemsize)),
+        dense_token_bytes=int(kv_heads * key_dim * itemsize + value_bytes),
+        stored_token_bytes=int(kv_heads * key_bytes + value_bytes),
     )  # fmt: skip

@@ -3,6 +3,7 @@
 - assertions on metadata go: fake shapes prove them, and they would keep a rewritten value alive
 - aliases that do nothing (``alias``, ``detach``, ``lift_fresh_copy``, dropout that is off) go
 - ``view`` becomes ``reshape``: a rewritten value may have other strides than the model's own
+- ``concat`` and ``concatenate`` become ``cat``
 - ``cat``, ``softmax`` and ``transpose`` count their dimensions from the front
 """
 
@@ -41,6 +42,10 @@ def _normalize(node: fx.Node) -> bool:
         return True
     if node.target in (_aten.view.default, _aten._unsafe_view.default):
         node.target = _aten.reshape.default
+        return True
+    if node.target in (_aten.concat.default, _aten.concatenate.default):
+        node.target = _aten.cat.default
+        _count_from_front(node, "dim")
         return True
     if node.target in _NOTHING or _is_dropout_off(node):
         node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]

@@ -7,7 +7,8 @@ where there is an attention that it cannot bind faithfully.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,8 +31,24 @@ RESHAPES = {
     _aten.unflatten.int,
 }
 """Operators that do nothing where input and output have the same shape."""
-CASTS = {_aten._to_copy.default, _aten.to.dtype}
+CASTS = {_aten._to_copy.default, _aten.to.dtype, _aten.type_as.default}
 PRODUCTS = {_aten.matmul.default, _aten.bmm.default}
+LIKE_PRODUCTS = PRODUCTS | {_aten.einsum.default}
+"""Products as far as telling an attention from another softmax goes; not all can be bound."""
+ELEMENTWISE = {
+    _aten.add.Tensor, _aten.sub.Tensor, _aten.mul.Tensor, _aten.div.Tensor, _aten.mul.Scalar,
+    _aten.div.Scalar, _aten.tanh.default, _aten.where.self, _aten.masked_fill.Scalar,
+    _aten.masked_fill.Tensor, _aten.clamp.default, _aten.dropout.default,
+}  # fmt: skip
+"""What scores may go through before the softmax, and weights behind it."""
+MOVES = COPIES | RESHAPES | {
+    _aten.cat.default, _aten.permute.default, _aten.transpose.int, _aten.index_select.default,
+    _aten.index.Tensor, _aten.select.int, _aten.unsqueeze.default, _aten.squeeze.dim,
+    _aten.narrow.default, _aten.gather.default, _aten.flip.default, _aten.roll.default,
+    _aten.repeat_interleave.self_int, _aten.split.Tensor, _aten.split_with_sizes.default,
+    _aten.chunk.default, operator.getitem,
+}  # fmt: skip
+"""Operators that take values elsewhere without changing them."""
 SOFTMAXES = {_aten.softmax.int, _aten._softmax.default, _aten._safe_softmax.default}
 
 
@@ -146,17 +163,18 @@ def match_softmax(node: fx.Node) -> Attention | None:
     """matmul, scale, softcap, mask, softmax, cast, dropout, matmul, as eager attention has it."""
     if node.target not in SOFTMAXES or rank(node) != 4 or argument(node, "dim") != 3:
         return None
-    output, weights = _weighted_sum(node)
     scores = _Scores(node.args[0])  # type: ignore[arg-type]
-    if output is None or weights is None or not scores.peel():
+    if not _depends_on_product(scores.node) or not _reaches_product(node):
         return None
-    product = scores.node
-    query, key = product.args
-    key = _transposed(source(key), product)  # type: ignore[arg-type]
-    value = output.args[1]
+    output = _weighted_sum(node)
+    if output is None:
+        raise Refused("the attention weights are changed before they meet the values", node)
+    scores.peel()
+    query, key = scores.node.args
+    key = _transposed(source(key), scores.node)  # type: ignore[arg-type]
     return _bound(
-        source(query), key, value, scores.mask, None, scores.scale, scores.softcap,  # type: ignore[arg-type]
-        product, output,
+        source(query), key, output.args[1], scores.mask, None, scores.scale, scores.softcap,  # type: ignore[arg-type]
+        scores.node, output,
     )  # fmt: skip
 
 
@@ -175,25 +193,30 @@ def _bound(
     return Attention(query, key, value, mask, causal, float(scale), softcap, scores, output)
 
 
-def _weighted_sum(softmax: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
-    """The product of the weights with the values, and the weights it takes."""
+def _weighted_sum(softmax: fx.Node) -> fx.Node | None:
+    """The product of the weights, up to copies and a cast, with the values."""
     weights = softmax
     while True:
-        users = [
-            user for user in weights.users if user.target in PRODUCTS | CASTS | COPIES | RESHAPES
-        ]
-        products = [user for user in users if user.target in PRODUCTS and user.args[0] is weights]
+        products = [u for u in weights.users if u.target in PRODUCTS and u.args[0] is weights]
         if products:
-            return products[0], weights
-        casts = [user for user in users if user.target not in PRODUCTS and source_is(user, weights)]
+            return products[0]
+        casts = [u for u in weights.users if behind_cast(u) is behind_cast(weights)]
         if not casts:
-            return None, None
+            return None
         weights = casts[0]
 
 
-def source_is(node: fx.Node, weights: fx.Node) -> bool:
-    """Whether ``node`` is ``weights`` up to copies and a cast."""
-    return behind_cast(node) is behind_cast(weights)
+def _reaches_product(softmax: fx.Node) -> bool:
+    """Whether the weights, possibly changed, are multiplied with something."""
+    seen, stack = {softmax}, [softmax]
+    while stack:
+        for user in stack.pop().users:
+            if user.target in LIKE_PRODUCTS:
+                return True
+            if user.target in ELEMENTWISE | CASTS | MOVES and user not in seen:
+                seen.add(user)
+                stack.append(user)
+    return False
 
 
 def _transposed(key: fx.Node, product: fx.Node) -> fx.Node:
@@ -214,10 +237,8 @@ class _Scores:
         self.scale = 1.0
         self.softcap = 0.0
 
-    def peel(self) -> bool:
-        """Bind mask, softcap and scale; False where there is no product at the bottom."""
-        if not _depends_on_product(self.node):
-            return False
+    def peel(self) -> None:
+        """Bind mask, softcap and scale, so that ``node`` is the product of queries and keys."""
         self._peel_mask()
         self._peel_scale()
         if self.node.target is _aten.tanh.default:
@@ -228,7 +249,6 @@ class _Scores:
             self.scale *= self.softcap
         if self.node.target not in PRODUCTS:
             raise Refused(f"{self.node.target} between queries, keys and softmax", self.node)
-        return True
 
     def _peel_mask(self) -> None:
         if self.node.target is not _aten.add.Tensor or argument(self.node, "alpha") != 1:
@@ -249,18 +269,30 @@ class _Scores:
 
 
 def _depends_on_product(node: fx.Node) -> bool:
-    """Whether a product is reached through the element-wise operators that scores go through."""
-    elementwise = {
-        _aten.add.Tensor, _aten.mul.Tensor, _aten.div.Tensor, _aten.mul.Scalar, _aten.div.Scalar,
-        _aten.tanh.default, _aten.where.self, _aten.masked_fill.Scalar, _aten.sub.Tensor,
-    }  # fmt: skip
+    """Whether a product of four dimensions is reached through what scores go through."""
+    seen: set[fx.Node] = set()
     stack = [node]
     while stack:
         current = behind_cast(stack.pop())
-        if current.target in PRODUCTS and rank(current) == 4:
+        if current.target in LIKE_PRODUCTS and rank(current) == 4:
             return True
-        if current.target in elementwise:
-            stack += [a for a in current.args if isinstance(a, fx.Node)]
+        if current.target in ELEMENTWISE | MOVES and current not in seen:
+            seen.add(current)
+            stack += current.all_input_nodes
+    return False
+
+
+def moved_from(node: fx.Node, origins: Collection[fx.Node]) -> bool:
+    """Whether a value holds values of one of ``origins``, moved but not computed with."""
+    seen: set[fx.Node] = set()
+    stack = [node]
+    while stack:
+        current = stack.pop()
+        if current in origins:
+            return True
+        if current.target in MOVES and current not in seen:
+            seen.add(current)
+            stack += current.all_input_nodes
     return False
 
 

