@@ -47,7 +47,8 @@ def pack_bits(flags: Tensor) -> Tensor:
     padding = -flags.shape[-1] % 8
     flags_8 = torch.nn.functional.pad(flags, (0, padding)).unflatten(-1, (-1, 8))
     weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=flags.device)
-    return (flags_8 * weights).sum(-1, dtype=torch.uint8)
+    packed: Tensor = (flags_8 * weights).sum(-1, dtype=torch.uint8)
+    return packed
 
 
 def unpack_bits(packed: Tensor, head_dim: int) -> Tensor:

@@ -72,7 +72,8 @@ def _replace_states(program: Program) -> int:
 
 
 def _first_call(graph: fx.Graph) -> fx.Node:
-    return next(node for node in graph.nodes if node.op != "placeholder")
+    nodes: list[fx.Node] = list(graph.nodes)
+    return next(node for node in nodes if node.op != "placeholder")
 
 
 def _plan_inputs(program: Program) -> None:

@@ -80,7 +80,7 @@ def inline(
     placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
     mapping = dict(zip(placeholders, args, strict=True))
     result = program.graph.graph_copy(traced.graph, mapping)
-    return result if isinstance(result, tuple) else (result,)  # type: ignore[return-value]
+    return result if isinstance(result, tuple) else (result,)
 
 
 def same_size(left: torch.Tensor, right: torch.Tensor) -> bool:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from .. import ops as _registered  # noqa: F401  (torch.ops.spark)
 from ..report import Refusal, Site
 from .dataflow import call, live_nodes, readers_inside
 from .patterns import MATCHERS, Attention, Refused, tensor

@@ -12,6 +12,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from .. import ops as _registered  # noqa: F401  (torch.ops.spark)
 from .dataflow import call
 from .find_attention import CANONICAL as ATTENTION
 from .find_attention import ORIGINAL
@@ -39,7 +40,7 @@ def _canonicalize(program: Program, node: fx.Node) -> bool:
         return False
     if rank(node) != 4:
         return False
-    parts: list[fx.Node] = [part for part in node.args[0] if not _is_empty(part)]  # type: ignore[union-attr]
+    parts = [part for part in argument(node, "tensors") if not _is_empty(part)]
     if not 1 <= len(parts) <= 2:
         return False
     past, new = (None, parts[0]) if len(parts) == 1 else parts

@@ -107,7 +107,7 @@ def _check_readers(program: Program, site: _Site, live: set[fx.Node]) -> None:
     for append, past in ((site.key, site.past_key), (site.value, site.past_value)):
         _refuse_others(append, allowed, live)
         if past in program.states:
-            _refuse_others(past, {append}, live)  # type: ignore[arg-type]
+            _refuse_others(past, {append}, live)
 
 
 def _refuse_others(node: fx.Node, allowed: set[fx.Node], live: set[fx.Node]) -> None:
@@ -159,7 +159,8 @@ def _room(like: Tensor, rows: int) -> Tensor:
 
 def _append_and_attend(program: Program, site: _Site) -> None:
     """One operator in place of append, recovery and attention."""
-    assert site.past_key is not None and site.past_value is not None
+    assert site.past_key is not None
+    assert site.past_value is not None
     config, attention, length = program.config, site.attention, tensor(site.key).shape[2]
     new_key, new_value = site.key.args[1], site.value.args[1]
     key, value = (stored_tensors(program, past) for past in (site.past_key, site.past_value))
@@ -170,7 +171,7 @@ def _append_and_attend(program: Program, site: _Site) -> None:
         pair = call(program, torch.ops.spark.append_attend.default, (
             site.query, new_key, new_value,
             key["kept"], key["bits"], key["scale"], key["norms"], key["packed_length"],
-            key["tail"], value["values"], key["length"],
+            key["tail"], value["rows"], key["length"],
             mask, causal_offset, scale, softcap, sinks,
             config.sink_tokens, config.recovery, config.saliency,
         ))  # fmt: skip

@@ -17,8 +17,8 @@ from torch._guards import TracingContext
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ..cache import SparkTensor
 from ..config import SparkConfig
+from ..state import SparkTensor
 from .program import PassFailed, Program
 
 
@@ -67,11 +67,11 @@ def lower(
     dense = [as_dense(mode, fake) for fake in fakes]
     try:
         with torch.fx.traceback.preserve_node_meta(), torch.no_grad():
-            lowered, signature = aot_export_module(
-                module, dense, trace_joint=False, pre_dispatch=True
-            )
+            exported = aot_export_module(module, dense, trace_joint=False, pre_dispatch=True)
     except Exception as error:
         raise PassFailed(f"pass Lower failed: {type(error).__name__}: {error}") from error
+    lowered, signature = exported
+    assert isinstance(lowered, fx.GraphModule)
     _write_back_mutations(lowered.graph, signature)
     placeholders = lowered.graph.find_nodes(op="placeholder")
     states = {

@@ -51,8 +51,8 @@ def _normalize(node: fx.Node) -> bool:
         node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
         node.graph.erase_node(node)
         return True
-    names = _DIMENSIONS.get(node.target, ())
-    return sum(_count_from_front(node, name) for name in names) > 0  # type: ignore[arg-type]
+    names = _DIMENSIONS.get(node.target, ())  # type: ignore[call-overload]
+    return sum(_count_from_front(node, name) for name in names) > 0
 
 
 def _is_dropout_off(node: fx.Node) -> bool:

@@ -62,7 +62,7 @@ def check(program: Program, checked: dict[fx.Node, list[fx.Node]]) -> None:
             with program.fake_mode, torch.no_grad():
                 actual = node.target(
                     *fx.map_arg(node.args, value_of), **fx.map_arg(node.kwargs, value_of)
-                )  # type: ignore[operator]
+                )
             _compare(node.name, actual, node.meta.get("val"))
         checked[node] = operands
 

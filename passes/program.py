@@ -8,9 +8,9 @@ from typing import Any
 from torch import SymInt, fx
 from torch._subclasses import FakeTensorMode
 
-from ..cache import SparkTensor
 from ..config import SparkConfig
 from ..report import Site
+from ..state import SparkTensor
 
 
 class PassFailed(RuntimeError):

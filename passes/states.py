@@ -19,7 +19,7 @@ def stored_tensors(program: Program, state: fx.Node) -> dict[str, Any]:
         with program.graph.inserting_before(state):
             stored: dict[str, Any] = {
                 name: _placeholder(program, f"{state.name}_{name}", value)
-                for name, value in fake.inner().items()
+                for name, value in fake.stored().items()
             }
             stored["length"] = length = fake.shape[2]
             if isinstance(length, SymInt):
@@ -39,7 +39,7 @@ def recover(program: Program, state: fx.Node) -> fx.Node:
     stored = stored_tensors(program, state)
     fake = program.states[state]
     if not isinstance(fake, PrunedKeys):
-        rows = (stored["values"], stored["length"])
+        rows = (stored["rows"], stored["length"])
         return call(program, torch.ops.spark.first_rows.default, rows)
     config = fake.config
     return call(program, torch.ops.spark.recover.default, (

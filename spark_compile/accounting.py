@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .cache import SparkTensor
+from .state import SparkTensor
 
 
 def kv_bytes(cache: object) -> int:
@@ -39,7 +39,7 @@ def _tensors(value: object, seen: set[int]) -> Iterator[Tensor]:
         return
     seen.add(id(value))
     if isinstance(value, SparkTensor):
-        yield from value.inner().values()
+        yield from value.stored().values()
     elif isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):

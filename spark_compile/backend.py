@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensorMode
 
-from .cache import SparkTensor
 from .config import SparkConfig
 from .passes.lower import as_dense, fake_inputs, lower
-from .passes.pipeline import PassFailed, run_passes
+from .passes.pipeline import run_passes
+from .passes.program import PassFailed
 from .report import GraphReport, SparkError, SparkWarning, record
 from .runtime import SparkGraph
+from .state import SparkTensor
 
 Compiled = Callable[..., Any]
 InnerCompiler = Callable[[fx.GraphModule, list[Any]], Compiled]
@@ -53,7 +54,7 @@ def compile_graph(
     config: SparkConfig,
     inner: InnerCompiler,
 ) -> Compiled:
-    """Rewrite one graph and hand it to ``inner``; the untouched graph where that is not possible."""
+    """Rewrite one graph and hand it to ``inner``; where that fails, the untouched graph."""
     start = time.perf_counter()
     fake_mode, fakes = fake_inputs(example_inputs)
     reason = _reason_to_leave_alone(example_inputs)

@@ -40,14 +40,13 @@ def explain(model: nn.Module, inputs: Mapping[str, Any], **options: Any) -> Repo
     call = {name: _off_meta(value) for name, value in inputs.items()}
     if "use_cache" in inspect.signature(model.forward).parameters:
         call.setdefault("use_cache", True)
-    with _weights_off_meta(model), torch.no_grad(), collect_report() as report:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", SparkWarning)  # the report says the same
-            output = compiled(**call)
-            past = getattr(output, "past_key_values", None)
-            if past is not None and "input_ids" in call:
-                last = call["input_ids"][:, -1:]
-                compiled(input_ids=last, past_key_values=past, use_cache=True)
+    quiet = warnings.catch_warnings(action="ignore", category=SparkWarning)  # the report says it
+    with _weights_off_meta(model), torch.no_grad(), quiet, collect_report() as report:
+        output = compiled(**call)
+        past = getattr(output, "past_key_values", None)
+        if past is not None and "input_ids" in call:
+            last = call["input_ids"][:, -1:]
+            compiled(input_ids=last, past_key_values=past, use_cache=True)
     return report
 
 
@@ -83,8 +82,10 @@ def _off_meta(value: Any) -> Any:
 def _weights_off_meta(model: nn.Module) -> Iterator[None]:
     """Stand-ins for a model's meta parameters and buffers inside the ``with`` block."""
     replaced: list[tuple[dict[str, Any], str, Tensor]] = []
+    stores: list[dict[str, Any]]
     for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
+        stores = [module._parameters, module._buffers]
+        for tensors in stores:
             for name, tensor in tensors.items():
                 if tensor is not None and tensor.is_meta:
                     replaced.append((tensors, name, tensor))

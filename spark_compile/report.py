@@ -55,7 +55,7 @@ class GraphReport:
     """What the passes did to one graph."""
 
     phase: str
-    """"prefill" (no compressed past), "decode" (a compressed past), "no attention", "left alone"."""
+    """"prefill", "decode" (it takes a compressed past), "no attention" or "left alone"."""
     sites: tuple[Site, ...] = ()
     left_alone: str | None = None
     """Why the whole graph was handed on as it came, if it was."""

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import SymInt
 
-from .cache import PrunedKeys, SparkTensor, StoredValues, new_keys, new_values
+from .cache import PrunedKeys, StoredValues, new_keys, new_values
 from .config import SparkConfig
 from .passes.program import GrownState, NewState, PlainOutput, Program, StateInput
+from .state import SparkTensor
 
 _NEW_KEY_TENSORS = ("kept", "bits", "scale", "norms", "stats", "tail")
 
@@ -84,7 +85,7 @@ class SparkGraph:
             state = value
             if index in self._extra:
                 state = grown[index] = value.reserve(self._extra[index](args))
-            flat.extend(state.inner().values())
+            flat.extend(state.stored().values())
             if plan.with_length:
                 flat.append(value.shape[2])
         results = self._compiled(*flat)

@@ -1,1 +1,1 @@
-"""The definition of every operation: plain fp32 PyTorch that the fast kernels are tested against."""
+"""The definition of every operation: plain fp32 PyTorch that fast kernels are tested against."""

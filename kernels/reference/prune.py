@@ -30,7 +30,8 @@ def query_stats(query: Tensor, kv_heads: int, window: int) -> Tensor:
         [B, Hkv, D] float32. Its square root is the query norm n of the method.
     """
     grouped = query[:, :, -window:].float().unflatten(1, (kv_heads, -1)).mean(2)
-    return grouped.square().sum(2)
+    stats: Tensor = grouped.square().sum(2)
+    return stats
 
 
 def exponent(saliency: str) -> float:
@@ -77,7 +78,7 @@ def prune(
 
 
 def _amplitude(saliency_BHSD: Tensor, keep: Tensor, recovery: str) -> Tensor:
-    """Mean, and for "gaussian" also the deviation, of the pruned saliencies: [B, Hkv, S, 1 or 2]."""
+    """Mean, and for "gaussian" also the deviation, of pruned saliencies: [B, Hkv, S, 1 or 2]."""
     pruned = (~keep).sum(-1, keepdim=True).clamp(min=1)
     mean = saliency_BHSD.masked_fill(keep, 0).sum(-1, keepdim=True) / pruned
     if recovery != "gaussian":
@@ -112,7 +113,8 @@ def _drawn(scale: Tensor, shape: torch.Size, recovery: str, power: float) -> Ten
         return mean_p * (-uniform.log()).pow(power)
     normal = (2.0 * uniform - 1.0).erfinv() * 2.0**0.5
     mean, spread = scale.pow(1 / power).split(1, dim=-1)
-    return (mean + spread * normal).clamp(min=0).pow(power)
+    drawn: Tensor = (mean + spread * normal).clamp(min=0).pow(power)
+    return drawn
 
 
 def _uniform(heads: int, tokens: int, channels: int, device: torch.device) -> Tensor:

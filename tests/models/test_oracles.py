@@ -52,12 +52,10 @@ FAST = {
 COMBINATIONS = [
     pytest.param(
         *combination,
-        id="-".join((combination[0], "padded" if combination[1] else "single", str(combination[2])[6:])),
+        id=f"{combination[0]}-{'padded' if combination[1] else 'single'}-{combination[2]}",
         marks=[] if combination in FAST else [pytest.mark.slow],
     )
-    for combination in itertools.product(
-        ("sdpa", "eager"), (0, 3), (torch.float32, torch.bfloat16)
-    )
+    for combination in itertools.product(("sdpa", "eager"), (0, 3), (torch.float32, torch.bfloat16))
 ]
 
 

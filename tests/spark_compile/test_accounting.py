@@ -35,7 +35,7 @@ def test_nested_tensors_are_summed_and_shared_storage_counts_once() -> None:
 def test_a_state_counts_with_all_that_it_stores() -> None:
     made = prefill(CONFIG, LENGTH)
     for state in (made.keys, made.values):
-        stored = sum(t.numel() * t.element_size() for t in state.inner().values())
+        stored = sum(t.numel() * t.element_size() for t in state.stored().values())
         assert kv_bytes(state) == state.stored_bytes() == stored
     assert kv_bytes(made.keys) + kv_bytes(made.values) == kv_bytes((made.keys, made.values))
 

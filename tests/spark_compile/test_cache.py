@@ -12,7 +12,7 @@ from states import BATCH, HEADS, KEY_DIM, VALUE_DIM, dense, expected_keys, prefi
 from torch import Tensor
 
 from spark_compile import PrunedKeys, SparkConfig, StoredValues
-from spark_compile.cache import SparkTensor
+from spark_compile.state import SparkTensor
 
 EXACT = SparkConfig(key_ratio=0, window=4)
 PRUNED = SparkConfig(key_ratio=0.6, window=4, sink_tokens=2)
@@ -141,9 +141,9 @@ def test_zero_works_in_place_and_alone() -> None:
 
 def test_copies_have_a_storage_of_their_own() -> None:
     for state in both(PRUNED):
-        pointers = {t.data_ptr() for t in state.inner().values()}
+        pointers = {t.data_ptr() for t in state.stored().values()}
         for change in (copy.copy, copy.deepcopy, torch.clone, lambda x: x.index_select(0, ALL)):
-            assert pointers.isdisjoint(t.data_ptr() for t in change(state).inner().values())
+            assert pointers.isdisjoint(t.data_ptr() for t in change(state).stored().values())
 
 
 ALL = torch.arange(BATCH)
@@ -177,7 +177,7 @@ def test_repr_says_what_is_stored() -> None:
 
 def test_stored_bytes_are_those_of_the_stored_tensors() -> None:
     for state in both(PRUNED):
-        stored = sum(t.untyped_storage().nbytes() for t in state.inner().values())
+        stored = sum(t.untyped_storage().nbytes() for t in state.stored().values())
         assert state.stored_bytes() == stored
 
 

@@ -11,7 +11,7 @@ from states import dense, prefill
 from torch import Tensor
 
 from spark_compile import SparkConfig
-from spark_compile.cache import SparkTensor
+from spark_compile.state import SparkTensor
 
 FUNCTIONS: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "crop": lambda x, index: x[..., :-3, :],

@@ -11,8 +11,8 @@ import torch
 from states import prefill
 from torch import Tensor
 
-from spark_compile import SparkConfig, SparkWarning, cache
-from spark_compile.cache import SparkTensor
+from spark_compile import SparkConfig, SparkWarning
+from spark_compile.state import SparkTensor
 
 CONFIG = SparkConfig(key_ratio=0.6, window=4, sink_tokens=1)
 
@@ -63,7 +63,7 @@ WRITES: dict[str, Callable[[Tensor], Any]] = {
 
 @pytest.fixture(autouse=True)
 def nothing_warned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache, "_warned", set())
+    monkeypatch.setattr("spark_compile.state._warned", set())
 
 
 def both() -> tuple[SparkTensor, SparkTensor]:

@@ -98,7 +98,7 @@ def room_allowed(rows: int, config: SparkConfig) -> int:
 
 def check_room(keys: PrunedKeys, values: StoredValues, config: SparkConfig) -> None:
     packed, length = keys.packed_tokens(), keys.shape[2]
-    assert values.values.shape[2] <= room_allowed(length, config)
+    assert values.rows.shape[2] <= room_allowed(length, config)
     assert keys.tail.shape[2] <= room_allowed(length - packed, config)
     assert keys.kept.shape[2] <= room_allowed(packed, config)
     assert keys.kept.shape[2] == keys.bits.shape[2] == keys.scale.shape[2]
@@ -115,7 +115,7 @@ def test_room_is_bounded_and_growing_rarely_copies(policy: dict[str, int], lengt
         check_room(keys, values, config)
         new = tokens(1, batch=1)
         keys, values = step(keys, new[0], stats), values.appended(new[1])
-        now = [t.data_ptr() for t in (keys.kept, keys.tail, values.values)]
+        now = [t.data_ptr() for t in (keys.kept, keys.tail, values.rows)]
         moves = [m + (a != b) for m, a, b in zip(moves, now, pointers, strict=True)]
         pointers = now
     assert max(moves) <= 100 // config.window + 2
@@ -129,6 +129,6 @@ def test_a_copied_prefix_keeps_no_more_room_than_it_needs() -> None:
     keys, values = (state.appended(t) for state, t in zip(shorter, new, strict=True))
     assert keys.tail.data_ptr() != made.keys.tail.data_ptr()
     assert isinstance(values, StoredValues)
-    assert values.values.shape[2] <= room_allowed(21, config)
+    assert values.rows.shape[2] <= room_allowed(21, config)
     assert isinstance(keys, PrunedKeys)
     assert keys.tail.shape[2] <= room_allowed(keys.shape[2] - keys.packed_tokens(), config)

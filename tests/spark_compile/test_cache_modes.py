@@ -10,7 +10,7 @@ from states import dense, prefill, tokens
 from torch import Tensor
 
 from spark_compile import SparkConfig
-from spark_compile.cache import SparkTensor
+from spark_compile.state import SparkTensor
 
 MODES = {
     "grad": torch.enable_grad,
@@ -76,4 +76,4 @@ def test_results_do_not_keep_the_state_alive(name: str, mode: str) -> None:
 
 
 def buffer(state: Any) -> Tensor:
-    return state.inner()[state.INNER[-1]]
+    return state.stored()[state.STORED[-1]]

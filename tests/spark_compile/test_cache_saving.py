@@ -12,7 +12,7 @@ from states import HEADS, KEY_DIM, VALUE_DIM, prefill, tokens
 from transformers import DynamicCache
 
 from spark_compile import SparkConfig
-from spark_compile.cache import SparkTensor
+from spark_compile.state import SparkTensor
 
 CONFIG = SparkConfig(key_ratio=0.6, window=4, sink_tokens=2, recovery="gaussian")
 

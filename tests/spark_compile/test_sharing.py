@@ -13,8 +13,8 @@ from states import HEADS, KEY_DIM, VALUE_DIM, prefill, tokens
 from torch import Tensor
 
 from spark_compile import SparkConfig
-from spark_compile.cache import SparkTensor
 from spark_compile.sharing import Rows, grown
+from spark_compile.state import SparkTensor
 
 CONFIG = SparkConfig(key_ratio=0, window=3, recent_tokens=1, sink_tokens=1)
 
@@ -99,7 +99,7 @@ def two(length: int = 21) -> list[SparkTensor]:
 
 
 def buffer(state: SparkTensor) -> Tensor:
-    return state.inner()[state.INNER[-1]]
+    return state.stored()[state.STORED[-1]]
 
 
 def new(state: SparkTensor, count: int) -> Tensor:

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from spark_compile import PrunedKeys, SparkConfig, StoredValues
-from spark_compile.cache import SparkTensor, new_keys, new_values
+from spark_compile.cache import new_keys, new_values
 from spark_compile.kernels.layout import kept_channels
 from spark_compile.kernels.reference.prune import prune, query_stats, recover
 from spark_compile.passes.insert_spark import store_keys, store_values
+from spark_compile.state import SparkTensor
 
 _NAMES = ("kept", "bits", "scale", "norms", "stats", "tail")
 BATCH, HEADS, KEY_DIM, VALUE_DIM = 2, 3, 12, 10

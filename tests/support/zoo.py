@@ -7,8 +7,10 @@ from typing import Any
 import torch
 import transformers as t
 
-_COMMON = {"vocab_size": 96, "num_hidden_layers": 2, "max_position_embeddings": 256,
-           "initializer_range": 0.2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 95}  # fmt: skip
+_COMMON = {
+    "vocab_size": 96, "num_hidden_layers": 2, "max_position_embeddings": 256,
+    "initializer_range": 0.2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 95,
+}  # fmt: skip
 _WIDTHS = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
 _GROUPED = {**_COMMON, **_WIDTHS, "num_key_value_heads": 2}
 
