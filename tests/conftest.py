@@ -13,6 +13,9 @@ sys.path[:] = [entry for entry in sys.path if entry and Path(entry).resolve() !=
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+# Two workers of two threads each, all waiting for one another, take many times longer.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def fresh_compiler_and_seed() -> None:
