@@ -142,8 +142,10 @@ def _meta_model(model: str) -> Any:
     """The causal language model of the config that ``model`` names, in eval mode, on "meta"."""
     place, keywords = _locate(model)
     import torch
+    from huggingface_hub.utils import logging as hub_logging
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    hub_logging.set_verbosity_error()  # else every retry of an unreachable hub is a line
     try:
         config = AutoConfig.from_pretrained(place, **keywords)
     except (OSError, ValueError, KeyError, ImportError) as error:

@@ -47,6 +47,8 @@ def run_demo(
     ]
     results = _run_jobs(jobs, console)
     console.print(results_table(results))
+    for result in results:
+        console.print(f"{result.name} answered: {result.answer}", markup=False)
     return results
 
 
@@ -135,7 +137,7 @@ def results_table(results: Sequence[Result]) -> Table:
     first = results[0]
     table = Table(
         title=f"SmolLM2-135M-Instruct, {first.dtype}, prompt of {first.prompt_tokens} tokens",
-        caption="Speeds and the job's memory are of one run with everything compiled before.",
+        caption="Keys and values after the prefill; the job is one run, compiled before.",
     )
     table.add_column("")
     for result in results:
@@ -147,16 +149,15 @@ def results_table(results: Sequence[Result]) -> Table:
     def percent(value: float, base: float) -> str:
         return f"{value / base:.0%}" if base else "-"
 
-    row("stored KV after prefill, MB", (f"{r.kv_bytes / 1e6:.1f}" for r in results))
-    row("  of dense", (percent(r.kv_bytes, first.kv_bytes) for r in results))
+    row("keys and values, MB", (f"{r.kv_bytes / 1e6:.1f}" for r in results))
+    row("  share of dense", (percent(r.kv_bytes, first.kv_bytes) for r in results))
     row("peak memory of the job, MB", (f"{r.job_peak_bytes / 1e6:.0f}" for r in results))
-    row("peak memory of the process, MB", (f"{r.process_peak_bytes / 1e6:.0f}" for r in results))
+    row("peak memory with compiling, MB", (f"{r.process_peak_bytes / 1e6:.0f}" for r in results))
     row("prefill, tokens/s", (f"{r.prefill_tokens_per_s:.0f}" for r in results))
-    row("decode, tokens/s (median step)", (f"{r.decode_tokens_per_s:.1f}" for r in results))
-    row("decode, tokens/s (all steps)", (f"{r.decode_mean_tokens_per_s:.1f}" for r in results))
+    row("decode, tokens/s, median step", (f"{r.decode_tokens_per_s:.1f}" for r in results))
+    row("decode, tokens/s, all steps", (f"{r.decode_mean_tokens_per_s:.1f}" for r in results))
     row(f"perplexity, next {CONTINUATION_TOKENS} tokens", (f"{r.perplexity:.2f}" for r in results))
     row("needle found", ("[green]yes[/]" if r.found else "[red]no[/]" for r in results))
-    row("answer", (r.answer for r in results))
     return table
 
 
@@ -164,7 +165,10 @@ def _main(arguments: Sequence[str]) -> None:
     """Run as a worker: ``--worker`` and the job as JSON."""
     if len(arguments) != 2 or arguments[0] != "--worker":
         raise SystemExit("this module is a worker of 'spark-optimize demo': run that instead")
-    result = measure(Job(**json.loads(arguments[1])), _emit, _wait)
+    try:
+        result = measure(Job(**json.loads(arguments[1])), _emit, _wait)
+    except DemoError as error:
+        raise SystemExit(str(error)) from None
     _emit({"result": dataclasses.asdict(result)})
 
 

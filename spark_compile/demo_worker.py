@@ -31,7 +31,7 @@ NEEDLE = "The special magic number for the city of Lisbon is 48213."
 QUESTION = "What is the special magic number for the city of Lisbon?"
 ANSWER = "48213"
 CONTINUATION_TOKENS = 256
-WARM_UP_TOKENS = 6
+WARM_UP_TOKENS = 4
 
 
 @dataclass(frozen=True)
@@ -102,12 +102,18 @@ def measure(job: Job, emit: Callable[[dict[str, Any]], None], wait: Callable[[],
         text = read_essays(Path(job.text_wheel))
         prompt = torch.tensor([build_prompt(tokenizer, text, job.context_tokens)])
         passage = _passage(tokenizer, text, prompt.shape[1] + CONTINUATION_TOKENS)
-        model = _load(job)
+        dtype = _auto_dtype() if job.dtype == "auto" else getattr(torch, job.dtype)
+        load = transformers.AutoModelForCausalLM.from_pretrained
+        model = load(job.model, dtype=dtype).eval()
     with torch.no_grad():
-        with _stage("compile prefill and decode", emit):
-            _generate(model, prompt, WARM_UP_TOKENS)
-        with _stage("compile chunk, perplexity", emit):
+        with _stage("perplexity", emit):
+            # Three graphs more, run once each: compiling them would take longer than the whole job.
+            _compile(model, job.key_ratio, "eager")
             perplexity = _perplexity(model, passage)
+        with _stage("compile prefill and decode", emit):
+            torch._dynamo.reset()
+            _compile(model, job.key_ratio, job.inner)
+            _generate(model, prompt, WARM_UP_TOKENS)
         wait()
         compile_peak_bytes = _memory_bytes("VmHWM")
         before_bytes = _reset_peak()
@@ -178,14 +184,11 @@ def _passage(tokenizer: Any, text: str, tokens: int) -> Tensor:
     return torch.tensor([ids])
 
 
-def _load(job: Job) -> Any:
-    dtype = _auto_dtype() if job.dtype == "auto" else getattr(torch, job.dtype)
-    load = transformers.AutoModelForCausalLM.from_pretrained
-    model = load(job.model, dtype=dtype).eval()
-    if job.key_ratio is None:
-        model.compile(backend=job.inner)
-        return model
-    return spark_compile.optimize(model, key_ratio=job.key_ratio, inner=job.inner)
+def _compile(model: Any, key_ratio: float | None, inner: str) -> None:
+    if key_ratio is None:
+        model.compile(backend=inner)
+    else:
+        spark_compile.optimize(model, key_ratio=key_ratio, inner=inner)
 
 
 def _auto_dtype() -> torch.dtype:
@@ -220,9 +223,7 @@ def _perplexity(model: Any, passage: Tensor) -> float:
     cache = transformers.DynamicCache(config=model.config)
     first = model(input_ids=context, past_key_values=cache, use_cache=True, logits_to_keep=1)
     rest = model(input_ids=chunk, past_key_values=cache, use_cache=True)
-    logits = torch.cat([first.logits, rest.logits[:, :-1]], dim=1)[
-        0
-    ].float()  # [tokens, vocabulary]
+    logits = torch.cat([first.logits, rest.logits[:, :-1]], dim=1)[0].float()  # [L, vocabulary]
     return math.exp(torch.nn.functional.cross_entropy(logits, chunk[0]).item())
 
 
