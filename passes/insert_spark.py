@@ -23,7 +23,7 @@ from .dataflow import call, inline, live_nodes
 from .find_attention import CANONICAL as ATTENTION
 from .find_attention import layer_name, restore
 from .find_kv_append import CANONICAL as APPEND
-from .patterns import Refused, moved_from, tensor
+from .patterns import WRITES, Refused, moved_from, tensor
 from .program import Program, Replacement
 from .states import stored_tensors
 
@@ -73,13 +73,25 @@ def _check(program: Program, site: _Site, returned: set[fx.Node], live: set[fx.N
     """Raise Refused unless the site's cache can be stored compressed."""
     for name, node in (("keys", site.key), ("values", site.value)):
         if node not in returned:
-            raise Refused(f"the {name} are not returned by the graph: no cache is kept", node)
+            raise Refused(_why_not_returned(name, node, returned), node)
     if site.key is site.value:
         raise Refused("keys and values are the same tensor", site.key)
     if tensor(site.key).dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise Refused(f"keys of {tensor(site.key).dtype} cannot be pruned", site.key)
     _check_past(program, site)
     _check_readers(program, site, live)
+
+
+def _why_not_returned(name: str, node: fx.Node, returned: set[fx.Node]) -> str:
+    """Tell a cache that is kept in a way not known here from no cache at all."""
+    for value in returned:
+        if moved_from(value, [node]):
+            return f"the cache keeps the {name} changed by {value.target}, as a sliding window does"
+    writes = [other for other in node.graph.nodes if other.target in WRITES]
+    written = next((write for write in writes if moved_from(node, [write])), None)
+    if written is not None:
+        return f"the {name} are written into a buffer by {written.target}, not appended by cat"
+    return f"the {name} are not returned by the graph: no cache is kept"
 
 
 def _check_past(program: Program, site: _Site) -> None:

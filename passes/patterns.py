@@ -50,6 +50,11 @@ MOVES = COPIES | RESHAPES | {
 }  # fmt: skip
 """Operators that take values elsewhere without changing them."""
 SOFTMAXES = {_aten.softmax.int, _aten._softmax.default, _aten._safe_softmax.default}
+WRITES = {
+    _aten.index_copy.default, _aten.index_put.default, _aten.slice_scatter.default,
+    _aten.select_scatter.default, _aten.scatter.src, _aten.copy.default,
+}  # fmt: skip
+"""Functional forms of writing into a part of a buffer."""
 
 
 class Refused(Exception):

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from torch._dynamo.utils import counters
-from zoo import tiny
+from zoo import ARCHITECTURES, tiny
 
 from spark_compile import PrunedKeys, StoredValues, kv_bytes, optimize
 
@@ -121,7 +121,7 @@ def test_transformers_compile_config_knows_the_backend() -> None:
     config._compile_all_devices = True
     arguments = {"max_new_tokens": 8, "do_sample": False, "cache_implementation": "static"}
     expected = model.generate(ids, **arguments)
-    with pytest.warns(UserWarning, match="no cache is kept"):
+    with pytest.warns(UserWarning, match="written into a buffer by aten.index_copy"):
         actual = tiny("llama", "sdpa").generate(ids, compile_config=config, **arguments)
     assert torch.equal(actual, expected)
 
@@ -135,3 +135,22 @@ def test_output_attentions_are_left_alone_with_a_reason() -> None:
     expected = torch.no_grad()(model)(**call)
     torch.testing.assert_close(actual.attentions, expected.attentions)
     torch.testing.assert_close(actual.logits, expected.logits)
+
+
+def test_sliding_layers_are_refused_and_full_ones_rewritten() -> None:
+    kind, fields = ARCHITECTURES["gemma3"]
+    layers = ["sliding_attention", "full_attention"]
+    config = kind(**{**fields, "layer_types": layers, "sliding_window": 16})
+    model, ids = transformers.AutoModelForCausalLM.from_config(config).eval(), prompts(1, 30)
+    compiled = optimize(
+        copy.deepcopy(model), key_ratio=0.0, **{**OPTIONS, "strict": False, "window": 8}
+    )
+    arguments = {"max_new_tokens": 20, "do_sample": False, "return_dict_in_generate": True}
+    expected = model.generate(ids, **arguments)
+    with pytest.warns(UserWarning, match="as a sliding window does"):
+        actual = compiled.generate(ids, **arguments)
+    assert torch.equal(actual.sequences, expected.sequences)
+    assert [type(layer.keys) for layer in actual.past_key_values.layers] == [
+        torch.Tensor,
+        PrunedKeys,
+    ]

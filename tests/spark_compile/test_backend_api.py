@@ -131,4 +131,4 @@ def test_a_refusal_warns_once() -> None:
             model_c(prompt(13))
     messages = [str(w.message) for w in caught if issubclass(w.category, SparkWarning)]
     assert len(messages) == 1
-    assert "no cache is kept (node " in messages[0]
+    assert "as a sliding window does (node " in messages[0]

@@ -55,7 +55,7 @@ def test_bytes_per_token_follow_the_ratio() -> None:
 
 
 REASONS = {
-    "sliding": "no cache is kept",
+    "sliding": "as a sliding window does",
     "tokens_first": "no cache is kept",
     "key_norms": "the cache is also read by",
     "one_tensor": "same tensor",
