@@ -15,6 +15,8 @@ Arguments that several operators share, besides those explained in ``kernels/lay
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -153,6 +155,14 @@ def _(rows, new, start, packed_length=None):  # type: ignore[no-untyped-def]
     return None
 
 
+def _fake_attended(query: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp; ``args`` are those of ``attend`` behind the query."""
+    values, return_lse = args[6], len(args) > 16 and args[16]
+    output = values.new_empty((*query.shape[:3], values.shape[3]))
+    lse_shape = query.shape[:3] if return_lse else (0,)
+    return output, query.new_empty(lse_shape, dtype=torch.float32)
+
+
 @torch.library.custom_op(
     "spark::attend",
     mutates_args=(),
@@ -203,10 +213,7 @@ def attend(
 
 @attend.register_fake
 def _(query, *args):  # type: ignore[no-untyped-def]
-    values, return_lse = args[6], len(args) > 16 and args[16]
-    output = values.new_empty((*query.shape[:3], values.shape[3]))
-    lse_shape = query.shape[:3] if return_lse else (0,)
-    return output, query.new_empty(lse_shape, dtype=torch.float32)
+    return _fake_attended(query, *args)
 
 
 @torch.library.custom_op(
@@ -261,10 +268,7 @@ def append_attend(
 
 @append_attend.register_fake
 def _(query, new_key, new_value, *args):  # type: ignore[no-untyped-def]
-    values, return_lse = args[6], len(args) > 16 and args[16]
-    output = values.new_empty((*query.shape[:3], values.shape[3]))
-    lse_shape = query.shape[:3] if return_lse else (0,)
-    return output, query.new_empty(lse_shape, dtype=torch.float32)
+    return _fake_attended(query, *args)
 
 
 @torch.library.custom_op(

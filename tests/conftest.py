@@ -18,7 +18,9 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def fresh_compiler_and_seed() -> None:
-    """Forget every compiled graph and seed the random numbers before each test."""
+def fresh_compiler_and_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget compiled graphs and given warnings, and seed the random numbers, before each test."""
     torch._dynamo.reset()
+    monkeypatch.setattr("spark_compile.backend._warned", set())
+    monkeypatch.setattr("spark_compile.state._warned", set())
     torch.manual_seed(0)

@@ -101,13 +101,6 @@ def test_a_broken_pass_is_named(capture: Any, broken: Any, message: str) -> None
     assert isinstance(getattr(raised.value, "inner_exception", raised.value), PassFailed)
 
 
-@pytest.fixture
-def fresh_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Warnings that were given before are given again."""
-    monkeypatch.setattr("spark_compile.backend._warned", set())
-
-
-@pytest.mark.usefixtures("fresh_warnings")
 @pytest.mark.parametrize("kind", [FindAttention, InsertSpark, Cleanup])
 def test_the_untouched_graph_runs_when_a_pass_fails(
     monkeypatch: pytest.MonkeyPatch, kind: type
@@ -128,7 +121,6 @@ def test_the_untouched_graph_runs_when_a_pass_fails(
     assert {type(tensor) for states in past for tensor in states} == {torch.Tensor}
 
 
-@pytest.mark.usefixtures("fresh_warnings")
 def test_so_it_does_with_compressed_states(monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokens = decoder(), prompt(13)
     exact, exact_past = decode(model, tokens, None, 6)

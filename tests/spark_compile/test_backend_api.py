@@ -9,29 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from compiled import EXACT, compiled, is_compressed
 from decoders import decoder, prompt
 from torch import Tensor, nn
 
 import spark_compile
-from spark_compile import PrunedKeys, SparkWarning, StoredValues
-
-EXACT = {"key_ratio": 0.0, "window": 4, "inner": "eager"}
-
-
-@pytest.fixture(autouse=True)
-def fresh_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Warnings that were given before are given again."""
-    monkeypatch.setattr("spark_compile.backend._warned", set())
-
-
-def compiled(model: nn.Module, **options: Any) -> Any:
-    return torch.compile(model, backend="spark", options={**EXACT, **options})
-
-
-def is_compressed(past: Any) -> bool:
-    return all(
-        isinstance(key, PrunedKeys) and isinstance(value, StoredValues) for key, value in past
-    )
+from spark_compile import SparkWarning
 
 
 class NoAttention(nn.Module):

@@ -6,29 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from compiled import compiled, is_compressed
 from decoders import decode, decoder, prompt
-from torch import nn
 
-from spark_compile import PrunedKeys, SparkWarning, StoredValues, kv_bytes
+from spark_compile import SparkWarning, kv_bytes
 
-EXACT = {"key_ratio": 0.0, "window": 4, "inner": "eager"}
 CLOSE = {"atol": 2e-5, "rtol": 2e-5}
-
-
-@pytest.fixture(autouse=True)
-def fresh_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Warnings that were given before are given again."""
-    monkeypatch.setattr("spark_compile.backend._warned", set())
-
-
-def compiled(model: nn.Module, **options: Any) -> Any:
-    return torch.compile(model, backend="spark", options={**EXACT, **options})
-
-
-def is_compressed(past: Any) -> bool:
-    return all(
-        isinstance(key, PrunedKeys) and isinstance(value, StoredValues) for key, value in past
-    )
 
 
 def test_a_higher_ratio_stores_fewer_bytes() -> None:

@@ -61,11 +61,6 @@ WRITES: dict[str, Callable[[Tensor], Any]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def nothing_warned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("spark_compile.state._warned", set())
-
-
 def both() -> tuple[SparkTensor, SparkTensor]:
     made = prefill(CONFIG)
     return made.keys, made.values
