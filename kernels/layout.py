@@ -1,14 +1,24 @@
-"""How a pruned key is laid out in memory; every kernel and the cache state share this file.
+"""How pruned keys and values lie in memory; every kernel and the cache states share this file.
 
-For every (batch b, key head h, token s), T of D channels are kept:
+For every (batch b, key head h, token s), T of the key's D channels are kept:
 
-- ``kept``  [B, Hkv, S, T]                 kept values in channel order, the model's dtype
+- ``kept``  [B, Hkv, S, T]                 kept channels in channel order: the model's dtype, or
+                                           int8 in units of the token's step
 - ``bits``  [B, Hkv, S, 2, ceil(D / 8)]    uint8; plane 0: which channels are kept, plane 1: which
                                            are negative; channel j is bit j % 8 of byte j // 8
-- ``scale`` [B, Hkv, S, 1 or 2]            amplitude of the pruned channels, the model's dtype; the
-                                           second entry is the spread that "gaussian" recovery needs
+- ``scale`` [B, Hkv, S, 1 to 3]            the model's dtype: amplitude of the pruned channels; with
+                                           "gaussian" recovery their spread; with int8 the step
 
 and for every (b, h) ``norms`` [B, Hkv, D], float32: the query norm per channel.
+
+Values are stored for every token, Tv of Dv channels (all of them unless values are pruned):
+
+- ``rows``        [B, Hkv, S, Tv]            as ``kept``
+- ``value_bits``  [B, Hkv, S, ceil(Dv / 8)]  uint8, which channels are kept; only if pruned
+- ``value_scale`` [B, Hkv, S, 1 or 2]        the model's dtype: if pruned, the mean of the pruned
+                                             channels; with int8 the step
+- ``value_bias``  [B, Hkv, Dv]               float32, what a channel's magnitude is raised by when
+                                             the channels to keep are chosen; only if pruned
 """
 
 from __future__ import annotations
@@ -19,11 +29,11 @@ import torch
 from torch import Tensor
 
 
-def kept_channels(head_dim: int, key_ratio: float) -> int:
-    """T = D - floor(key_ratio * D), the number of channels kept per token."""
+def kept_channels(head_dim: int, ratio: float) -> int:
+    """T = D - floor(ratio * D), the number of channels kept per token."""
     # The addend undoes the rounding of products such as 0.29 * 100 = 28.999999999999996; it must
     # not prune the last channel of a ratio just below 1.
-    return max(1, head_dim - math.floor(key_ratio * head_dim + 1e-9))
+    return max(1, head_dim - math.floor(ratio * head_dim + 1e-9))
 
 
 def plane_bytes(head_dim: int) -> int:
@@ -36,10 +46,29 @@ def scale_entries(recovery: str) -> int:
     return 2 if recovery == "gaussian" else 1
 
 
-def key_token_bytes(head_dim: int, key_ratio: float, itemsize_bytes: int, recovery: str) -> int:
+def value_fields(pruned: bool, quantized: bool) -> tuple[str, ...]:
+    """Names of the tensors that values are stored in; the last one has the model's dtype."""
+    if pruned:
+        return ("rows", "value_bits", "value_bias", "value_scale")
+    return ("rows", "value_scale") if quantized else ("rows",)
+
+
+def key_token_bytes(
+    head_dim: int, key_ratio: float, itemsize_bytes: int, recovery: str, quantized: bool = False
+) -> int:
     """Stored bytes of one packed key of one head."""
-    values = kept_channels(head_dim, key_ratio) + scale_entries(recovery)
-    return values * itemsize_bytes + 2 * plane_bytes(head_dim)
+    kept, entries = kept_channels(head_dim, key_ratio), scale_entries(recovery) + quantized
+    kept_bytes = kept if quantized else kept * itemsize_bytes
+    return kept_bytes + entries * itemsize_bytes + 2 * plane_bytes(head_dim)
+
+
+def value_token_bytes(
+    head_dim: int, value_ratio: float, itemsize_bytes: int, quantized: bool = False
+) -> int:
+    """Stored bytes of one value of one head."""
+    kept, pruned = kept_channels(head_dim, value_ratio), value_ratio > 0
+    kept_bytes = kept if quantized else kept * itemsize_bytes
+    return kept_bytes + (pruned + quantized) * itemsize_bytes + pruned * plane_bytes(head_dim)
 
 
 def pack_bits(flags: Tensor) -> Tensor:

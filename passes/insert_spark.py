@@ -17,7 +17,8 @@ from torch import Tensor, fx
 from .. import ops
 from ..cache import PrunedKeys, StoredValues
 from ..config import SparkConfig
-from ..kernels.layout import kept_channels, key_token_bytes
+from ..kernels.layout import kept_channels, key_token_bytes, value_token_bytes
+from ..kernels.reference.values import value_bias
 from ..report import Site
 from .dataflow import call, inline, live_nodes
 from .find_attention import CANONICAL as ATTENTION
@@ -154,15 +155,25 @@ def store_keys(
     norms = stats.sqrt()
     # With nothing to pack yet the rows are only room for the first block.
     body = key[:, :, sinks : sinks + packed] if packed else _room(key, config.window)
-    rows = ops.prune(body, norms, norms, kept, config.recovery, config.saliency)
+    quantized = config.key_dtype == "int8"
+    rows = ops.prune(body, norms, norms, kept, config.recovery, config.saliency, quantized)
     dense = (key[:, :, :sinks], key[:, :, sinks + packed :]) if packed else (key,)
     tail = torch.cat((*dense, _room(key, config.window)), dim=2)
     return (*rows, norms, torch.zeros_like(stats) if packed else stats, tail)
 
 
-def store_values(value: Tensor, config: SparkConfig) -> Tensor:
-    """The stored tensor of dense values [B, Hkv, S, Dv]: a buffer with room for one block more."""
-    return torch.cat((value, _room(value, config.window)), dim=2)
+def store_values(value: Tensor, config: SparkConfig) -> tuple[Tensor, ...]:
+    """The stored tensors of values [B, Hkv, S, Dv] (``config.value_fields``), with some room."""
+    padded = torch.cat((value, _room(value, config.window)), dim=2)
+    if config.value_fields == ("rows",):
+        return (padded,)
+    bias = value_bias(value) if config.value_ratio else None
+    kept = kept_channels(value.shape[3], config.value_ratio)
+    packed = ops.pack_values(padded, bias, kept, config.value_dtype == "int8")
+    named = dict(zip(("rows", "value_bits", "value_scale"), packed, strict=True))
+    if bias is not None:
+        named["value_bias"] = bias
+    return tuple(named[name] for name in config.value_fields)
 
 
 def _room(like: Tensor, rows: int) -> Tensor:
@@ -185,7 +196,8 @@ def _append_and_attend(program: Program, site: _Site) -> None:
             key["kept"], key["bits"], key["scale"], key["norms"], key["packed_length"],
             key["tail"], value["rows"], key["length"],
             mask, causal_offset, scale, softcap, sinks,
-            config.sink_tokens, config.recovery, config.saliency,
+            config.sink_tokens, config.recovery, config.saliency, False,
+            value.get("value_bits"), value.get("value_scale"), value.get("value_bias"),
         ))  # fmt: skip
         output = call(program, operator.getitem, (pair, 0))
         kv_heads = tensor(site.key).shape[1]
@@ -204,10 +216,15 @@ def _described(site: _Site, config: SparkConfig) -> Site:
         tensor(site.key).shape,
     )
     value_dim, itemsize = tensor(site.value).shape[3], tensor(site.key).element_size()
-    value_bytes = kv_heads * value_dim * tensor(site.value).element_size()
-    key_bytes = key_token_bytes(key_dim, config.key_ratio, itemsize, config.recovery)
+    key_bytes = key_token_bytes(
+        key_dim, config.key_ratio, itemsize, config.recovery, config.key_dtype == "int8"
+    )
+    value_itemsize = tensor(site.value).element_size()
+    value_bytes = value_token_bytes(
+        value_dim, config.value_ratio, value_itemsize, config.value_dtype == "int8"
+    )
     return Site(
         layer_name(site.attention), int(query_heads), int(kv_heads), int(key_dim), int(value_dim),
-        dense_token_bytes=int(kv_heads * key_dim * itemsize + value_bytes),
-        stored_token_bytes=int(kv_heads * key_bytes + value_bytes),
+        dense_token_bytes=int(kv_heads * (key_dim * itemsize + value_dim * value_itemsize)),
+        stored_token_bytes=int(kv_heads * (key_bytes + value_bytes)),
     )  # fmt: skip

@@ -39,7 +39,8 @@ def recover(program: Program, state: fx.Node) -> fx.Node:
     stored = stored_tensors(program, state)
     fake = program.states[state]
     if not isinstance(fake, PrunedKeys):
-        rows = (stored["rows"], stored["length"])
+        packed = (stored.get(name) for name in ("value_bits", "value_scale", "value_bias"))
+        rows = (stored["rows"], stored["length"], *packed)
         return call(program, torch.ops.spark.first_rows.default, rows)
     config = fake.config
     return call(program, torch.ops.spark.recover.default, (

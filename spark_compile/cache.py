@@ -1,14 +1,15 @@
-"""The two compressed states: pruned keys, and values with room to grow."""
+"""The two compressed states, of keys and of values."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from . import ops
 from .config import SparkConfig
+from .kernels.layout import value_fields
 from .sharing import Rows, grown
 from .state import SparkTensor, rebuild
 
@@ -109,7 +110,7 @@ class PrunedKeys(SparkTensor):
         norms = self.norms if packed else select
         fresh = ops.prune(
             self.tail[:, :, first : first + surplus], select, norms,
-            self.kept.shape[3], config.recovery, config.saliency,
+            self.kept.shape[3], config.recovery, config.saliency, config.key_dtype == "int8",
         )  # fmt: skip
         store: tuple[Tensor, ...] = (self.kept, self.bits, self.scale)
         store, rows = packed_rows.reserve(store, surplus, config.window)
@@ -126,10 +127,13 @@ class PrunedKeys(SparkTensor):
 
 
 class StoredValues(SparkTensor):
-    """Values stored dense [B, Hkv, C, Dv] with room to grow."""
+    """Values stored whole, quantized or pruned, with room to grow; see ``kernels/layout``."""
 
-    STORED = ("rows",)
+    STORED = value_fields(pruned=True, quantized=True)
     rows: Tensor
+    value_bits: Tensor | None = None
+    value_bias: Tensor | None = None
+    value_scale: Tensor | None = None
     _rows: Rows | None = None
 
     def _share(self) -> Rows:
@@ -137,31 +141,44 @@ class StoredValues(SparkTensor):
             self._rows = Rows(self.shape[2], borrowed=self._borrowed)
         return self._rows
 
-    def _handle(self, share: Rows, rows: Tensor) -> StoredValues:
-        shape = (rows.shape[0], rows.shape[1], share.count, rows.shape[3])
-        handle = StoredValues(shape, self.config, {"rows": rows})
+    def _handle(self, share: Rows, stored: Mapping[str, Tensor]) -> StoredValues:
+        shape = (*stored["rows"].shape[:2], share.count, self.shape[3])
+        handle = StoredValues(shape, self.config, stored)
         handle._rows = share
         return handle
 
+    def _growing(self) -> dict[str, Tensor]:
+        """The stored tensors that have a row per token."""
+        return {name: t for name, t in self.stored().items() if name != "value_bias"}
+
     def dense(self) -> Tensor:
         # A copy: the rows behind the view may be written by a later append of another handle.
-        values: Tensor = ops.first_rows(self.rows, self.shape[2])
+        values: Tensor = ops.first_rows(
+            self.rows, self.shape[2], self.value_bits, self.value_scale, self.value_bias
+        )
         return values
 
     def resized(self, length: int) -> StoredValues:
-        return self._handle(Rows(length, shared_with=self._share()), self.rows)
+        return self._handle(Rows(length, shared_with=self._share()), self.stored())
 
     def reserve(self, extra: int) -> StoredValues:
-        (rows,), share = self._share().reserve((self.rows,), extra, self.config.window)
-        return self._handle(share, rows)
+        growing = self._growing()
+        buffers = tuple(growing.values())
+        buffers, share = self._share().reserve(buffers, extra, self.config.window)
+        return self._handle(share, self.stored() | dict(zip(growing, buffers, strict=True)))
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> StoredValues:
         room = self.shape[2] + self.config.window
-        return self._handle(Rows(self.shape[2]), change(self.rows[:, :, :room]))
+        stored = self.stored() | {name: t[:, :, :room] for name, t in self._growing().items()}
+        changed = {name: change(tensor) for name, tensor in stored.items()}
+        return self._handle(Rows(self.shape[2]), changed)
 
     def appended(self, new: Tensor) -> StoredValues:
         handle = self.reserve(new.shape[2])
-        ops.append(handle.rows, new, self.shape[2])
+        ops.append_values(
+            handle.rows, handle.value_bits, handle.value_scale, handle.value_bias,
+            new, self.shape[2],
+        )  # fmt: skip
         return handle
 
 
@@ -177,10 +194,12 @@ def new_keys(stored: Mapping[str, Tensor], length: int, config: SparkConfig) -> 
     return PrunedKeys((batch, heads, length, head_dim), config, {**stored, "packed_length": packed})
 
 
-def new_values(rows: Tensor, length: int, config: SparkConfig) -> StoredValues:
-    """Values of ``length`` tokens from the buffer that a prefill graph made."""
-    batch, heads, _, head_dim = rows.shape
-    return StoredValues((batch, heads, length, head_dim), config, {"rows": rows})
+def new_values(stored: Sequence[Tensor], length: int, config: SparkConfig) -> StoredValues:
+    """Values of ``length`` tokens from the buffers that a prefill graph made."""
+    named = dict(zip(config.value_fields, stored, strict=True))
+    whole = named.get("value_bias", named["rows"])
+    shape = (*named["rows"].shape[:2], length, whole.shape[-1])
+    return StoredValues(shape, config, named)
 
 
 def _register_safe_globals() -> None:

@@ -7,8 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from .kernels.layout import value_fields
+
 Recovery = Literal["degenerate", "none", "exponential", "gaussian"]
 Saliency = Literal["squared", "absolute"]
+Stored = Literal["model", "int8"]
 Inner = Literal["inductor", "eager", "aot_eager"]
 
 
@@ -24,6 +27,12 @@ class SparkConfig:
 
     key_ratio: float = 0.5
     """Share of key channels pruned per token, 0 <= key_ratio < 1; 0 stores every channel."""
+    value_ratio: float = 0.0
+    """Share of value channels pruned per token, 0 <= value_ratio < 1; 0 stores every channel."""
+    key_dtype: Stored = "model"
+    """How kept key channels are stored: ``"int8"`` with one step per token and head."""
+    value_dtype: Stored = "model"
+    """How value channels are stored; every token's, as soon as it is appended."""
     window: int = 32
     """Number of latest queries that score the channels; also the number of new tokens that are
     gathered before they are compressed."""
@@ -43,15 +52,17 @@ class SparkConfig:
     """Raise instead of warning when a site is refused, nothing is rewritten or a pass fails."""
 
     def __post_init__(self) -> None:
-        _number("key_ratio", self.key_ratio, (int, float), "a number with 0 <= key_ratio < 1")
-        if not 0 <= self.key_ratio < 1:
-            raise _error("key_ratio", self.key_ratio, "0 <= key_ratio < 1")
+        for name in ("key_ratio", "value_ratio"):
+            ratio = getattr(self, name)
+            _number(name, ratio, (int, float), f"a number with 0 <= {name} < 1")
+            if not 0 <= ratio < 1:
+                raise _error(name, ratio, f"0 <= {name} < 1")
         _at_least("window", self.window, 2)
         _at_least("sink_tokens", self.sink_tokens, 0)
         if self.recent_tokens is not None:
             _at_least("recent_tokens", self.recent_tokens, 0)
         _at_least("min_tokens", self.min_tokens, 0)
-        for name, allowed in (("recovery", Recovery), ("saliency", Saliency), ("inner", Inner)):
+        for name, allowed in _CHOICES.items():
             value = getattr(self, name)
             if value not in get_args(allowed):
                 raise _error(name, value, "one of " + ", ".join(map(repr, get_args(allowed))))
@@ -72,6 +83,11 @@ class SparkConfig:
         return dataclasses.replace(self, inner=other.inner, strict=other.strict) == other
 
     @property
+    def value_fields(self) -> tuple[str, ...]:
+        """Names of the tensors that values are stored in."""
+        return value_fields(self.value_ratio > 0, self.value_dtype == "int8")
+
+    @property
     def recent(self) -> int:
         """Number of latest tokens whose keys stay dense."""
         return self.window if self.recent_tokens is None else self.recent_tokens
@@ -88,6 +104,12 @@ class SparkConfig:
         """
         packed = length - self.sink_tokens - self.recent
         return packed if length >= self.min_tokens and packed >= self.window else 0
+
+
+_CHOICES: dict[str, Any] = {
+    "key_dtype": Stored, "value_dtype": Stored, "recovery": Recovery, "saliency": Saliency,
+    "inner": Inner,
+}  # fmt: skip
 
 
 def _error(name: str, value: object, allowed: str) -> ValueError:

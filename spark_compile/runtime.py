@@ -108,7 +108,7 @@ class SparkGraph:
             length = self._lengths[id(plan)](args)
             tensors = [results[position] for position in plan.positions]
             if not plan.is_key:
-                return new_values(tensors[0], length, self._config)
+                return new_values(tensors, length, self._config)
             named = dict(zip(_NEW_KEY_TENSORS, tensors, strict=True))
             return new_keys(named, length, self._config)
         state = grown[plan.argument]

@@ -26,7 +26,10 @@ _warned: set[str] = set()
 
 
 class SparkTensor(torch.Tensor):
-    """A cached tensor [B, Hkv, S, D] whose storage is the tensors named by ``STORED``."""
+    """A cached tensor [B, Hkv, S, D] whose storage is tensors named by ``STORED``, not always all.
+
+    The last stored one has the dtype of the state.
+    """
 
     STORED: ClassVar[tuple[str, ...]]
     KINDS: ClassVar[dict[str, type[SparkTensor]]] = {}
@@ -40,7 +43,7 @@ class SparkTensor(torch.Tensor):
     def __new__(
         cls, shape: tuple[int, ...], config: SparkConfig, stored: Mapping[str, Tensor]
     ) -> SparkTensor:
-        like = stored[cls.STORED[-1]]
+        like = stored[[name for name in cls.STORED if name in stored][-1]]
         return torch.Tensor._make_wrapper_subclass(
             cls, tuple(shape), dtype=like.dtype, device=like.device, requires_grad=False
         )
@@ -49,9 +52,9 @@ class SparkTensor(torch.Tensor):
         self, shape: tuple[int, ...], config: SparkConfig, stored: Mapping[str, Tensor]
     ) -> None:
         self.config = config
-        for name in self.STORED:
-            setattr(self, name, stored[name])
-        if not is_fake(stored[self.STORED[-1]]):
+        for name, tensor in stored.items():
+            setattr(self, name, tensor)
+        if not is_fake(next(iter(stored.values()))):
             self._mark_growing()
 
     def _mark_growing(self) -> None:
@@ -63,7 +66,7 @@ class SparkTensor(torch.Tensor):
 
     def stored(self) -> dict[str, Tensor]:
         """The stored tensors by name."""
-        return {name: getattr(self, name) for name in self.STORED}
+        return {name: t for name in self.STORED if (t := getattr(self, name)) is not None}
 
     def stored_bytes(self) -> int:
         """Every byte of the storage: rows in use, slack, masks, scales, norms."""
@@ -94,7 +97,7 @@ class SparkTensor(torch.Tensor):
     # Protocols of torch
 
     def __tensor_flatten__(self) -> tuple[list[str], SparkConfig]:
-        return list(self.STORED), self.config
+        return list(self.stored()), self.config
 
     @classmethod
     def __tensor_unflatten__(
@@ -261,7 +264,7 @@ _COMPRESSED: dict[Any, Callable[..., Any]] = {
 
 def _is_traced(args: tuple[Any, ...]) -> bool:
     """Whether a state among the arguments is being traced, not computed."""
-    return any(is_fake(s.stored()[s.STORED[-1]]) for s in _states(args))
+    return any(is_fake(next(iter(s.stored().values()))) for s in _states(args))
 
 
 def _states(tree: object) -> Iterator[SparkTensor]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .prune import recover
+from .values import unpack_values
 
 
 def attention(
@@ -76,3 +77,11 @@ def logical_keys(
     )
     dense = tail[:, :, : length - packed].float()
     return torch.cat((dense[:, :, :sink_tokens], recovered, dense[:, :, sink_tokens:]), dim=2)
+
+
+def logical_values(
+    rows: Tensor, bits: Tensor | None, scale: Tensor | None, head_dim: int, length: int
+) -> Tensor:
+    """The first ``length`` values [B, Hkv, S, Dv] in float32; rows past them are never read."""
+    bits, scale = (None if t is None else t[:, :, :length] for t in (bits, scale))
+    return unpack_values(rows[:, :, :length], bits, scale, head_dim)

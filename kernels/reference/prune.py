@@ -52,14 +52,16 @@ def prune(
     kept_channels: int,
     recovery: str,
     saliency: str,
+    quantized: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Select the channels of every key and pack them.
+    """Select the channels of every key and pack them; of equally salient ones the first are kept.
 
     Args:
         key: [B, Hkv, S, D].
         select_norms: [B, Hkv, D] float32, norms that the saliency is measured with.
         recovery_norms: [B, Hkv, D] float32, norms that the recovery will divide by.
         kept_channels: T.
+        quantized: store the kept channels as int8.
 
     Returns:
         ``kept``, ``bits`` and ``scale`` as in :mod:`..layout`.
@@ -67,14 +69,38 @@ def prune(
     power = exponent(saliency)
     magnitude = key.float().abs()
     salient = magnitude * floored(select_norms).pow(power).unsqueeze(2)  # sal^p, same order as sal
-    chosen = salient.topk(kept_channels, dim=-1).indices.sort(dim=-1).values  # [B, Hkv, S, T]
-    keep = torch.zeros_like(key, dtype=torch.bool).scatter(-1, chosen, True)
-    kept = key.gather(-1, chosen)
+    kept, keep = select(key, salient, kept_channels)
     bits = torch.stack((pack_bits(keep), pack_bits(key < 0)), dim=-2)
     restored = (magnitude * floored(recovery_norms).pow(power).unsqueeze(2)).pow(1 / power)
     scale = _amplitude(restored, keep, recovery).pow(power)
-    limit = torch.finfo(key.dtype).max
-    return kept, bits, scale.clamp(max=limit).to(key.dtype)
+    scale = scale.clamp(max=torch.finfo(key.dtype).max).to(key.dtype)
+    if quantized:
+        kept, step = quantize(kept)
+        scale = torch.cat((scale, step), dim=-1)
+    return kept, bits, scale
+
+
+def select(rows: Tensor, salient: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The ``count`` most salient channels of each row in channel order, and where they are."""
+    ranked = salient.sort(dim=-1, descending=True, stable=True).indices
+    chosen = ranked[..., :count].sort(dim=-1).values
+    keep = torch.zeros_like(rows, dtype=torch.bool).scatter(-1, chosen, True)
+    return rows.gather(-1, chosen), keep
+
+
+def quantize(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 [..., T] and its step [..., 1] in the rows' dtype, so that rows = int8 * step."""
+    step = (rows.float().abs().amax(-1, keepdim=True) / 127).to(rows.dtype)
+    # Divided by the rounded step: its rounding is no error. A row of zeros has the step 0.
+    levels = rows.float() / step.float().where(step > 0, 1.0)
+    return levels.round().clamp(-127, 127).to(torch.int8), step
+
+
+def dequantize(rows: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows [..., T] in float32 and what is left of ``scale`` without the step of int8 rows."""
+    if rows.dtype != torch.int8:
+        return rows.float(), scale
+    return rows.float() * scale[..., -1:].float(), scale[..., :-1]
 
 
 def _amplitude(saliency_BHSD: Tensor, keep: Tensor, recovery: str) -> Tensor:
@@ -93,14 +119,20 @@ def recover(
     """Dense keys [B, Hkv, S, D] float32 of packed ones (see :mod:`..layout` for the shapes)."""
     head_dim = norms.shape[-1]
     keep, negative = unpack_bits(bits, head_dim).unbind(-2)
-    rank = (keep.long().cumsum(-1) - 1).clamp(min=0)
-    values = kept.float().gather(-1, rank)
+    channels, scale = dequantize(kept, scale)
+    values = expand(channels, keep)
     if recovery == "none":
         return torch.where(keep, values, 0.0)
     power = exponent(saliency)
     weight = floored(norms).pow(-power).unsqueeze(2)
     amplitude = _drawn(scale.float(), keep.shape, recovery, power) * weight
     return torch.where(keep, values, torch.where(negative, -amplitude, amplitude))
+
+
+def expand(channels: Tensor, keep: Tensor) -> Tensor:
+    """Put kept channels [..., T] where ``keep`` [..., D] has them; other entries are arbitrary."""
+    rank = (keep.long().cumsum(-1) - 1).clamp(min=0)
+    return channels.gather(-1, rank)
 
 
 def _drawn(scale: Tensor, shape: torch.Size, recovery: str, power: float) -> Tensor:

@@ -28,6 +28,11 @@ def samples(dtype: torch.dtype) -> dict[str, list[tuple[Any, tuple[Any, ...]]]]:
     longer_mask = torch.rand(2, 1, 3, s.length + 2) < 0.8
     grown = [(None, 10, 0.3, 0.0, None), (longer_mask, None, 0.3, 5.0, sinks)]
     norms = s.packed[3]
+    bias_of = torch.rand(2, 2, 7)
+    values = [(s.values, None, None, None)]
+    for bias, kept, quantized in ((None, 7, True), (bias_of, 3, False), (bias_of, 3, True)):
+        rows, bits, step = ops.pack_values(s.values, bias, kept, quantized)
+        values.append((rows, None if bias is None else bits, step, bias))
     return {
         "attention": [(*dense, *how) for how in hows],
         "kv_append": [(s.key, s.key[:, :, :1]), (None, s.key)],
@@ -51,8 +56,17 @@ def samples(dtype: torch.dtype) -> dict[str, list[tuple[Any, tuple[Any, ...]]]]:
             for how in grown
             for lse in (False, True)
         ],
+        "pack_values": [
+            (s.value, None, 7, True), (s.value, bias_of, 3, False), (s.value, bias_of, 3, True)
+        ],
+        "append_values": [
+            (*(None if t is None else t.clone() for t in stored), new[1], s.length)
+            for stored in values
+        ],
         "recover": [(*s.packed, s.tail, s.length, *s.method)],
-        "first_rows": [(s.values, s.length), (s.values, 0)],
+        "first_rows": [
+            (s.values, s.length), (s.values, 0), *((v[0], s.length, *v[1:]) for v in values)
+        ],
     }  # fmt: skip
 
 
@@ -61,9 +75,9 @@ NAMES = tuple(samples(torch.float32))
 
 def test_every_operator_is_sampled() -> None:
     defined = {
-        value._name.removeprefix("spark::")
+        value._opname
         for value in vars(ops).values()
-        if isinstance(value, torch._library.custom_ops.CustomOpDef)
+        if isinstance(value, torch._ops.OpOverload) and value.namespace == "spark"
     }
     assert defined == set(NAMES)
 

@@ -99,7 +99,7 @@ def two(length: int = 21) -> list[SparkTensor]:
 
 
 def buffer(state: SparkTensor) -> Tensor:
-    return state.stored()[state.STORED[-1]]
+    return list(state.stored().values())[-1]
 
 
 def new(state: SparkTensor, count: int) -> Tensor:
