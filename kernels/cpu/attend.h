@@ -1,0 +1,247 @@
+// Attention over packed keys and a dense tail: one pass over the cache in blocks of tokens.
+//
+// A task is a chunk of tokens of one key head. It expands each block once, for all query heads of
+// the group: scores, online softmax (Milakov and Gimelshein, arXiv 1805.02867), weighted sum of
+// the values. Chunks are merged by their log-sum-exp (flash decoding). No dense copy longer than
+// a block is ever written.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "prune.h"
+
+namespace spark {
+
+constexpr int BLOCK = 32;       // tokens
+constexpr int MAX_HEAD = 1024;  // channels
+
+// A tensor [B, H, S, ...] whose last dimension is contiguous; strides in elements.
+struct Rows {
+  char* data = nullptr;
+  int64_t itemsize = 0, batch = 0, head = 0, token = 0;
+  const char* end = nullptr;  // behind the last element
+
+  template <class T>
+  T* at(int64_t b, int64_t h, int64_t s) const {
+    return reinterpret_cast<T*>(data + (b * batch + h * head + s * token) * itemsize);
+  }
+};
+
+enum class MaskKind { none, boolean, float32, bfloat16, float16 };
+
+struct Problem {
+  int64_t batch, query_heads, kv_heads, queries, key_dim, value_dim;
+  int64_t kept_channels, value_channels, scale_entries, value_entries;
+  int64_t length, packed, sinks;  // tokens: in all, packed, dense ones in front of the packed
+  Rows query, kept, bits, scale, tail, values, value_bits, value_scale;
+  const float* norms;
+  int64_t norms_batch, norms_head, norms_channel;
+  bool recovers, squared;
+  float attn_scale, softcap;
+  bool causal;
+  int64_t causal_offset;
+  MaskKind mask_kind = MaskKind::none;
+  const char* mask = nullptr;
+  int64_t mask_strides[4] = {};
+  const float* sink_logits = nullptr;
+  Rows output;
+  float* lse = nullptr;  // [B, Hq, L] or null
+
+  int64_t group() const { return query_heads / kv_heads; }
+  int64_t query_rows() const { return group() * queries; }
+};
+
+// Tokens of one kind: packed, or dense in the tail.
+struct Block {
+  int64_t batch, head;
+  bool packed;
+  int64_t key_row, value_row;  // of the first token, in its buffer
+  int count;                   // tokens, at most BLOCK
+};
+
+// Asks for the row one block further on, a few lines for each row that is worked on: asked for all
+// at once they would fill the processor's queue of misses and be waited for.
+inline void prefetch_ahead(const void* row, int64_t row_bytes, int64_t step_bytes) {
+  const uintptr_t first = reinterpret_cast<uintptr_t>(row) + BLOCK * step_bytes;
+  for (int64_t at = 0; at < row_bytes; at += 64) {
+    __builtin_prefetch(reinterpret_cast<const void*>(first + at), 0, 3);
+  }
+}
+
+// What q is multiplied with where a channel is pruned: 1 / n^p, or 0 without recovery.
+inline void recovery_weights(const Problem& p, int64_t b, int64_t h, float* weights) {
+  const float* norms = p.norms + b * p.norms_batch + h * p.norms_head;
+  norm_powers(norms, p.norms_channel, p.key_dim, p.squared, weights);
+  for (int64_t j = 0; j < p.key_dim; ++j) weights[j] = p.recovers ? 1.0f / weights[j] : 0.0f;
+}
+
+inline float mask_at(const Problem& p, const char* row, int64_t token) {
+  const int64_t at = token * p.mask_strides[3];
+  switch (p.mask_kind) {
+    case MaskKind::boolean: return row[at] ? 0.0f : -INF;
+    case MaskKind::float32: return reinterpret_cast<const float*>(row)[at];
+    case MaskKind::bfloat16: return to_float(reinterpret_cast<const bf16*>(row)[at]);
+    case MaskKind::float16: return to_float(reinterpret_cast<const half*>(row)[at]);
+    default: return 0.0f;
+  }
+}
+
+// Scaled, capped and masked scores of one query with a block, in place of its dot products.
+inline void finish_scores(const Problem& p, const Block& block, int64_t row, float* scores) {
+  const int64_t g = row / p.queries, i = row % p.queries;
+  for (int t = 0; t < BLOCK; t += LANES) {
+    F s = load(scores + t) * p.attn_scale;
+    if (p.softcap != 0) s = tanh(s / p.softcap) * p.softcap;
+    store(scores + t, s);
+  }
+  const int64_t first = block.value_row;  // the block's first token in the order of the tokens
+  int visible = block.count;
+  if (p.causal) visible = std::clamp<int64_t>(i + p.causal_offset + 1 - first, 0, visible);
+  if (p.mask_kind != MaskKind::none) {
+    const int64_t itemsize = p.mask_kind == MaskKind::boolean ? 1 : p.mask_kind == MaskKind::float32 ? 4 : 2;
+    const char* mask = p.mask + itemsize * (block.batch * p.mask_strides[0] +
+        (block.head * p.group() + g) * p.mask_strides[1] + i * p.mask_strides[2]);
+    for (int t = 0; t < visible; ++t) scores[t] += mask_at(p, mask, first + t);
+  }
+  for (int t = visible; t < BLOCK; ++t) scores[t] = -INF;
+}
+
+// Running maximum and sum of a query's softmax. Scores become weights; returns what the weighted
+// sum so far has to be multiplied with.
+struct Softmax {
+  float max = -INF, total = 0;
+
+  float update(float* scores) {
+    F largest = load(scores);
+    for (int t = LANES; t < BLOCK; t += LANES) {
+      largest = spark::max(largest, load(scores + t));
+    }
+    const float seen = std::max(max, maximum(largest));
+    const float base = seen == -INF ? 0.0f : seen;
+    F weights{};
+    for (int t = 0; t < BLOCK; t += LANES) {
+      const F weight = exp_nonpositive(load(scores + t) - base);
+      store(scores + t, weight);
+      weights += weight;
+    }
+    const float rescale = max == -INF ? 0.0f : max == seen ? 1.0f : std::exp(max - seen);
+    total = total * rescale + sum(weights);
+    max = seen;
+    return rescale;
+  }
+};
+
+// Result of one chunk for all query rows of a key head.
+struct Partial {
+  Softmax* softmax;  // [M]
+  float* sums;       // [M, padded Dv]
+};
+
+template <class Engine>
+void attend_block(const Problem& p, Engine& engine, const Block& block, Partial partial) {
+  engine.expand_keys(block);
+  engine.expand_values(block);
+  const int64_t rows = p.query_rows(), width = Engine::padded(p.value_dim);
+  alignas(64) float scores[Engine::QUERIES][BLOCK];
+  float rescale[Engine::QUERIES];
+  for (int64_t first = 0; first < rows; first += Engine::QUERIES) {
+    const int count = std::min<int64_t>(Engine::QUERIES, rows - first);
+    engine.scores(block, first, count, scores);
+    bool changed = false;
+    for (int r = 0; r < count; ++r) {
+      finish_scores(p, block, first + r, scores[r]);
+      rescale[r] = partial.softmax[first + r].update(scores[r]);
+      changed |= rescale[r] != 1.0f;
+    }
+    engine.accumulate(block, scores, count, changed ? rescale : nullptr, partial.sums + first * width);
+  }
+}
+
+// The tokens [start, stop) of a key head, cut where packed and dense ones meet.
+template <class Engine>
+void attend_chunk(const Problem& p, Engine& engine, int64_t b, int64_t h, int64_t start,
+                  int64_t stop, Partial partial) {
+  const int64_t rows = p.query_rows(), width = Engine::padded(p.value_dim);
+  std::fill_n(partial.softmax, rows, Softmax{});
+  std::fill_n(partial.sums, rows * width, 0.0f);
+  engine.start(b, h);
+  const int64_t packed_stop = p.sinks + p.packed;
+  for (int64_t token = start; token < stop;) {
+    const bool packed = token >= p.sinks && token < packed_stop;
+    const int64_t limit = token < p.sinks ? p.sinks : packed ? packed_stop : p.length;
+    const int count = std::min({int64_t(BLOCK), limit - token, stop - token});
+    const int64_t key_row = packed ? token - p.sinks : token < p.sinks ? token : token - p.packed;
+    attend_block(p, engine, Block{b, h, packed, key_row, token, count}, partial);
+    token += count;
+  }
+  engine.finish(partial.sums, rows);
+}
+
+template <class T>
+void merge_row(const Problem& p, const Partial* chunks, int64_t count, int64_t b, int64_t h,
+               int64_t row, int64_t width) {
+  const int64_t head = h * p.group() + row / p.queries, i = row % p.queries;
+  float max = p.sink_logits ? p.sink_logits[head] : -INF;
+  for (int64_t c = 0; c < count; ++c) max = std::max(max, chunks[c].softmax[row].max);
+  T* output = p.output.at<T>(b, head, i);
+  float* lse = p.lse ? p.lse + (b * p.query_heads + head) * p.queries + i : nullptr;
+  if (max == -INF) {  // this query sees nothing
+    std::fill_n(output, p.value_dim, from_float<T>(0.0f));
+    if (lse) *lse = -INF;
+    return;
+  }
+  float total = p.sink_logits ? std::exp(p.sink_logits[head] - max) : 0.0f;
+  float sums[MAX_HEAD] = {};
+  for (int64_t c = 0; c < count; ++c) {
+    const Softmax& softmax = chunks[c].softmax[row];
+    if (softmax.max == -INF) continue;
+    const float share = std::exp(softmax.max - max), *part = chunks[c].sums + row * width;
+    total += softmax.total * share;
+    for (int64_t j = 0; j < p.value_dim; ++j) sums[j] += part[j] * share;
+  }
+  for (int64_t j = 0; j < p.value_dim; ++j) output[j] = from_float<T>(sums[j] / total);
+  if (lse) *lse = max + std::log(total);
+}
+
+// Enough chunks that every core gets several, none shorter than the set-up of a task is worth.
+inline int64_t chunk_tokens(const Problem& p, int64_t threads) {
+  const int64_t wanted = p.length * p.batch * p.kv_heads / (8 * threads) + 1;
+  return round_up(std::clamp<int64_t>(wanted, 256, 4096), BLOCK);
+}
+
+// `parallel(begin, end, f)` calls f(first, last) for ranges of [begin, end) on all cores.
+template <class T, class Engine, class Parallel>
+void attend(const Problem& p, int64_t threads, Parallel parallel) {
+  const int64_t chunk = chunk_tokens(p, threads);
+  const int64_t chunks = std::max<int64_t>((p.length + chunk - 1) / chunk, 1);
+  const int64_t heads = p.batch * p.kv_heads, rows = p.query_rows();
+  const int64_t width = Engine::padded(p.value_dim);
+  std::vector<Softmax> softmaxes(heads * chunks * rows);
+  const int64_t chunk_sums = Engine::padded_rows(rows) * width;
+  std::vector<float> sums(heads * chunks * chunk_sums);
+  std::vector<Partial> partials(heads * chunks);
+  for (int64_t task = 0; task < heads * chunks; ++task) {
+    partials[task] = {softmaxes.data() + task * rows, sums.data() + task * chunk_sums};
+  }
+  parallel(0, heads * chunks, [&](int64_t first, int64_t last) {
+    Engine engine(p);
+    for (int64_t task = first; task < last; ++task) {
+      const int64_t head = task / chunks, start = task % chunks * chunk;
+      attend_chunk(p, engine, head / p.kv_heads, head % p.kv_heads, start,
+                   std::min(start + chunk, p.length), partials[task]);
+    }
+  });
+  const auto merge = [&](int64_t first, int64_t last) {
+    for (int64_t at = first; at < last; ++at) {
+      const int64_t head = at / rows;
+      merge_row<T>(p, &partials[head * chunks], chunks, head / p.kv_heads, head % p.kv_heads,
+                   at % rows, width);
+    }
+  };
+  // A few rows are merged sooner than a second thread wakes up.
+  if (heads * rows * chunks < 4096) return merge(0, heads * rows);
+  parallel(0, heads * rows, merge);
+}
+
+}  // namespace spark

@@ -1,0 +1,244 @@
+// Vectors of floats for every instruction set from one source: GCC's and Clang's vector extensions
+// compile the arithmetic for whatever the compiler was told to target; only what they cannot
+// express (expansion by a mask, half-precision conversion) is written per instruction set.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+#include <utility>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace spark {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#else
+constexpr int LANES = 8;
+#endif
+
+typedef float F __attribute__((vector_size(LANES * 4)));
+typedef int32_t I __attribute__((vector_size(LANES * 4)));
+
+constexpr float INF = std::numeric_limits<float>::infinity();
+
+struct bf16 {
+  uint16_t bits;
+};
+struct half {
+  uint16_t bits;
+};
+
+constexpr int64_t round_up(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
+
+template <class To, class From>
+inline To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+template <class V = F>
+inline V load(const void* address) {
+  V v;
+  std::memcpy(&v, address, sizeof(V));
+  return v;
+}
+inline void store(float* address, F v) { std::memcpy(address, &v, sizeof(F)); }
+inline F splat(float x) { return F{} + x; }
+inline I splat(int32_t x) { return I{} + x; }
+
+template <size_t... L>
+inline I lanes(std::index_sequence<L...>) {
+  return I{static_cast<int32_t>(L)...};
+}
+// 0, 1, 2, ...
+inline I lanes() { return lanes(std::make_index_sequence<LANES>{}); }
+
+// One number
+
+inline float to_float(float x) { return x; }
+inline float to_float(int8_t x) { return x; }
+inline float to_float(bf16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
+inline float to_float(half x) {
+#if defined(__F16C__)
+  return _cvtsh_ss(x.bits);
+#else
+  const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, magnitude = x.bits & 0x7fff;
+  if (magnitude >= 0x7c00) return bit_cast<float>(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);
+  // Scaled by 2^112 the float with these bits is the number, subnormals included.
+  const float scaled = bit_cast<float>(magnitude << 13) * 0x1p112f;
+  return bit_cast<float>(bit_cast<uint32_t>(scaled) | sign);
+#endif
+}
+
+template <class T>
+inline T from_float(float x);
+template <>
+inline float from_float(float x) {
+  return x;
+}
+template <>
+inline bf16 from_float(float x) {
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  if (x != x) return {uint16_t(bits >> 16 | 0x40)};
+  return {uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+template <>
+inline half from_float(float x) {
+#if defined(__F16C__)
+  return {uint16_t(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT))};
+#else
+  const uint32_t sign = bit_cast<uint32_t>(x) >> 16 & 0x8000, bits = bit_cast<uint32_t>(x) & 0x7fffffff;
+  if (bits > 0x7f800000) return {uint16_t(sign | 0x7e00)};
+  if (bits >= 0x477ff000) return {uint16_t(sign | 0x7c00)};
+  if (bits < 0x38800000) {  // subnormal: adding 0.5 rounds to units of 2^-24
+    return {uint16_t(sign | (bit_cast<uint32_t>(bit_cast<float>(bits) + 0.5f) & 0x7fff))};
+  }
+  return {uint16_t(sign | (bits - 0x38000000 + 0xfff + (bits >> 13 & 1)) >> 13)};
+#endif
+}
+template <class T>
+constexpr float largest() {
+  return std::is_same_v<T, half> ? 65504.0f
+      : std::is_same_v<T, bf16>  ? 3.38953139e38f
+                                 : std::numeric_limits<float>::max();
+}
+
+// LANES numbers in a row
+
+inline F load_floats(const float* p) { return load(p); }
+inline F load_floats(const bf16* p) {
+#if defined(__AVX512F__)
+  return _mm512_castsi512_ps(
+      _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
+#endif
+  typedef uint16_t U16 __attribute__((vector_size(LANES * 2)));
+  return bit_cast<F>(__builtin_convertvector(load<U16>(p), I) << 16);
+}
+inline F load_floats(const int8_t* p) {
+#if defined(__AVX512F__)
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#elif defined(__AVX2__)
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#else
+  F v;
+  for (int i = 0; i < LANES; ++i) v[i] = p[i];
+  return v;
+#endif
+}
+inline F load_floats(const half* p) {
+#if defined(__AVX512F__)
+  return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__AVX2__) && defined(__F16C__)
+  return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+  F v;
+  for (int i = 0; i < LANES; ++i) v[i] = to_float(p[i]);
+  return v;
+#endif
+}
+
+// The first count <= LANES numbers, then zeros; nothing behind them is read.
+template <class T>
+inline F load_floats(const T* p, int64_t count) {
+  if (count >= LANES) return load_floats(p);
+  F v{};
+  for (int64_t i = 0; i < count; ++i) v[i] = to_float(p[i]);
+  return v;
+}
+
+// All lanes whose bit is set are all ones.
+inline I lane_mask(uint32_t bits) { return (splat(int32_t(bits)) & (splat(1) << lanes())) != 0; }
+
+// v with the sign of the lanes whose bit is set turned.
+inline F negate(F v, uint32_t bits) {
+  return bit_cast<F>(bit_cast<I>(v) ^ (lane_mask(bits) & splat(int32_t(0x80000000))));
+}
+
+inline F select(I mask, F yes, F no) {
+  return bit_cast<F>((bit_cast<I>(yes) & mask) | (bit_cast<I>(no) & ~mask));
+}
+
+// Lane j gets packed[rank of j among the set bits]; lanes without a bit keep theirs of `others`.
+inline F expand(F others, F packed, uint32_t bits) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(packed));  // expanding from memory takes several times as long
+  return _mm512_mask_expand_ps(others, __mmask16(bits), packed);
+#elif defined(__AVX2__) && defined(__BMI2__)
+  // Eight nibble-wide ranks from the mask, then one permutation.
+  const uint64_t wide = _pdep_u64(bits, 0x0101010101010101) * 0xff;
+  const __m256i rank =
+      _mm256_cvtepi8_epi32(_mm_cvtsi64_si128(_pdep_u64(0x0706050403020100, wide)));
+  const __m256i keep = _mm256_cvtepi8_epi32(_mm_cvtsi64_si128(wide));
+  return _mm256_blendv_ps(others, _mm256_permutevar8x32_ps(packed, rank), _mm256_castsi256_ps(keep));
+#else
+  for (int j = 0, rank = 0; j < LANES; ++j) {
+    if (bits >> j & 1) others[j] = packed[rank++];
+  }
+  return others;
+#endif
+}
+
+// All lanes of v folded into one number, in halves: op(F, F) -> F.
+template <int H = LANES / 2, class Op>
+inline float fold(F v, Op op) {
+  const F folded = [&]<size_t... L>(std::index_sequence<L...>) {
+    return op(v, __builtin_shufflevector(v, v, ((L + H) % LANES)...));
+  }(std::make_index_sequence<LANES>{});
+  if constexpr (H == 1) return folded[0];
+  else return fold<H / 2>(folded, op);
+}
+inline float sum(F v) {
+  return fold(v, [](F a, F b) { return a + b; });
+}
+inline F max(F a, F b) { return select(a > b, a, b); }
+inline float maximum(F v) {
+  return fold(v, [](F a, F b) { return max(a, b); });
+}
+
+// One halving step of sums: lane blocks of size H, alternately from a and from b.
+template <int H, size_t... L>
+inline F halve(F a, F b, std::index_sequence<L...>) {
+  return __builtin_shufflevector(a, b, (L / (2 * H) * 2 * H + L % H + (L % (2 * H) < H ? 0 : LANES))...) +
+      __builtin_shufflevector(a, b, (L / (2 * H) * 2 * H + L % H + H + (L % (2 * H) < H ? 0 : LANES))...);
+}
+// v[0] becomes the vector of the sums of v[0], v[1], ... v[LANES - 1].
+template <int H = LANES / 2>
+inline void sums(F* v) {
+  for (int i = 0; i < H; ++i) v[i] = halve<H>(v[i], v[i + H], std::make_index_sequence<LANES>{});
+  if constexpr (H > 1) sums<H / 2>(v);
+}
+
+// e^x for x <= 0 within 2 ulp (Cephes' polynomial); 0 below -87, -inf included.
+inline F exp_nonpositive(F x) {
+  const I tiny = x < splat(-87.0f);
+  x = select(tiny, F{}, x);
+  const F shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum's low bits are round(x / ln 2)
+  const F n = shifted - 12582912.0f;
+  const F r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  F y = splat(1.9875691500e-4f);
+  y = y * r + 1.3981999507e-3f;
+  y = y * r + 8.3334519073e-3f;
+  y = y * r + 4.1665795894e-2f;
+  y = y * r + 1.6666665459e-1f;
+  y = y * r + 5.0000001201e-1f;
+  y = y * r * r + r + 1.0f;
+  const I power = bit_cast<I>(shifted) << 23;
+  return select(tiny, F{}, bit_cast<F>(bit_cast<I>(y) + power));
+}
+
+// tanh(x) = sign(x) (1 - e) / (1 + e), e = exp(-2 |x|)
+inline F tanh(F x) {
+  const I sign = bit_cast<I>(x) & splat(int32_t(0x80000000));
+  const F magnitude = bit_cast<F>(bit_cast<I>(x) ^ sign);
+  const F e = exp_nonpositive(magnitude * -2.0f);
+  return bit_cast<F>(bit_cast<I>((1.0f - e) / (1.0f + e)) | sign);
+}
+
+}  // namespace spark
