@@ -5,7 +5,7 @@ STAMP := $(VENV)/.stamp
 # Extra arguments: make test ARGS="-k cli", make demo ARGS="--context 1000".
 ARGS ?=
 
-.PHONY: setup demo test test-all check format clean
+.PHONY: setup demo test test-all sanitize check format clean
 
 setup: $(STAMP)
 
@@ -26,6 +26,18 @@ test: setup
 
 test-all: setup
 	$(BIN)/pytest -q -n 2 --durations=15 $(ARGS)
+
+# The CPU kernels' tests under AddressSanitizer and UBSan, for every level this machine can run.
+sanitize: setup
+	$(BIN)/python -c 'from spark_compile.kernels.cpu.build import supported; print(*supported())' \
+	| xargs -n 1 | while read -r level; do \
+		echo "level $$level"; \
+		SPARK_COMPILE_CPU=$$level \
+		SPARK_COMPILE_CXXFLAGS="-g -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined" \
+		ASAN_OPTIONS=detect_leaks=0 \
+		LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
+		$(BIN)/python -m pytest -q -p no:cacheprovider tests/kernels/test_cpu.py || exit 1; \
+	done
 
 check: setup
 	$(BIN)/ruff check .

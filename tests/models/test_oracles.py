@@ -74,11 +74,45 @@ def test_both_oracles(name: str, attention: str, padding: int, dtype: torch.dtyp
     assert_close(logits, exact, dtype)
 
     torch._dynamo.reset()
-    config = SparkConfig(key_ratio=0.5, **options)
-    with SimulatedSpark(config, *heads(model)) as simulated:
-        expected, _ = teacher_forced(tiny(name, "sdpa").to(dtype), ids, padding, simulated)
-    pruned = optimize(copy.deepcopy(model), key_ratio=0.5, **options)
+    cache = check_pruned(name, attention, ids, padding, dtype, exact, key_ratio=0.5, **options)
+    assert kv_bytes(cache) < kv_bytes(dense_cache) * 1.25
+
+
+def check_pruned(
+    name: str, attention: str, ids: Tensor, padding: int, dtype: torch.dtype, exact: Tensor,
+    **options: Any,
+) -> Any:  # fmt: skip
+    """Compare a compiled model with the simulated method; returns the compiled one's cache."""
+    model = tiny(name, "sdpa").to(dtype)
+    with SimulatedSpark(SparkConfig(**options), *heads(model)) as simulated:
+        expected, _ = teacher_forced(model, ids, padding, simulated)
+    pruned = optimize(tiny(name, attention).to(dtype), **options)
     logits, cache = teacher_forced(pruned, ids, padding)
     assert_close(logits, expected, dtype)
     assert (expected - exact).abs().max() > 1e-3, "pruning changed nothing: the oracle is blind"
-    assert kv_bytes(cache) < kv_bytes(dense_cache) * 1.25
+    return cache
+
+
+FORMATS: dict[str, dict[str, Any]] = {
+    "int8 keys": {"key_ratio": 0.5, "key_dtype": "int8"},
+    "int8 values": {"key_ratio": 0.5, "value_dtype": "int8"},
+    "int8": {"key_ratio": 0.5, "key_dtype": "int8", "value_dtype": "int8"},
+    "pruned values": {"key_ratio": 0.5, "value_ratio": 0.5},
+    "everything": {
+        "key_ratio": 0.5,
+        "key_dtype": "int8",
+        "value_ratio": 0.3,
+        "value_dtype": "int8",
+    },
+}
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize(
+    ("name", "padding", "dtype"), [("llama", 0, torch.float32), ("qwen3", 3, torch.bfloat16)]
+)
+def test_every_format(name: str, padding: int, dtype: torch.dtype, form: str) -> None:
+    ids = tokens(batch=2 if padding else 1)
+    exact, _ = teacher_forced(tiny(name, "sdpa").to(dtype), ids, padding)
+    options = {"window": WINDOW, "inner": "eager", "strict": True, **FORMATS[form]}
+    check_pruned(name, "sdpa", ids, padding, dtype, exact, **options)

@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from spark_compile import SparkConfig
 from spark_compile.kernels.layout import kept_channels
 from spark_compile.kernels.reference.prune import prune, query_stats, recover
+from spark_compile.kernels.reference.values import pack_values, unpack_values, value_bias
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2}
 """Largest relative error (root mean squares) by dtype; the only table of its kind."""
@@ -32,6 +33,8 @@ class _Layer:
     packed: Tensor
     norms: Tensor
     stats: Tensor
+    values: Tensor
+    bias: Tensor | None = None
 
 
 class SimulatedSpark(TorchFunctionMode):
@@ -64,11 +67,10 @@ class SimulatedSpark(TorchFunctionMode):
         bound.pop("enable_gqa", None)
         query, key = bound["query"], bound["key"]
         key = key[:, :: key.shape[1] // self.kv_heads]
-        layer = self._layer(query, key)
-        value = bound["value"]
+        layer, value = self._layer(query, key), bound["value"]
         value = value[:, :: value.shape[1] // self.kv_heads]
         bound["key"] = self._expand(self._keys(layer, key), query)
-        bound["value"] = self._expand(value, query)
+        bound["value"] = self._expand(self._values(layer, value), query)
         output = F.scaled_dot_product_attention(**bound)
         # For a single token eager transformers hands over the queries of a group as rows.
         self._advance(layer, query.reshape(query.shape[0], self.query_heads, -1, key.shape[3]), key)
@@ -77,7 +79,8 @@ class SimulatedSpark(TorchFunctionMode):
     def _layer(self, query: Tensor, key: Tensor) -> _Layer:
         if self.call == len(self.layers):
             zeros = torch.zeros(key.shape[0], self.kv_heads, key.shape[3])
-            self.layers.append(_Layer(key[:, :, :0].float(), zeros, zeros))
+            none = key[:, :, :0].float()
+            self.layers.append(_Layer(none, zeros, zeros, none))
         self.call += 1
         return self.layers[self.call - 1]
 
@@ -92,6 +95,22 @@ class SimulatedSpark(TorchFunctionMode):
         parts = (key[:, :, :sinks], layer.packed.to(key.dtype), key[:, :, sinks + packed :])
         return torch.cat(parts, dim=2)
 
+    def _values(self, layer: _Layer, value: Tensor) -> Tensor:
+        """The values as the method sees them: exact in the prompt, as stored from then on."""
+        config, known = self.config, layer.values.shape[2]
+        if config.value_fields == ("rows",):
+            return value
+        if not known and config.value_ratio:
+            layer.bias = value_bias(value)
+        kept = kept_channels(value.shape[3], config.value_ratio)
+        quantized = config.value_dtype == "int8"
+        rows, bits, scale = pack_values(value[:, :, known:], layer.bias, kept, quantized)
+        stored = unpack_values(rows, None if layer.bias is None else bits, scale, value.shape[3])
+        layer.values = (
+            torch.cat((layer.values[..., : value.shape[3]], stored), dim=2) if known else stored
+        )
+        return layer.values.to(value.dtype) if known else value
+
     def _advance(self, layer: _Layer, query: Tensor, key: Tensor) -> None:
         config, length = self.config, key.shape[2]
         layer.stats = layer.stats + query_stats(query, self.kv_heads, config.window)
@@ -105,7 +124,8 @@ class SimulatedSpark(TorchFunctionMode):
         first = config.sink_tokens + packed
         how = (config.recovery, config.saliency)
         kept = kept_channels(key.shape[3], config.key_ratio)
-        rows = prune(key[:, :, first : first + waiting], select, layer.norms, kept, *how)
+        body = key[:, :, first : first + waiting]
+        rows = prune(body, select, layer.norms, kept, *how, config.key_dtype == "int8")
         fresh = recover(*rows, layer.norms, "degenerate", config.saliency)
         layer.packed = torch.cat((layer.packed, fresh), dim=2)
         layer.stats = torch.zeros_like(layer.stats)
