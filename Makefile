@@ -5,7 +5,7 @@ STAMP := $(VENV)/.stamp
 # Extra arguments: make test ARGS="-k cli", make demo ARGS="--context 1000".
 ARGS ?=
 
-.PHONY: setup demo test test-all sanitize check format clean
+.PHONY: setup demo test test-all sanitize bench-kernels bench-decode gpu check format clean
 
 setup: $(STAMP)
 
@@ -26,6 +26,13 @@ test: setup
 
 test-all: setup
 	$(BIN)/pytest -q -n 2 --durations=15 $(ARGS)
+
+# Several minutes each, on an otherwise idle machine; results go to benchmarks/results.
+bench-kernels: setup
+	$(BIN)/python -m benchmarks.bench_kernels $(ARGS)
+
+bench-decode: setup
+	$(BIN)/python -m benchmarks.bench_decode $(ARGS)
 
 # The CPU kernels' tests under AddressSanitizer and UBSan, for every level this machine can run.
 sanitize: setup

@@ -1,0 +1,71 @@
+"""Pictures of the results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # a file, no window
+
+from matplotlib import pyplot as plt
+from matplotlib.ticker import FuncFormatter
+
+Rows = Sequence[dict[str, Any]]
+
+
+def kernels(rows: Rows, path: Path) -> Path:
+    """Speed of attention relative to the best dense form, one panel per shape and batch."""
+    operation = rows[0]["operation"]  # attend, unless a run left it out
+    rows = [row for row in rows if row["operation"] == operation]
+    panels = list(dict.fromkeys((row["shape"], row["batch"]) for row in rows))
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(5 * len(panels), 4.6), sharey=True, squeeze=False
+    )
+    for axis, (shape, batch) in zip(axes[0], panels, strict=True):
+        own = [r for r in rows if (r["shape"], r["batch"]) == (shape, batch)]
+        _lines(axis, own, "contender", "context", "speedup")
+        axis.set(title=f"{operation}: {shape}, B {batch}", xlabel="cached tokens")
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1024:g}k"))
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    axes[0, 0].set_ylabel("speed, x dense (packed queries)")
+    return _save(figure, axes, path)
+
+
+def decode(rows: Rows, path: Path) -> Path:
+    """Time per token over the context, and the memory of the job, one row of panels per model."""
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    figure, axes = plt.subplots(len(models), 2, figsize=(11, 4.2 * len(models)), squeeze=False)
+    for line, model in zip(axes, models, strict=True):
+        own = [row for row in rows if row["model"] == model and "error" not in row]
+        for axis, column, label, unit in (
+            (line[0], "median_ms", "ms per token", 1),
+            (line[1], "peak_bytes", "peak memory of the job, MB", 1e6),
+        ):
+            scaled = [{**row, column: row[column] / unit} for row in own]
+            _lines(axis, scaled, "competitor", "context", column)
+            axis.set(title=model, xlabel="tokens of context", ylabel=label)
+            axis.set_ylim(bottom=0)
+    return _save(figure, axes, path)
+
+
+def _lines(axis: Any, rows: Rows, group: str, x: str, y: str) -> None:
+    """One line per value of the column ``group``; ours are drawn solid, the dense ones dashed."""
+    for name in dict.fromkeys(row[group] for row in rows):
+        points = sorted((row[x], row[y]) for row in rows if row[group] == name)
+        style = "-" if name.startswith("spark") else "--"
+        axis.plot(*zip(*points, strict=True), style, marker="o", markersize=3, label=name)
+    axis.grid(alpha=0.3)
+
+
+def _save(figure: Any, axes: Any, path: Path) -> Path:
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
+    figure.set_layout_engine("constrained")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path

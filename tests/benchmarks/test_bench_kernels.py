@@ -1,0 +1,104 @@
+"""Bytes, rows and statistics of the kernel benchmark; nothing here is timed in earnest."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import bench_kernels, measure, store_case
+from benchmarks.attend_case import PACKED, STORED, Case, Shape, Stored, relative_errors
+from benchmarks.measure import Contender
+from spark_compile.kernels.layout import key_token_bytes, value_token_bytes
+
+SHAPE = Shape("tiny", query_heads=4, kv_heads=2, head_dim=16)
+
+
+@pytest.fixture
+def case():
+    torch.manual_seed(0)
+    return Case(SHAPE, batch=2, tokens=80, dtype=torch.float32)
+
+
+def test_contenders_compute_the_same_attention(case):
+    errors = relative_errors(case.contenders(rotate_bytes=1))
+    assert all(error < 1e-5 for name, error in errors.items() if not name.startswith("spark"))
+    assert errors[STORED[0].name] < 1e-5
+    assert errors["spark 0.5"] < errors["spark 0.8"] < 1
+
+
+def test_contenders_rotate_over_the_asked_bytes(case):
+    contenders = case.contenders(rotate_bytes=100_000)
+    least = min(c.moved_bytes for c in contenders)
+    counts = {len(c.calls) for c in contenders}
+    assert counts == {-(-100_000 // least)}
+
+
+@pytest.mark.parametrize("stored", STORED, ids=lambda stored: stored.name)
+def test_bytes_are_those_of_the_layout(case, stored):
+    named = {c.name: c.moved_bytes for c in case.contenders(rotate_bytes=1)}
+    key = key_token_bytes(16, stored.key_ratio, 4, "degenerate", stored.int8_keys)
+    value = value_token_bytes(16, 0.0, 4, stored.int8_values)
+    per_head = (80 - 48) * key + 80 * value + 48 * 16 * 4 + 16 * 4
+    assert named[stored.name] == 2 * 2 * per_head
+    assert named[PACKED] == 2 * 2 * 80 * 16 * 4 * 2
+
+
+def test_filled_repeats_into_memory_of_its_own(case):
+    drawn = torch.arange(6.0).view(1, 1, 3, 2)
+    rows = case.filled(drawn, tokens=4, spare=1)
+    assert rows[0, 0].tolist() == [[0, 1], [2, 3], [4, 5], [0, 1], [0, 0]]
+    assert rows.data_ptr() != drawn.data_ptr()
+
+
+@pytest.mark.parametrize(
+    "make", [store_case.prune_contenders, store_case.append_contenders], ids=["prune", "append"]
+)
+def test_storing_contenders_run(case, make):
+    contenders = make(case, 1)
+    for contender in contenders:
+        contender.calls[0]()
+        assert contender.moved_bytes > 0
+    assert {"spark 0.8", "spark 0.8 + int8"} <= {c.name for c in contenders}
+
+
+def test_a_row_compares_within_the_run():
+    row = bench_kernels.row_of(Contender("x", [], 1000, times_ms=[2.0, 1.0, 9.0]), 4.0, 1e6)
+    assert (row["median_ms"], row["min_ms"], row["max_ms"], row["repeats"]) == (2, 1, 9, 3)
+    assert (row["speedup"], row["bytes_per_s"]) == (2, 500_000)
+    assert (row["limit_ms"], row["limit_share"]) == (1, 0.5)
+
+
+def test_interleave_takes_turns_and_changes_layers():
+    log = []
+    contenders = [
+        Contender(name, [lambda name=name, i=i: log.append((name, i)) for i in range(3)], 1)
+        for name in "ab"
+    ]
+    measure.interleave(contenders, repeats=4, pass_ms=0)
+    assert [name for name, _ in log] == list("aabb" + "ab" * 4)
+    assert [layer for name, layer in log if name == "a"] == [0, 1, 2, 0, 1, 2]
+    assert [len(c.times_ms) for c in contenders] == [4, 4]
+
+
+def test_names_of_what_is_stored():
+    assert Stored(0.8, int8_keys=True, int8_values=True).name == "spark 0.8 + int8"
+    assert Stored(0.8, int8_values=True).name == "spark 0.8 + int8 values"
+    assert Stored(0.0).name == "spark 0"
+
+
+def test_json_tells_the_machine(tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "RESULTS", tmp_path)
+    path = measure.write_json("x", measure.machine_facts(), {"repeats": 1}, rows=[{"a": 1}])
+    data = json.loads(path.read_text())
+    assert data["rows"] == [{"a": 1}]
+    assert data["settings"] == {"repeats": 1}
+    assert {"cpu", "cores", "threads", "torch", "date"} <= data["machine"].keys()
+
+
+def test_other_load_counts_what_is_not_ours(monkeypatch):
+    clock = iter([(0.0, 10.0, 1.0), (2.0, 13.0, 2.0)])  # 3 s busy in all, 1 s of them ours
+    monkeypatch.setattr(measure.OtherLoad, "_now", staticmethod(lambda: next(clock)))
+    monkeypatch.setattr(measure.os, "cpu_count", lambda: 2)
+    assert measure.OtherLoad().share() == 0.5
