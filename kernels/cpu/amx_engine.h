@@ -62,7 +62,9 @@ class AmxEngine {
   // Rows of the sums: what a tile loads must be there.
   static int64_t padded_rows(int64_t rows) { return rows <= QUERIES ? rows : round_up(rows, QUERIES); }
 
-  explicit AmxEngine(const Problem& p)
+  explicit AmxEngine(const Problem& p) : AmxEngine(p, std::min<int64_t>(QUERIES, p.query_rows())) {}
+  // weight_rows: rows of the tiles that hold the weights and their sums with the values.
+  AmxEngine(const Problem& p, int64_t weight_rows)
       : p_(p), key_width_(padded(p.key_dim)), value_width_(padded(p.value_dim)),
         room_width_(padded(p.kept_channels) + 32), groups_((p.query_rows() + QUERIES - 1) / QUERIES), keys_(scratch<bf16>(BLOCK * key_width_)),
         room_(scratch<bf16>(BLOCK * room_width_)), values_(scratch<bf16>(BLOCK * value_width_)),
@@ -70,7 +72,7 @@ class AmxEngine {
         weights_(scratch<float>(key_width_)) {
     TileConfig config;
     for (int tile = 0; tile < 8; ++tile) config.row_bytes[tile] = 64, config.rows[tile] = 16;
-    config.rows[1] = config.rows[6] = std::min<int64_t>(QUERIES, p.query_rows());
+    config.rows[1] = config.rows[6] = uint8_t(weight_rows);
     _tile_loadconfig(&config);
   }
   ~AmxEngine() { _tile_release(); }
@@ -124,12 +126,7 @@ class AmxEngine {
     multiply(&queries_[first * key_width_], dots);
     for (int t = 0; t < BLOCK; t += 16) {
       const F step = std::is_same_v<K, int8_t> && block.packed ? load(&key_steps_[t]) : splat(1.0f);
-      for (int r = 0; r < count; r += 4) {
-        F columns[4];
-        for (int i = 0; i < 4; ++i) columns[i] = four_rows(&dots[t + i][r]);
-        transpose(columns);
-        for (int i = 0; i < 4; ++i) store(&scores[r + i][t], columns[i] * step);
-      }
+      columns(dots + t, count, [&](int r, F v) { store(&scores[r][t], v * step); });
     }
   }
 
@@ -168,7 +165,7 @@ class AmxEngine {
     }
   }
 
- private:
+ protected:
   void expand_packed(const Block& block) {
     const bf16* rows = nullptr;
     if constexpr (std::is_same_v<K, bf16>) {
@@ -244,6 +241,17 @@ class AmxEngine {
     }
     _tile_stored(0, dots[0], 64);
     _tile_stored(2, dots[16], 64);
+  }
+
+  // Calls f(r, column r) for the first `count` columns of a tile, and for up to three behind them.
+  template <class Function>
+  static void columns(const float (*tile)[16], int count, Function f) {
+    for (int r = 0; r < count; r += 4) {
+      F v[4];
+      for (int i = 0; i < 4; ++i) v[i] = four_rows(&tile[i][r]);
+      transpose(v);
+      for (int i = 0; i < 4; ++i) f(r + i, v[i]);
+    }
   }
 
   // Four columns of rows 0, 4, 8 and 12 of a tile.

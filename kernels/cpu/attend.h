@@ -206,7 +206,7 @@ void merge_row(const Problem& p, const Partial* chunks, int64_t count, int64_t b
 
 // Enough chunks that every core gets several, none shorter than the set-up of a task is worth.
 inline int64_t chunk_tokens(const Problem& p, int64_t threads) {
-  const int64_t wanted = p.length * p.batch * p.kv_heads / (8 * threads) + 1;
+  const int64_t wanted = p.length * p.batch * p.kv_heads / (4 * threads) + 1;
   return round_up(std::clamp<int64_t>(wanted, 256, 4096), BLOCK);
 }
 

@@ -12,7 +12,7 @@
 #include <tuple>
 
 #if defined(SPARK_AMX)
-#include "amx_engine.h"
+#include "amx_int8_engine.h"
 #endif
 #include "float_engine.h"
 
@@ -345,6 +345,9 @@ void run(const Problem& p) {
   const int64_t threads = torch::stable::get_num_threads();
 #if defined(SPARK_AMX)
   if constexpr (std::is_same_v<T, spark::bf16>) {
+    if constexpr (std::is_same_v<K, int8_t> && std::is_same_v<V, int8_t>) {
+      if (!p.value_bits.data) return spark::attend<T, spark::AmxInt8Engine>(p, threads, spread);
+    }
     return spark::attend<T, spark::AmxEngine<K, V>>(p, threads, spread);
   }
 #endif

@@ -1,0 +1,256 @@
+// Blocks of int8 keys and values for the integer products of the tile registers.
+//
+// Stored numbers go to the tiles as they are; queries and softmax weights, which they meet there,
+// are split into two int8 digits: x = unit * (128 * high + low), 15 bits of the largest one. Dense
+// keys of the tail take the way of the bfloat16 engine.
+#pragma once
+
+#include "amx_engine.h"
+
+namespace spark {
+
+constexpr float DIGITS = 127.0f * 128.0f;  // the largest number of two digits
+
+class AmxInt8Engine : public AmxEngine<int8_t, int8_t> {
+  using Base = AmxEngine<int8_t, int8_t>;
+
+ public:
+  static int64_t padded(int64_t channels) { return round_up(channels, 64); }
+
+  explicit AmxInt8Engine(const Problem& p)
+      : Base(p, QUERIES), key_width_(padded(p.key_dim)), value_width_(padded(p.value_dim)),
+        kept_(scratch<int8_t>(BLOCK * key_width_)), signs_(scratch<int8_t>(BLOCK * key_width_)),
+        values_(scratch<int8_t>(2 * BLOCK * value_width_)),
+        digits_(scratch<int8_t>(4 * groups_ * QUERIES * key_width_)),
+        units_(scratch<float>(2 * groups_ * QUERIES)) {}
+
+  void start(int64_t b, int64_t h) {
+    Base::start(b, h);
+    std::vector<float> query(p_.key_dim);
+    for (int64_t row = 0; row < p_.query_rows(); ++row) {
+      const bf16* q = p_.query.at<bf16>(b, h * p_.group() + row / p_.queries, row % p_.queries);
+      for (int64_t j = 0; j < p_.key_dim; ++j) query[j] = to_float(q[j]);
+      split_query(query, row, 0);
+      for (int64_t j = 0; j < p_.key_dim; ++j) query[j] *= weights_[j];
+      split_query(query, row, 1);
+    }
+  }
+
+  void expand_keys(const Block& block) {
+    if (!block.packed) return Base::expand_keys(block);
+    const char* last = p_.kept.at<char>(block.batch, block.head, block.key_row + block.count - 1);
+    const bool whole = p_.key_dim % 64 == 0 && last + p_.kept_channels + 64 <= p_.kept.end;
+    whole ? expand_bytes<true>(block) : expand_bytes<false>(block);
+  }
+
+  void expand_values(const Block& block) {
+    const int64_t width = value_width_, channels = p_.value_dim, row_step = p_.values.token;
+    const int64_t scale_step = p_.value_scale.token;
+    const bf16* scale = p_.value_scale.at<bf16>(block.batch, block.head, block.value_row) + p_.value_entries - 1;
+    const int8_t* row = p_.values.at<int8_t>(block.batch, block.head, block.value_row);
+    int8_t* tiles = values_.get();
+    for (int t = 0; t < BLOCK; ++t) steps_[t] = t < block.count ? to_float(scale[t * scale_step]) : 0.0f;
+    for (int t = 0; t < BLOCK; t += 4, row += 4 * row_step) {
+      const bool whole = t + 4 <= block.count && channels == width;
+      for (int64_t j = 0; j < width; j += 64) {
+        __m512i rows[4];
+        for (int i = 0; i < 4; ++i) {
+          const int8_t* bytes = row + i * row_step + j;
+          if (whole) prefetch_ahead(bytes, 64, row_step);
+          rows[i] = whole ? _mm512_loadu_si512(bytes) : t + i < block.count ? some_bytes(bytes, channels - j) : __m512i{};
+        }
+        const __m512i a = _mm512_unpacklo_epi8(rows[0], rows[1]), b = _mm512_unpackhi_epi8(rows[0], rows[1]);
+        const __m512i c = _mm512_unpacklo_epi8(rows[2], rows[3]), d = _mm512_unpackhi_epi8(rows[2], rows[3]);
+        // Tiles of 16 channels whose rows are four tokens; half of their 16 rows stay zero.
+        int8_t* tile = tiles + j * 2 * BLOCK + t * 16;
+        _mm512_store_si512(tile, _mm512_unpacklo_epi16(a, c));
+        _mm512_store_si512(tile + 1024, _mm512_unpackhi_epi16(a, c));
+        _mm512_store_si512(tile + 2048, _mm512_unpacklo_epi16(b, d));
+        _mm512_store_si512(tile + 3072, _mm512_unpackhi_epi16(b, d));
+      }
+    }
+  }
+
+  void scores(const Block& block, int64_t first, int count, float (*scores)[BLOCK]) {
+    if (!block.packed) return Base::scores(block, first, count, scores);
+    alignas(64) int32_t products[BLOCK / 16][4][16][16];
+    alignas(64) float dots[BLOCK][16];
+    const F unit = load(&units_[first]), weighted_unit = load(&units_[groups_ * QUERIES + first]);
+    for (int half = 0; half < BLOCK; half += 16) multiply(half, first, products[half / 16]);
+    for (int t = 0; t < BLOCK; ++t) {
+      const auto number = [&](int i) {
+        const F high = _mm512_cvtepi32_ps(load<__m512i>(products[t / 16][i][t % 16]));
+        return high * 128.0f + F(_mm512_cvtepi32_ps(load<__m512i>(products[t / 16][i + 1][t % 16])));
+      };
+      const F kept = number(0) * unit * key_steps_[t];
+      store(dots[t], kept + number(2) * weighted_unit * amplitudes_[t]);
+    }
+    for (int t = 0; t < BLOCK; t += 16) columns(dots + t, count, [&](int r, F v) { store(&scores[r][t], v); });
+  }
+
+  void accumulate(const Block&, float (*weights)[BLOCK], int count, const float* rescale, float* sums) {
+    for (int r = 0; r < count; r += 8) {
+      accumulate_eight(weights + r, std::min(count - r, 8), rescale ? rescale + r : nullptr, sums + r * value_width_);
+    }
+  }
+
+  // Channels in their own order again.
+  void finish(float* sums, int64_t rows) {
+    for (int64_t at = 0; at < rows * value_width_; at += 64) {
+      float ordered[64];
+      for (int i = 0; i < 64; ++i) ordered[i % 16 / 4 * 16 + i / 16 * 4 + i % 4] = sums[at + i];
+      std::memcpy(sums + at, ordered, sizeof(ordered));
+    }
+  }
+
+ private:
+  // Whole numbers of two digits each as the digits.
+  static void split(F x, int8_t* high, int8_t* low) {
+    const __m512i whole = _mm512_cvtps_epi32(x);
+    const __m512i tens = _mm512_srai_epi32(_mm512_add_epi32(whole, _mm512_set1_epi32(64)), 7);
+    const __m512i ones = _mm512_sub_epi32(whole, _mm512_slli_epi32(tens, 7));
+    _mm_storeu_si128((__m128i*)high, _mm512_cvtepi32_epi8(tens));
+    _mm_storeu_si128((__m128i*)low, _mm512_cvtepi32_epi8(ones));
+  }
+
+  // kind 0: the query; 1: the query over n^p. Tiles of 64 channels: rows of four channels, columns
+  // of queries; first the high digits, then the low ones.
+  int8_t* digits(int64_t first, int kind, int digit) {
+    return &digits_[((first / QUERIES * 2 + kind) * 2 + digit) * QUERIES * key_width_];
+  }
+  void split_query(const std::vector<float>& query, int64_t row, int kind) {
+    float largest = 0;
+    for (float x : query) largest = std::max(largest, std::abs(x));
+    units_[kind * groups_ * QUERIES + row] = largest / DIGITS;
+    const float inverse = largest > 0 ? DIGITS / largest : 0.0f;
+    for (size_t j = 0; j < query.size(); ++j) {
+      const int whole = int(std::nearbyint(query[j] * inverse)), tens = (whole + 64) >> 7;
+      const int64_t at = j / 64 * 1024 + j % 64 / 4 * 64 + row % QUERIES * 4 + j % 4;
+      digits(row, kind, 0)[at] = int8_t(tens);
+      digits(row, kind, 1)[at] = int8_t(whole - tens * 128);
+    }
+  }
+
+  static uint64_t plane_bytes(const uint8_t* plane, int64_t first, int64_t bytes) {
+    uint64_t bits = 0;
+    for (int64_t i = 0; i < std::min<int64_t>(8, bytes - first / 8); ++i) {
+      bits |= uint64_t(plane[first / 8 + i]) << (8 * i);
+    }
+    return bits;
+  }
+
+  template <bool whole>
+  void expand_bytes(const Block& block) {
+    const int64_t width = key_width_, plane = (p_.key_dim + 7) / 8, entries = p_.scale_entries;
+    const int64_t row_step = p_.kept.token, scale_step = p_.scale.token, plane_step = p_.bits.token;
+    const int64_t channels = p_.kept_channels;
+    const bool recovers = p_.recovers;
+    const int8_t* row = p_.kept.at<int8_t>(block.batch, block.head, block.key_row);
+    const bf16* scale = p_.scale.at<bf16>(block.batch, block.head, block.key_row);
+    const uint8_t* keep = p_.bits.at<uint8_t>(block.batch, block.head, block.key_row);
+    int8_t *kept = kept_.get(), *signs = signs_.get();
+    const __m512i plus = _mm512_set1_epi8(1), minus = _mm512_set1_epi8(-1);
+    for (int t = 0; t < block.count; ++t, row += row_step, scale += scale_step, keep += plane_step) {
+      prefetch_ahead(row, channels, row_step);
+      prefetch_ahead(keep, 2 * plane, plane_step);
+      key_steps_[t] = to_float(scale[entries - 1]);
+      amplitudes_[t] = recovers ? to_float(scale[0]) : 0.0f;
+      int64_t rank = 0;
+      for (int64_t j = 0; j < width; j += 64, kept += 64, signs += 64) {
+        const uint8_t* bits = keep + j / 8;
+        const uint64_t mask = whole ? load<uint64_t>(bits) : plane_bytes(keep, j, plane);
+        const uint64_t negative = whole ? load<uint64_t>(bits + plane) : plane_bytes(keep + plane, j, plane);
+        const int count = __builtin_popcountll(mask);
+        __m512i few = whole ? _mm512_loadu_si512(row + rank)
+                            : _mm512_maskz_loadu_epi8(_bzhi_u64(~uint64_t(0), count), row + rank);
+        asm("" : "+v"(few));  // expanding from memory takes several times as long
+        _mm512_store_si512(kept, _mm512_maskz_expand_epi8(mask, few));
+        _mm512_store_si512(signs, _mm512_mask_mov_epi8(_mm512_maskz_mov_epi8(~mask, plus), ~mask & negative, minus));
+        rank += count;
+      }
+    }
+  }
+
+  static __m512i some_bytes(const int8_t* p, int64_t count) {
+    return _mm512_maskz_loadu_epi8(_bzhi_u64(~uint64_t(0), unsigned(std::min<int64_t>(count, 64))), p);
+  }
+
+  // Up to eight queries: the high digits of their weights are rows 0 to 7 of a tile, the low ones
+  // rows 8 to 15. Four sums side by side, as in multiply().
+  void accumulate_eight(float (*weights)[BLOCK], int count, const float* rescale, float* sums) {
+    const int64_t width = value_width_;
+    const int8_t* values = values_.get();
+    alignas(64) int8_t digits[16][64] = {};
+    alignas(64) int32_t parts[4][16][16];
+    float units[8];
+    for (int r = 0; r < count; ++r) {
+      const F a = load(weights[r]) * load(steps_), b = load(weights[r] + 16) * load(steps_ + 16);
+      const float largest = maximum(spark::max(a, b)), inverse = largest > 0 ? DIGITS / largest : 0.0f;
+      units[r] = largest / DIGITS;
+      split(a * inverse, digits[r], digits[r + 8]);
+      split(b * inverse, digits[r] + 16, digits[r + 8] + 16);
+    }
+    _tile_loadd(1, digits, 64);
+    for (int64_t j = 0; j < width; j += 64, values += 4096) {
+      _tile_zero(0);
+      _tile_loadd(5, values, 64);
+      _tile_dpbssd(0, 1, 5);
+      _tile_zero(2);
+      _tile_loadd(7, values + 1024, 64);
+      _tile_dpbssd(2, 1, 7);
+      _tile_zero(3);
+      _tile_loadd(5, values + 2048, 64);
+      _tile_dpbssd(3, 1, 5);
+      _tile_zero(4);
+      _tile_loadd(7, values + 3072, 64);
+      _tile_dpbssd(4, 1, 7);
+      _tile_stored(0, parts[0], 64);
+      _tile_stored(2, parts[1], 64);
+      _tile_stored(3, parts[2], 64);
+      _tile_stored(4, parts[3], 64);
+      for (int r = 0; r < count; ++r) {
+        for (int i = 0; i < 4; ++i) {
+          float* at = sums + r * width + j + 16 * i;
+          const F high = _mm512_cvtepi32_ps(load<__m512i>(parts[i][r]));
+          const F fresh = (high * 128.0f + F(_mm512_cvtepi32_ps(load<__m512i>(parts[i][r + 8])))) * units[r];
+          store(at, load(at) * (rescale ? rescale[r] : 1.0f) + fresh);
+        }
+      }
+    }
+  }
+
+  // Products of 16 tokens with 16 queries: kept channels with high and low digits, signs likewise.
+  void multiply(int half, int64_t first, int32_t (*products)[16][16]) {
+    const int64_t width = key_width_;
+    const int8_t *kept = &kept_[half * width], *signs = &signs_[half * width];
+    const int8_t *high = digits(first, 0, 0), *low = digits(first, 0, 1);
+    const int8_t *weighted_high = digits(first, 1, 0), *weighted_low = digits(first, 1, 1);
+    _tile_zero(0);
+    _tile_zero(2);
+    _tile_zero(3);
+    _tile_zero(4);
+    for (int64_t j = 0; j < width; j += 64) {
+      _tile_loadd(5, kept + j, width);
+      _tile_loadd(7, high + j * 16, 64);
+      _tile_dpbssd(0, 5, 7);
+      _tile_loadd(7, low + j * 16, 64);
+      _tile_dpbssd(2, 5, 7);
+      _tile_loadd(5, signs + j, width);
+      _tile_loadd(7, weighted_high + j * 16, 64);
+      _tile_dpbssd(3, 5, 7);
+      _tile_loadd(7, weighted_low + j * 16, 64);
+      _tile_dpbssd(4, 5, 7);
+    }
+    _tile_stored(0, products[0], 64);
+    _tile_stored(2, products[1], 64);
+    _tile_stored(3, products[2], 64);
+    _tile_stored(4, products[3], 64);
+  }
+
+  const int64_t key_width_, value_width_;
+  Scratch<int8_t> kept_, signs_, values_, digits_;
+  Scratch<float> units_;
+  alignas(64) float amplitudes_[BLOCK];
+};
+
+}  // namespace spark
