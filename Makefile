@@ -34,6 +34,11 @@ bench-kernels: setup
 bench-decode: setup
 	$(BIN)/python -m benchmarks.bench_decode $(ARGS)
 
+# Needs a GPU: numerics first, then the sweep.
+gpu: setup
+	$(BIN)/pytest -q tests/gpu tests/kernels/test_triton_numerics.py
+	$(BIN)/python benchmarks/gpu.py --out benchmarks/results
+
 # The CPU kernels' tests under AddressSanitizer and UBSan, for every level this machine can run.
 sanitize: setup
 	$(BIN)/python -c 'from spark_compile.kernels.cpu.build import supported; print(*supported())' \

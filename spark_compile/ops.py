@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .kernels import cpu
+from .kernels import cpu, triton
 from .kernels.layout import plane_bytes, scale_entries
 from .kernels.reference import attend as reference_attend
 from .kernels.reference import prune as reference_prune
@@ -77,7 +77,7 @@ def _accelerated(device: str) -> bool:
     """Register the native kernels of a device, once; False if there are none."""
     if device == "cpu":
         return cpu.load()
-    return False
+    return triton.load()
 
 
 def _like_value(query, key, value, *_args):  # type: ignore[no-untyped-def]

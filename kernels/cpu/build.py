@@ -39,7 +39,7 @@ class BuildFailed(RuntimeError):
 
 def supported() -> tuple[str, ...]:
     """The levels that this CPU and operating system can run, best first."""
-    has = getattr(torch.cpu, "get_capabilities", dict)()
+    has: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     runs = [
         name
         for name, sets in LEVELS.items()

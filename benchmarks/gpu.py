@@ -1,0 +1,257 @@
+"""The Triton kernels on a GPU: numerics first, then a sweep against dense attention.
+
+    python benchmarks/gpu.py --out benchmarks/results
+
+Writes ``gpu-<device>.json``. Every time is the median of CUDA events with the cache flushed between
+calls; bytes are those that a call has to read, so that bytes / s over the bandwidth of a copy is
+how near a kernel is to what the memory allows. The kernels are measured through CUDA graphs, as
+Inductor would run them: otherwise short contexts measure Python.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve().name != "benchmarks"]
+
+from spark_compile import ops as _ops  # noqa: F401, E402  (defines the operators)
+from spark_compile.kernels.layout import kept_channels  # noqa: E402
+
+TAIL = 132
+BUDGET_S = 420.0
+
+
+class Shape(NamedTuple):
+    """One point of the sweep."""
+
+    batch: int
+    tokens: int
+    group: int
+    dim: int
+    dtype: torch.dtype
+    ratio: float
+    kv_heads: int = 8
+    key_int8: bool = False
+    value_int8: bool = False
+    value_ratio: float = 0.0
+
+
+def sweep() -> Iterator[Shape]:
+    """Around one usual decoder, one thing changed at a time, most telling first."""
+    usual = Shape(1, 32768, 4, 128, torch.bfloat16, 0.8)
+    for tokens in (4096, 32768, 131072):
+        for ratio in (0.5, 0.8):
+            yield usual._replace(tokens=tokens, ratio=ratio)
+    yield usual._replace(key_int8=True, value_int8=True)
+    yield usual._replace(key_int8=True, value_int8=True, value_ratio=0.5)
+    yield usual._replace(value_ratio=0.5)
+    for batch, tokens in ((8, 4096), (8, 32768), (32, 4096)):
+        yield usual._replace(batch=batch, tokens=tokens)
+    for group in (1, 7, 8):
+        yield usual._replace(group=group)
+    for dim in (64, 80, 256):
+        yield usual._replace(dim=dim)
+    yield usual._replace(dtype=torch.float16)
+    yield usual._replace(dtype=torch.float32)
+
+
+def median_ms(run: Callable[[], Any], flush: Tensor, graph: bool = True, calls: int = 20) -> float:
+    """The median time of a call, through a CUDA graph where it can be captured."""
+    for _ in range(3):
+        run()
+    torch.cuda.synchronize()
+    start = run
+    if graph:
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured):
+            run()
+        start = captured.replay
+    times = []
+    for _ in range(calls):
+        flush.zero_()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        start()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end))
+    return sorted(times)[len(times) // 2]
+
+
+def copy_bandwidth(flush: Tensor) -> float:
+    """Bytes / s of reading and writing in a large copy."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / median_ms(lambda: target.copy_(source), flush) * 1e3
+
+
+def arguments(shape: Shape) -> tuple[Any, ...]:
+    """What ``attend`` takes for one query per sequence; packed by the kernels themselves."""
+    batch, tokens, group, dim, dtype, ratio, heads = shape[:7]
+    packed = tokens - TAIL
+
+    def random(*sizes: int) -> Tensor:
+        return torch.randn(*sizes, dtype=dtype, device="cuda")
+
+    norms = torch.rand(batch, heads, dim, device="cuda") + 0.1
+    rows = torch.ops.spark_triton.prune(
+        random(batch, heads, packed, dim), norms, norms, kept_channels(dim, ratio),
+        "degenerate", "squared", shape.key_int8,
+    )  # fmt: skip
+    values, stored = random(batch, heads, tokens, dim), (None, None, None)
+    if shape.value_int8 or shape.value_ratio:
+        bias = torch.rand(batch, heads, dim, device="cuda") if shape.value_ratio else None
+        values, bits, scale = torch.ops.spark_triton.pack_values(
+            values, bias, kept_channels(dim, shape.value_ratio), shape.value_int8
+        )
+        stored = (bits if shape.value_ratio else None, scale, bias)  # type: ignore[assignment]
+    return (
+        random(batch, heads * group, 1, dim), *rows, norms, torch.tensor(packed),
+        random(batch, heads, TAIL, dim), values, tokens, None, None, dim**-0.5, 0.0, None, 4,
+        "degenerate", "squared", False, *stored,
+    )  # fmt: skip
+
+
+def nbytes(tensors: tuple[Any, ...]) -> int:
+    """Bytes of the tensors among the arguments."""
+    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
+
+
+def spark(given: tuple[Any, ...]) -> Callable[[], Any]:
+    """The kernels; without the two numbers that change at each step, a graph can be captured."""
+    from spark_compile.kernels.triton.ops import EAGER
+
+    return lambda: EAGER["attend"](*given)
+
+
+def dense(shape: Shape) -> dict[str, Callable[[], Any]]:
+    """Dense attention of the same shape, by name."""
+    size = (shape.batch, shape.kv_heads, shape.tokens, shape.dim)
+    query = torch.randn(
+        shape.batch, shape.kv_heads * shape.group, 1, shape.dim, dtype=shape.dtype, device="cuda"
+    )
+    key, value = (torch.randn(size, dtype=shape.dtype, device="cuda") for _ in range(2))
+    runs = {
+        "sdpa": lambda: scaled_dot_product_attention(query, key, value, enable_gqa=True),
+    }
+    # A single query per head: as the group's rows of one head flash attention reads keys once.
+    rows = query.view(shape.batch, shape.kv_heads, shape.group, shape.dim)
+    runs["sdpa, grouped rows"] = lambda: scaled_dot_product_attention(rows, key, value)
+    for name, dtype in (("int8", torch.int8), ("fp8", torch.float8_e4m3fn)):
+        runs[f"{name} cache + sdpa"] = _quantized(rows, key, value, dtype)
+    return runs
+
+
+def _quantized(query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype) -> Callable[[], Any]:
+    """A dense cache of 8 bits per channel with a step per token, dequantized by Inductor."""
+    step = key.new_full((*key.shape[:3], 1), 0.03)
+    stored = [(t.float() / 0.03).clamp(-127, 127).to(dtype) for t in (key, value)]
+
+    @torch.compile(dynamic=False)
+    def run(query: Tensor, key: Tensor, value: Tensor, step: Tensor) -> Tensor:
+        scores = (query @ (key.to(query.dtype) * step).mT).float() * query.shape[-1] ** -0.5
+        return scores.softmax(-1).to(query.dtype) @ (value.to(query.dtype) * step)
+
+    return lambda: run(query, *stored, step)
+
+
+def flex(shape: Shape) -> Callable[[], Any]:
+    """FlexAttention's decoding kernel."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    size = (shape.batch, shape.kv_heads, shape.tokens, shape.dim)
+    query = torch.randn(
+        shape.batch, shape.kv_heads * shape.group, 1, shape.dim, dtype=shape.dtype, device="cuda"
+    )
+    key, value = (torch.randn(size, dtype=shape.dtype, device="cuda") for _ in range(2))
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return lambda: compiled(query, key, value, enable_gqa=True)
+
+
+def numerics(shape: Shape) -> dict[str, float]:
+    """The largest difference from the reference on the same tensors."""
+    given = arguments(shape)
+    expected = torch.ops.spark_reference.attend(*given)[0].float()
+    difference = (spark(given)()[0].float() - expected).abs().max().item()
+    return {"largest_difference": difference, "largest_output": expected.abs().max().item()}
+
+
+def measured(shape: Shape, flush: Tensor, bandwidth: float, baselines: bool) -> dict[str, Any]:
+    """Times of one shape, ours and, if asked for, those of others."""
+    given = arguments(shape)
+    ms, size = median_ms(spark(given), flush), nbytes(given)
+    entry: dict[str, Any] = {
+        **shape._asdict(),
+        "dtype": str(shape.dtype).removeprefix("torch."),
+        "spark_ms": ms,
+        "spark_bytes": size,
+        "of_copy_bandwidth": size / ms * 1e3 / bandwidth,
+        "dense_bytes": 2 * shape.batch * shape.kv_heads * shape.tokens * shape.dim
+        * shape.dtype.itemsize,
+    }  # fmt: skip
+    del given
+    if baselines:
+        runs = {**dense(shape), "flex": flex(shape)}
+        for name, run in runs.items():
+            try:
+                entry[f"{name}_ms"] = median_ms(run, flush)
+            except Exception as error:
+                torch.cuda.synchronize()
+                entry[f"{name}_error"] = str(error).splitlines()[0][:200]
+    return entry
+
+
+def main() -> None:
+    """Numerics, then as much of the sweep as the time allows."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--seconds", type=float, default=BUDGET_S)
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("no GPU: torch.cuda.is_available() is False")
+    from spark_compile.kernels.triton import ops  # noqa: F401  (defines spark_triton)
+
+    begin, device = time.monotonic(), torch.cuda.get_device_name()
+    flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+    bandwidth = copy_bandwidth(flush)
+    result: dict[str, Any] = {
+        "device": device, "torch": torch.__version__, "copy_bytes_per_s": bandwidth,
+        "numerics": [], "sweep": [], "left_out": 0,
+    }  # fmt: skip
+    shapes = list(sweep())
+    for shape in shapes:
+        small = shape._replace(batch=min(shape.batch, 2), tokens=2048)
+        entry = {**small._asdict(), "dtype": str(small.dtype), **numerics(small)}
+        result["numerics"].append(entry)
+        print(json.dumps(entry), flush=True)
+        allowed = 1e-3 if small.dtype == torch.float32 else 2e-2
+        if entry["largest_difference"] > allowed * max(1.0, entry["largest_output"]):
+            sys.exit(f"the kernels differ from the reference: {entry}")
+    for shape in shapes:
+        if time.monotonic() - begin > options.seconds:
+            result["left_out"] += 1
+            continue
+        plain = not (shape.key_int8 or shape.value_int8 or shape.value_ratio)
+        entry = measured(shape, flush, bandwidth, baselines=plain)
+        result["sweep"].append(entry)
+        print(json.dumps(entry), flush=True)
+        torch.cuda.empty_cache()
+    options.out.mkdir(parents=True, exist_ok=True)
+    name = "-".join(device.lower().split()).replace("/", "-")
+    path = options.out / f"gpu-{name}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(path)
+
+
+if __name__ == "__main__":
+    main()

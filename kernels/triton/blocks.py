@@ -1,0 +1,70 @@
+"""Block shapes of the kernels, by head sizes, dtype and rows of queries.
+
+Chosen so that no kernel spills on sm_80, sm_90, gfx90a or gfx942 (``tests/kernels`` compiles all
+of them), with blocks as large as that allows.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+# Programs that attention is shared out to: some more than run at once on the largest GPUs.
+_PROGRAMS = 1024
+_MOST_SPLITS = 128
+
+
+class Blocks(NamedTuple):
+    """Block sizes of ``attend_split`` and how it is run."""
+
+    rows: int
+    tokens: int
+    dim: int
+    value_dim: int
+    warps: int
+    stages: int
+
+
+def padded(size: int) -> int:
+    """The power of two, of at least one 32-bit word of a plane, that holds ``size`` channels."""
+    return max(32, 1 << (size - 1).bit_length())
+
+
+def fits(dim: int, value_dim: int, dtype: torch.dtype) -> bool:
+    """Whether ``attend_split`` has blocks for these head sizes: the queries stay in registers."""
+    return max(padded(dim), padded(value_dim)) <= (128 if dtype == torch.float32 else 256)
+
+
+def attend_blocks(
+    dim: int, value_dim: int, dtype: torch.dtype, group: int, one_query: bool, amd: bool
+) -> Blocks:
+    """Blocks of ``attend_split``.
+
+    16 tokens: with more, what is known of every channel of every token no longer fits into
+    registers. AMD keeps predicates in scalar registers, of which more rows or more warps (which
+    share out a row's channels less) need too many.
+    """
+    block_d, block_v = padded(dim), padded(value_dim)
+    row_bytes = max(block_d, block_v) * dtype.itemsize
+    half = dtype != torch.float32
+    many = not amd and half and row_bytes <= 256 and not (one_query and group <= 16)
+    short_words = dim % 32 or value_dim % 32  # of which a plane has more
+    warps = 8 if not amd and (many or row_bytes > 256 or short_words) else 4
+    rows = (64 if row_bytes <= 128 else 32) if many else 16
+    return Blocks(rows, 16, block_d, block_v, warps, 1)
+
+
+def pack_blocks(dim: int) -> tuple[int, int]:
+    """Rows and channels of a block of ``pack_rows``."""
+    return max(1, 1024 // padded(dim)), padded(dim)
+
+
+def splits(programs: int, tokens: int, block: int) -> int:
+    """Shares of the tokens, for ``programs`` blocks of rows.
+
+    Works on symbols without a guard, which a dimension of size 1 would make: at least 2.
+    """
+    wanted = torch.sym_min(-(-_PROGRAMS // programs), _MOST_SPLITS)
+    shares: int = torch.sym_max(torch.sym_min(wanted, -(-tokens // block)), 2)
+    return shares

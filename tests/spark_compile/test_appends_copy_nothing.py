@@ -1,0 +1,33 @@
+"""A compiled decode step touches the new token only: counted in allocated bytes, and in its code."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from compiled import compiled
+from decoders import decode, decoder, prompt
+from torch._inductor.utils import run_and_get_code
+
+from spark_compile import kv_bytes
+
+FORMATS: dict[str, dict[str, Any]] = {
+    "whole": {},
+    "int8": {"key_dtype": "int8", "value_dtype": "int8"},
+}
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_step_allocates_no_second_cache(form: str) -> None:
+    model = decoder("sdpa_causal", layers=1, dim=64)
+    spark = compiled(model, key_ratio=0.5, window=32, inner="inductor", **FORMATS[form])
+    with torch.no_grad():
+        (_, past), codes = run_and_get_code(decode, spark, prompt(450), None, 4)
+        with torch.profiler.profile(profile_memory=True) as profile:
+            _, past = decode(spark, prompt(1), past, 0)
+    allocated_bytes = sum(max(e.self_cpu_memory_usage, 0) for e in profile.key_averages())
+    assert 0 < allocated_bytes < kv_bytes(past) / 20
+    steps = [code for code in codes if "spark.append_attend" in code]
+    assert steps
+    assert not any("clone" in code or "aten.cat" in code for code in steps)
