@@ -8,6 +8,7 @@ their logical shape: what the model's code computes with is what the matching ha
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -57,9 +58,10 @@ def as_dense(mode: FakeTensorMode, fake: Any) -> Any:
 def lower(
     module: fx.GraphModule, mode: FakeTensorMode, fakes: Sequence[Any], config: SparkConfig
 ) -> Program:
-    """Lower a graph whose inputs are all placeholders.
+    """Lower a graph.
 
-    Mutations of inputs become ``copy_`` calls at the end, as AOTAutograd leaves them.
+    Mutations of inputs become ``copy_`` calls at the end, as AOTAutograd leaves them. Parameters and
+    buffers that Dynamo left in the module (Inductor's freezing asks for that) stay attributes.
 
     Raises:
         PassFailed: the graph cannot be made functional.
@@ -73,6 +75,7 @@ def lower(
     lowered, signature = exported
     assert isinstance(lowered, fx.GraphModule)
     _write_back_mutations(lowered.graph, signature)
+    _restore_attributes(module, lowered, signature)
     placeholders = lowered.graph.find_nodes(op="placeholder")
     states = {
         node: fake
@@ -90,9 +93,29 @@ def _write_back_mutations(graph: fx.Graph, signature: Any) -> None:
     output = graph.output_node()
     values: list[Any] = list(output.args[0])  # type: ignore[arg-type]
     by_name = {node.name: node for node in graph.nodes}
+    by_name |= {name: by_name[node] for node, name in signature.inputs_to_buffers.items()}
     with graph.inserting_before(output):
         for value in values[: len(mutated)]:
             target = by_name[mutated[value.name]]
             copy = graph.call_function(torch.ops.aten.copy_.default, (target, value))
             copy.meta["val"] = target.meta["val"]
     output.args = (tuple(values[len(mutated) :]),)
+
+
+def _restore_attributes(module: fx.GraphModule, lowered: fx.GraphModule, signature: Any) -> None:
+    """Make attributes of the parameters and buffers that the export turned into inputs."""
+    lifted = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    if not lifted:
+        return
+    graph = lowered.graph
+    first = next(node for node in graph.nodes if node.op != "placeholder")
+    for index, node in enumerate(graph.find_nodes(op="placeholder")):
+        if node.name not in lifted:
+            continue
+        name = f"_spark_constant_{index}"
+        setattr(lowered, name, attrgetter(lifted[node.name])(module))
+        with graph.inserting_before(first):
+            attribute = graph.get_attr(name)
+        attribute.meta = dict(node.meta)
+        node.replace_all_uses_with(attribute)
+        graph.erase_node(node)

@@ -1,4 +1,4 @@
-"""A compiled decode step touches the new token only: counted in allocated bytes, and in its code."""
+"""A compiled decode step touches the new token only: counted in bytes, and in its code."""
 
 from __future__ import annotations
 

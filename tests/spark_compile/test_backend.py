@@ -146,3 +146,14 @@ def test_inductor() -> None:
     logits, past = decode(model_c, tokens, None, 8)
     torch.testing.assert_close(logits, exact, **CLOSE)
     assert is_compressed(past)
+
+
+def test_inductor_with_frozen_weights() -> None:
+    """Freezing leaves parameters in the graph's module; with them the cache is compressed as ever."""
+    model, tokens = decoder(layers=1), prompt(13)
+    exact, _ = decode(model, tokens, None, 8)
+    model_c = torch.compile(model, backend="spark", options={"key_ratio": 0.0, "window": 4})
+    with torch._inductor.config.patch(freezing=True), torch.no_grad():
+        logits, past = decode(model_c, tokens, None, 8)
+    torch.testing.assert_close(logits, exact, **CLOSE)
+    assert is_compressed(past)
