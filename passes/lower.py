@@ -60,8 +60,8 @@ def lower(
 ) -> Program:
     """Lower a graph.
 
-    Mutations of inputs become ``copy_`` calls at the end, as AOTAutograd leaves them. Parameters and
-    buffers that Dynamo left in the module (Inductor's freezing asks for that) stay attributes.
+    Mutations of inputs become ``copy_`` calls at the end, as AOTAutograd leaves them. Weights
+    that Dynamo left in the module (Inductor's freezing asks for that) stay attributes.
 
     Raises:
         PassFailed: the graph cannot be made functional.
@@ -113,7 +113,11 @@ def _restore_attributes(module: fx.GraphModule, lowered: fx.GraphModule, signatu
         if node.name not in lifted:
             continue
         name = f"_spark_constant_{index}"
-        setattr(lowered, name, attrgetter(lifted[node.name])(module))
+        value = attrgetter(lifted[node.name])(module)
+        if isinstance(value, torch.nn.Parameter):
+            lowered.register_parameter(name, value)
+        else:
+            lowered.register_buffer(name, value)
         with graph.inserting_before(first):
             attribute = graph.get_attr(name)
         attribute.meta = dict(node.meta)

@@ -9,8 +9,10 @@ wrong, at worst slow: a warning says so once).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from copy import copy
 from typing import Any, ClassVar
 
 import torch
@@ -23,6 +25,14 @@ from .config import SparkConfig
 from .report import SparkWarning
 
 _warned: set[str] = set()
+
+
+@functools.cache
+def _growing_marks() -> dict[str, Any]:
+    """What ``maybe_mark_dynamic`` notes on a tensor; on a state it would go through all inside."""
+    marked = torch.empty(0, 0, 0)
+    torch._dynamo.maybe_mark_dynamic(marked, 2)
+    return dict(marked.__dict__)
 
 
 class SparkTensor(torch.Tensor):
@@ -55,13 +65,17 @@ class SparkTensor(torch.Tensor):
         for name, tensor in stored.items():
             setattr(self, name, tensor)
         if not is_fake(next(iter(stored.values()))):
-            self._mark_growing()
+            self._mark_growing(stored.values())
 
-    def _mark_growing(self) -> None:
+    def _mark_growing(self, stored: Iterable[Tensor]) -> None:
         """Tell Dynamo that lengths and capacities change, so that no graph burns them in."""
-        torch._dynamo.maybe_mark_dynamic(self, 2)
-        for tensor in self.stored().values():
-            if tensor.dim() >= 4 and tensor.shape[2] > 1:
+        marks = _growing_marks()
+        # A step makes two handles per layer, most of them on buffers that are marked already.
+        self.__dict__.update((name, copy(mark)) for name, mark in marks.items())
+        for tensor in stored:
+            if marks.keys() <= tensor.__dict__.keys() or tensor.dim() < 4:
+                continue
+            if tensor.shape[2] > 1:
                 torch._dynamo.maybe_mark_dynamic(tensor, 2)
 
     def stored(self) -> dict[str, Tensor]:

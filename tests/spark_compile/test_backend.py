@@ -148,9 +148,20 @@ def test_inductor() -> None:
     assert is_compressed(past)
 
 
+class _WithBuffer(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = decoder(layers=1)
+        self.register_buffer("gain", torch.tensor(2.0))
+
+    def forward(self, tokens: Any, past: Any = None) -> Any:
+        logits, past = self.inner(tokens, past)
+        return logits * self.gain, past
+
+
 def test_inductor_with_frozen_weights() -> None:
-    """Freezing leaves parameters in the graph's module; with them the cache is compressed as ever."""
-    model, tokens = decoder(layers=1), prompt(13)
+    """Freezing leaves weights in the graph's module; with them the cache is compressed as ever."""
+    model, tokens = _WithBuffer(), prompt(13)
     exact, _ = decode(model, tokens, None, 8)
     model_c = torch.compile(model, backend="spark", options={"key_ratio": 0.0, "window": 4})
     with torch._inductor.config.patch(freezing=True), torch.no_grad():
