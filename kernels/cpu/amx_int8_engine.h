@@ -21,8 +21,8 @@ class AmxInt8Engine : public AmxEngine<int8_t, int8_t> {
       : Base(p, QUERIES), key_width_(padded(p.key_dim)), value_width_(padded(p.value_dim)),
         kept_(scratch<int8_t>(BLOCK * key_width_)), signs_(scratch<int8_t>(BLOCK * key_width_)),
         values_(scratch<int8_t>(2 * BLOCK * value_width_)),
-        digits_(scratch<int8_t>(4 * groups_ * QUERIES * key_width_)),
-        units_(scratch<float>(2 * groups_ * QUERIES)) {}
+        eights_((p.query_rows() + 7) / 8), digits_(scratch<int8_t>(2 * eights_ * 16 * key_width_)),
+        units_(scratch<float>(2 * eights_ * 8)) {}
 
   void start(int64_t b, int64_t h) {
     Base::start(b, h);
@@ -73,19 +73,7 @@ class AmxInt8Engine : public AmxEngine<int8_t, int8_t> {
 
   void scores(const Block& block, int64_t first, int count, float (*scores)[BLOCK]) {
     if (!block.packed) return Base::scores(block, first, count, scores);
-    alignas(64) int32_t products[BLOCK / 16][4][16][16];
-    alignas(64) float dots[BLOCK][16];
-    const F unit = load(&units_[first]), weighted_unit = load(&units_[groups_ * QUERIES + first]);
-    for (int half = 0; half < BLOCK; half += 16) multiply(half, first, products[half / 16]);
-    for (int t = 0; t < BLOCK; ++t) {
-      const auto number = [&](int i) {
-        const F high = _mm512_cvtepi32_ps(load<__m512i>(products[t / 16][i][t % 16]));
-        return high * 128.0f + F(_mm512_cvtepi32_ps(load<__m512i>(products[t / 16][i + 1][t % 16])));
-      };
-      const F kept = number(0) * unit * key_steps_[t];
-      store(dots[t], kept + number(2) * weighted_unit * amplitudes_[t]);
-    }
-    for (int t = 0; t < BLOCK; t += 16) columns(dots + t, count, [&](int r, F v) { store(&scores[r][t], v); });
+    for (int r = 0; r < count; r += 8) score_eight(first + r, std::min(count - r, 8), scores + r);
   }
 
   void accumulate(const Block&, float (*weights)[BLOCK], int count, const float* rescale, float* sums) {
@@ -113,21 +101,21 @@ class AmxInt8Engine : public AmxEngine<int8_t, int8_t> {
     _mm_storeu_si128((__m128i*)low, _mm512_cvtepi32_epi8(ones));
   }
 
-  // kind 0: the query; 1: the query over n^p. Tiles of 64 channels: rows of four channels, columns
-  // of queries; first the high digits, then the low ones.
-  int8_t* digits(int64_t first, int kind, int digit) {
-    return &digits_[((first / QUERIES * 2 + kind) * 2 + digit) * QUERIES * key_width_];
-  }
+  // kind 0: the query; 1: the query over n^p. Tiles of 64 channels: rows of four channels; columns 0
+  // to 7 are the high digits of eight queries, columns 8 to 15 the low ones.
+  int8_t* digits(int64_t row, int kind) { return &digits_[(row / 8 * 2 + kind) * 16 * key_width_]; }
+  float* units(int64_t row, int kind) { return &units_[(row / 8 * 2 + kind) * 8]; }
   void split_query(const std::vector<float>& query, int64_t row, int kind) {
     float largest = 0;
     for (float x : query) largest = std::max(largest, std::abs(x));
-    units_[kind * groups_ * QUERIES + row] = largest / DIGITS;
+    units(row, kind)[row % 8] = largest / DIGITS;
     const float inverse = largest > 0 ? DIGITS / largest : 0.0f;
+    int8_t* tiles = digits(row, kind);
     for (size_t j = 0; j < query.size(); ++j) {
-      const int whole = int(std::nearbyint(query[j] * inverse)), tens = (whole + 64) >> 7;
-      const int64_t at = j / 64 * 1024 + j % 64 / 4 * 64 + row % QUERIES * 4 + j % 4;
-      digits(row, kind, 0)[at] = int8_t(tens);
-      digits(row, kind, 1)[at] = int8_t(whole - tens * 128);
+      const int whole = int(std::nearbyint(query[j] * inverse)), high = (whole + 64) >> 7;
+      const int64_t at = j / 64 * 1024 + j % 64 / 4 * 64 + row % 8 * 4 + j % 4;
+      tiles[at] = int8_t(high);
+      tiles[at + 32] = int8_t(whole - high * 128);
     }
   }
 
@@ -219,36 +207,53 @@ class AmxInt8Engine : public AmxEngine<int8_t, int8_t> {
     }
   }
 
-  // Products of 16 tokens with 16 queries: kept channels with high and low digits, signs likewise.
-  void multiply(int half, int64_t first, int32_t (*products)[16][16]) {
-    const int64_t width = key_width_;
-    const int8_t *kept = &kept_[half * width], *signs = &signs_[half * width];
-    const int8_t *high = digits(first, 0, 0), *low = digits(first, 0, 1);
-    const int8_t *weighted_high = digits(first, 1, 0), *weighted_low = digits(first, 1, 1);
+  // Up to eight queries with all tokens of a packed block.
+  void score_eight(int64_t first, int count, float (*scores)[BLOCK]) {
+    alignas(64) int32_t kept[BLOCK][16], signs[BLOCK][16];
+    alignas(64) float dots[BLOCK][16];
+    multiply(digits(first, 0), digits(first, 1), kept, signs);
+    const __m256 unit = _mm256_loadu_ps(units(first, 0)), weighted_unit = _mm256_loadu_ps(units(first, 1));
+    const auto numbers = [](const int32_t* row) {
+      const __m256 high = _mm256_cvtepi32_ps(load<__m256i>(row)), low = _mm256_cvtepi32_ps(load<__m256i>(row + 8));
+      return _mm256_fmadd_ps(high, _mm256_set1_ps(128.0f), low);
+    };
+    for (int t = 0; t < BLOCK; ++t) {
+      const __m256 k = _mm256_mul_ps(unit, _mm256_set1_ps(key_steps_[t]));
+      const __m256 s = _mm256_mul_ps(weighted_unit, _mm256_set1_ps(amplitudes_[t]));
+      _mm256_store_ps(dots[t], _mm256_fmadd_ps(numbers(kept[t]), k, _mm256_mul_ps(numbers(signs[t]), s)));
+    }
+    for (int t = 0; t < BLOCK; t += 16) columns(dots + t, count, [&](int r, F v) { store(&scores[r][t], v); });
+  }
+
+  // Products of the block with the digits of eight queries; four sums side by side.
+  void multiply(const int8_t* query, const int8_t* weighted, int32_t (*kept)[16], int32_t (*signs)[16]) {
+    const int64_t width = key_width_, half = 16 * width;
     _tile_zero(0);
     _tile_zero(2);
     _tile_zero(3);
     _tile_zero(4);
     for (int64_t j = 0; j < width; j += 64) {
-      _tile_loadd(5, kept + j, width);
-      _tile_loadd(7, high + j * 16, 64);
+      _tile_loadd(7, query + j * 16, 64);
+      _tile_loadd(5, &kept_[j], width);
       _tile_dpbssd(0, 5, 7);
-      _tile_loadd(7, low + j * 16, 64);
+      _tile_loadd(5, &kept_[half + j], width);
       _tile_dpbssd(2, 5, 7);
-      _tile_loadd(5, signs + j, width);
-      _tile_loadd(7, weighted_high + j * 16, 64);
+      _tile_loadd(7, weighted + j * 16, 64);
+      _tile_loadd(5, &signs_[j], width);
       _tile_dpbssd(3, 5, 7);
-      _tile_loadd(7, weighted_low + j * 16, 64);
+      _tile_loadd(5, &signs_[half + j], width);
       _tile_dpbssd(4, 5, 7);
     }
-    _tile_stored(0, products[0], 64);
-    _tile_stored(2, products[1], 64);
-    _tile_stored(3, products[2], 64);
-    _tile_stored(4, products[3], 64);
+    _tile_stored(0, kept[0], 64);
+    _tile_stored(2, kept[16], 64);
+    _tile_stored(3, signs[0], 64);
+    _tile_stored(4, signs[16], 64);
   }
 
   const int64_t key_width_, value_width_;
-  Scratch<int8_t> kept_, signs_, values_, digits_;
+  Scratch<int8_t> kept_, signs_, values_;
+  const int64_t eights_;
+  Scratch<int8_t> digits_;
   Scratch<float> units_;
   alignas(64) float amplitudes_[BLOCK];
 };
