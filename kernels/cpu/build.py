@@ -39,7 +39,10 @@ class BuildFailed(RuntimeError):
 
 def supported() -> tuple[str, ...]:
     """The levels that this CPU and operating system can run, best first."""
-    has: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+    if not hasattr(torch.cpu, "get_capabilities"):  # before torch 2.13
+        known = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+        return ("avx2", "plain") if known else ("plain",)
+    has = torch.cpu.get_capabilities()
     runs = [
         name
         for name, sets in LEVELS.items()
