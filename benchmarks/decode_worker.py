@@ -11,14 +11,10 @@ It reads commands from standard input, one JSON object a line, and answers each 
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import gc
 import json
 import os
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +22,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 import spark_compile
+from spark_compile.demo_worker import memory_bytes, reset_peak
 
 from . import decode_models
 from .decode_models import STATIC, Competitor
@@ -99,22 +96,6 @@ class Worker:
             input_ids=tokens, past_key_values=self._cache, use_cache=True, logits_to_keep=1
         )
         self._token = out.logits[:, -1].argmax(-1, keepdim=True)
-
-
-def reset_peak() -> int:
-    """Give free memory back and let the peak start anew; returns the resident bytes."""
-    gc.collect()
-    with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).malloc_trim(0)
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-    return memory_bytes("VmRSS")
-
-
-def memory_bytes(field: str) -> int:
-    """VmRSS (resident now) or VmHWM (its peak since ``reset_peak``) of this process; Linux only."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def _graphs() -> int:

@@ -53,6 +53,11 @@ def value_fields(pruned: bool, quantized: bool) -> tuple[str, ...]:
     return ("rows", "value_scale") if quantized else ("rows",)
 
 
+def value_head_dim(values: Tensor, value_bias: Tensor | None) -> int:
+    """Dv of stored values: their rows' width, unless they are pruned."""
+    return values.shape[3] if value_bias is None else value_bias.shape[2]
+
+
 def key_token_bytes(
     head_dim: int, key_ratio: float, itemsize_bytes: int, recovery: str, quantized: bool = False
 ) -> int:

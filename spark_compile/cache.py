@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import ops
 from .config import SparkConfig
-from .kernels.layout import value_fields
+from .kernels.layout import value_fields, value_head_dim
 from .sharing import Rows, grown
 from .state import SparkTensor, rebuild
 
@@ -197,8 +197,8 @@ def new_keys(stored: Mapping[str, Tensor], length: int, config: SparkConfig) -> 
 def new_values(stored: Sequence[Tensor], length: int, config: SparkConfig) -> StoredValues:
     """Values of ``length`` tokens from the buffers that a prefill graph made."""
     named = dict(zip(config.value_fields, stored, strict=True))
-    whole = named.get("value_bias", named["rows"])
-    shape = (*named["rows"].shape[:2], length, whole.shape[-1])
+    rows = named["rows"]
+    shape = (*rows.shape[:2], length, value_head_dim(rows, named.get("value_bias")))
     return StoredValues(shape, config, named)
 
 

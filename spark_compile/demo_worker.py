@@ -115,11 +115,11 @@ def measure(job: Job, emit: Callable[[dict[str, Any]], None], wait: Callable[[],
             _compile(model, job.key_ratio, job.inner)
             _generate(model, prompt, WARM_UP_TOKENS)
         wait()
-        compile_peak_bytes = _memory_bytes("VmHWM")
-        before_bytes = _reset_peak()
+        compile_peak_bytes = memory_bytes("VmHWM")
+        before_bytes = reset_peak()
         with _stage("prefill and decode, timed", emit):
             run = _generate(model, prompt, job.new_tokens)
-        peak_bytes = _memory_bytes("VmHWM")
+        peak_bytes = memory_bytes("VmHWM")
     answer = str(tokenizer.decode(_until_end(run.tokens, tokenizer.eos_token_id))).strip()
     return Result(
         name=job.name,
@@ -231,17 +231,17 @@ def _until_end(tokens: list[int], end: int) -> list[int]:
     return tokens[: tokens.index(end)] if end in tokens else tokens
 
 
-def _reset_peak() -> int:
+def reset_peak() -> int:
     """Give free memory back and, on Linux, let the peak start anew; returns the resident bytes."""
     gc.collect()
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    return _memory_bytes("VmRSS")
+    return memory_bytes("VmRSS")
 
 
-def _memory_bytes(field: str) -> int:
+def memory_bytes(field: str) -> int:
     """VmRSS (resident now) or VmHWM (its peak); without /proc both are the peak of the process."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .kernels import cpu, triton
-from .kernels.layout import plane_bytes, scale_entries
+from .kernels.layout import plane_bytes, scale_entries, value_head_dim
 from .kernels.reference import attend as reference_attend
 from .kernels.reference import prune as reference_prune
 from .kernels.reference import values as reference_values
@@ -253,7 +253,7 @@ def _fake_attended(query: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
         given.get(19),
     )
     like = values if value_scale is None else value_scale
-    value_dim = values.shape[3] if value_bias is None else value_bias.shape[-1]
+    value_dim = value_head_dim(values, value_bias)
     lse_shape = query.shape[:3] if return_lse else (0,)
     return (
         like.new_empty((*query.shape[:3], value_dim)),
@@ -304,7 +304,7 @@ def attend(
     key = reference_attend.logical_keys(
         kept, bits, scale, norms, packed_length, tail, length, sink_tokens, recovery, saliency
     )
-    value_dim = values.shape[3] if value_bias is None else value_bias.shape[-1]
+    value_dim = value_head_dim(values, value_bias)
     value = reference_attend.logical_values(values, value_bits, value_scale, value_dim, length)
     output, lse = reference_attend.attention(
         query, key, value, attn_mask, causal_offset, attn_scale, softcap, sinks
@@ -399,7 +399,7 @@ def recover(
 
 def _fake_first_rows(rows, length, bits=None, scale=None, bias=None):  # type: ignore[no-untyped-def]
     like = rows if scale is None else scale
-    head_dim = rows.shape[3] if bias is None else bias.shape[-1]
+    head_dim = value_head_dim(rows, bias)
     return like.new_empty((*rows.shape[:2], length, head_dim))
 
 
@@ -422,6 +422,6 @@ def first_rows(
     """
     if value_scale is None:
         return values[:, :, :length].clone(memory_format=torch.contiguous_format)
-    value_dim = values.shape[3] if value_bias is None else value_bias.shape[-1]
+    value_dim = value_head_dim(values, value_bias)
     dense = reference_attend.logical_values(values, value_bits, value_scale, value_dim, length)
     return dense.to(value_scale.dtype)

@@ -132,12 +132,7 @@ class AmxEngine {
 
   void accumulate(const Block&, float (*weights)[BLOCK], int count, const float* rescale, float* sums) {
     const int64_t width = value_width_;
-    if (rescale) {
-      for (int r = 0; r < count; ++r) {
-        float* row = sums + r * width;
-        for (int64_t j = 0; j < width; j += LANES) store(row + j, load(row + j) * rescale[r]);
-      }
-    }
+    if (rescale) rescale_sums(rescale, count, width, sums);
     alignas(64) bf16 pairs[QUERIES][BLOCK];
     for (int r = 0; r < count; ++r) {
       const F low = load(weights[r]) * load(steps_), high = load(weights[r] + 16) * load(steps_ + 16);

@@ -32,7 +32,7 @@ enum class MaskKind { none, boolean, float32, bfloat16, float16 };
 
 struct Problem {
   int64_t batch, query_heads, kv_heads, queries, key_dim, value_dim;
-  int64_t kept_channels, value_channels, scale_entries, value_entries;
+  int64_t kept_channels, scale_entries, value_entries;
   int64_t length, packed, sinks;  // tokens: in all, packed, dense ones in front of the packed
   Rows query, kept, bits, scale, tail, values, value_bits, value_scale;
   const float* norms;
@@ -132,6 +132,12 @@ struct Softmax {
     return rescale;
   }
 };
+
+inline void rescale_sums(const float* rescale, int count, int64_t width, float* sums) {
+  for (int r = 0; r < count; ++r, sums += width) {
+    for (int64_t j = 0; j < width; j += LANES) store(sums + j, load(sums + j) * rescale[r]);
+  }
+}
 
 // Result of one chunk for all query rows of a key head.
 struct Partial {

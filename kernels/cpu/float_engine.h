@@ -103,11 +103,7 @@ class FloatEngine {
   }
 
   void accumulate(const Block&, float (*weights)[BLOCK], int count, const float* rescale, float* sums) {
-    if (rescale) {
-      for (int r = 0; r < count; ++r) {
-        for (int64_t j = 0; j < value_width_; ++j) sums[r * value_width_ + j] *= rescale[r];
-      }
-    }
+    if (rescale) rescale_sums(rescale, count, value_width_, sums);
     if (count == 4) return add_values<4>(weights, sums);
     if (count == 3) return add_values<3>(weights, sums);
     if (count == 2) return add_values<2>(weights, sums);
@@ -173,8 +169,6 @@ class FloatEngine {
       }
     }
   }
-
-  static void sums(F* v) { spark::sums(v); }
 
   template <int R>
   void add_values(float (*weights)[BLOCK], float* sums) {

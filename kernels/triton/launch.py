@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.library import wrap_triton
 
-from ..layout import plane_bytes, scale_entries
+from ..layout import plane_bytes, scale_entries, value_head_dim
 from ..reference import prune as reference_prune
 from . import blocks
 from .append import append_rows
@@ -158,7 +158,7 @@ def attend(
     batch, query_heads, queries, dim = query.shape
     heads = kept.shape[1]
     group = query_heads // heads
-    value_dim = values.shape[3] if value_bias is None else value_bias.shape[-1]
+    value_dim = value_head_dim(values, value_bias)
     dtype = values.dtype if value_scale is None else value_scale.dtype
     check_attend(
         query, kept, bits, scale, norms, tail, values, value_bits, value_scale, value_dim, dtype,

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.library import triton_op
 
+from ..layout import value_head_dim
 from . import blocks, checks, launch
 
 
@@ -111,7 +112,7 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attend with the kernels if they can, else by the reference; ``how`` as in the schema."""
     recovery, value_bias = how[6], how[11]
-    value_dim = values.shape[3] if value_bias is None else value_bias.shape[-1]
+    value_dim = value_head_dim(values, value_bias)
     native = recovery in checks.RECOVERIES
     if native and blocks.fits(query.shape[3], value_dim, query.dtype):
         return launch.attend(
