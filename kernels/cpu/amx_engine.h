@@ -53,11 +53,11 @@ inline uint32_t plane_word(const uint8_t* plane, int64_t first, int64_t bytes) {
   return plane[0] | (bytes > 1 ? plane[1] << 8 : 0) | (bytes > 2 ? plane[2] << 16 : 0);
 }
 
-// K and V: what keys and values are stored in, bf16 or int8_t.
-template <class K, class V>
+// K and V: what keys and values are stored in, bf16 or int8_t. Blocks of N tokens, 32 or 64.
+template <class K, class V, int N>
 class AmxEngine {
  public:
-  static constexpr int QUERIES = 16;
+  static constexpr int BLOCK = N, QUERIES = 16;  // tokens, query rows
   static int64_t padded(int64_t channels) { return round_up(channels, 32); }
   // Rows of the sums: what a tile loads must be there.
   static int64_t padded_rows(int64_t rows) { return rows <= QUERIES ? rows : round_up(rows, QUERIES); }
@@ -72,7 +72,7 @@ class AmxEngine {
         weights_(scratch<float>(key_width_)) {
     TileConfig config;
     for (int tile = 0; tile < 8; ++tile) config.row_bytes[tile] = 64, config.rows[tile] = 16;
-    config.rows[1] = config.rows[6] = uint8_t(weight_rows);
+    for (int tile : {1, 3, 4, 6}) config.rows[tile] = uint8_t(weight_rows);
     _tile_loadconfig(&config);
   }
   ~AmxEngine() { _tile_release(); }
@@ -102,18 +102,20 @@ class AmxEngine {
 
   void expand_values(const Block& block) {
     const int64_t width = value_width_, channels = p_.value_dim;
+    const int64_t value_bytes = width * sizeof(V);
+    const Ahead ahead(p_.values.token * sizeof(V), early_bytes(value_bytes), value_bytes);
     for (int t = 0; t < BLOCK; t += 2) {
       ValueRow even(p_, block, t), odd(p_, block, t + 1);
       steps_[t] = even.step, steps_[t + 1] = odd.step;
-      bf16* tile = &values_[t * 16];
+      bf16* tile = &values_[t / 32 * 32 * width + t % 32 * 16];
       // Pairs of tokens side by side, as the tile product wants them; finish() undoes the order.
       const auto put = [&](__m512i a, __m512i b) {
         _mm512_store_si512(tile, _mm512_unpacklo_epi16(a, b));
-        _mm512_store_si512(tile + 16 * BLOCK, _mm512_unpackhi_epi16(a, b));
-        tile += 32 * BLOCK;
+        _mm512_store_si512(tile + 16 * 32, _mm512_unpackhi_epi16(a, b));
+        tile += 32 * 32;
       };
       if (!even.keep && width == channels && t + 1 < block.count) {
-        prefetch_ahead(even.row, 2 * width * sizeof(V), p_.values.token * sizeof(V));
+        ahead(even.row), ahead(odd.row);
         for (int64_t j = 0; j < width; j += 32) put(load_words(even.row + j), load_words(odd.row + j));
       } else {
         for (int64_t j = 0; j < width; j += 32) put(even.next(j, channels), odd.next(j, channels));
@@ -123,10 +125,14 @@ class AmxEngine {
 
   void scores(const Block& block, int64_t first, int count, float (*scores)[BLOCK]) {
     alignas(64) float dots[BLOCK][16];
-    multiply(&queries_[first * key_width_], dots);
+    for (int t = 0; t < BLOCK; t += 32) multiply(&queries_[first * key_width_], &keys_[t * key_width_], dots + t);
     for (int t = 0; t < BLOCK; t += 16) {
       const F step = std::is_same_v<K, int8_t> && block.packed ? load(&key_steps_[t]) : splat(1.0f);
-      columns(dots + t, count, [&](int r, F v) { store(&scores[r][t], v * step); });
+      for (int r = 0; r < count; r += 4) {
+        F v[4];
+        columns(dots + t, r, v);
+        for (int i = 0; i < 4; ++i) store(&scores[r + i][t], v[i] * step);
+      }
     }
   }
 
@@ -135,15 +141,22 @@ class AmxEngine {
     if (rescale) rescale_sums(rescale, count, width, sums);
     alignas(64) bf16 pairs[QUERIES][BLOCK];
     for (int r = 0; r < count; ++r) {
-      const F low = load(weights[r]) * load(steps_), high = load(weights[r] + 16) * load(steps_ + 16);
-      _mm512_store_si512(pairs[r], words(_mm512_cvtne2ps_pbh(high, low)));
+      for (int t = 0; t < BLOCK; t += 32) {
+        const F low = load(&weights[r][t]) * load(&steps_[t]), high = load(&weights[r][t + 16]) * load(&steps_[t + 16]);
+        _mm512_store_si512(&pairs[r][t], words(_mm512_cvtne2ps_pbh(high, low)));
+      }
     }
     std::memset(pairs[count], 0, (QUERIES - count) * sizeof(pairs[0]));
-    _tile_loadd(1, pairs, 64);
+    _tile_loadd(1, pairs, sizeof(pairs[0]));
+    if (N > 32) _tile_loadd(3, pairs[0] + 32, sizeof(pairs[0]));
     for (int64_t j = 0; j < width; j += 16) {
       _tile_loadd(6, sums + j, width * 4);
-      _tile_loadd(7, &values_[j * BLOCK], 64);
+      _tile_loadd(7, &values_[j * 32], 64);
       _tile_dpbf16ps(6, 1, 7);
+      if (N > 32) {
+        _tile_loadd(5, &values_[(width + j) * 32], 64);
+        _tile_dpbf16ps(6, 3, 5);
+      }
       _tile_stored(6, sums + j, width * 4);
     }
   }
@@ -171,7 +184,11 @@ class AmxEngine {
     }
     const int64_t step = rows ? p_.kept.token : room_width_;
     if (!rows) rows = copy_rows(block);
-    p_.key_dim % 32 == 0 ? expand_rows<true>(block, rows, step) : expand_rows<false>(block, rows, step);
+    switch (p_.key_dim) {
+      case 64: return expand_rows<64>(block, rows, step);
+      case 128: return expand_rows<128>(block, rows, step);
+      default: expand_rows<0>(block, rows, step);
+    }
   }
 
   // The block's kept channels as bfloat16, with 32 more that may be read behind each row.
@@ -185,20 +202,25 @@ class AmxEngine {
     return room_.get();
   }
 
-  template <bool whole>
-  void expand_rows(const Block& block, const bf16* rows, int64_t rows_step) {
+  // CHANNELS: of a key, or 0 for any number; loops over known numbers become straight code.
+  template <int CHANNELS>
+  [[gnu::noinline]] void expand_rows(const Block& block, const bf16* rows, int64_t rows_step) {
     // Copies: what is stored below might, for all the compiler knows, change a member.
-    const int64_t width = key_width_, plane = (p_.key_dim + 7) / 8, entries = p_.scale_entries;
-    const int64_t scale_step = p_.scale.token, plane_step = p_.bits.token;
+    const bool whole = CHANNELS;
+    const int64_t width = whole ? CHANNELS : key_width_, plane = whole ? CHANNELS / 8 : (p_.key_dim + 7) / 8;
+    const int64_t scale_step = p_.scale.token, plane_step = p_.bits.token, entries = p_.scale_entries;
     const int64_t row_bytes = p_.kept_channels * sizeof(K), step_bytes = p_.kept.token * sizeof(K);
     const bf16* scale = p_.scale.at<bf16>(block.batch, block.head, block.key_row);
     const uint8_t* keep = p_.bits.at<uint8_t>(block.batch, block.head, block.key_row);
     const char* row = p_.kept.at<char>(block.batch, block.head, block.key_row);
+    const char* value = p_.values.at<char>(block.batch, block.head, block.value_row);
+    const int64_t value_step = p_.values.token * sizeof(V);
+    const Ahead kept_ahead(step_bytes, 0, row_bytes), planes_ahead(plane_step, 0, 2 * plane);
+    const Ahead value_ahead(value_step, 0, early_bytes(p_.value_dim * sizeof(V)));
     const float* weights = weights_.get();
     bf16* key = keys_.get();
     for (int t = 0; t < block.count; ++t, scale += scale_step, keep += plane_step) {
-      prefetch_ahead(row + t * step_bytes, row_bytes, step_bytes);
-      prefetch_ahead(keep, 2 * plane, plane_step);
+      kept_ahead(row + t * step_bytes), planes_ahead(keep), value_ahead(value + t * value_step);
       float amplitude = to_float(scale[0]);
       if constexpr (std::is_same_v<K, int8_t>) {
         // Keys are in units of the step, the amplitude too. A step of 0: kept channels are 0.
@@ -220,10 +242,9 @@ class AmxEngine {
     }
   }
 
-  // Dot products of 16 queries with the block's tokens.
-  void multiply(const bf16* query, float (*dots)[16]) {
+  // Dot products of 16 queries with 32 tokens.
+  void multiply(const bf16* query, const bf16* keys, float (*dots)[16]) {
     const int64_t width = key_width_;
-    const bf16* keys = keys_.get();
     // Sums side by side: a product waits 52 cycles for the one that it adds to.
     _tile_zero(0);
     _tile_zero(2);
@@ -238,15 +259,11 @@ class AmxEngine {
     _tile_stored(2, dots[16], 64);
   }
 
-  // Calls f(r, column r) for the first `count` columns of a tile, and for up to three behind them.
-  template <class Function>
-  static void columns(const float (*tile)[16], int count, Function f) {
-    for (int r = 0; r < count; r += 4) {
-      F v[4];
-      for (int i = 0; i < 4; ++i) v[i] = four_rows(&tile[i][r]);
-      transpose(v);
-      for (int i = 0; i < 4; ++i) f(r + i, v[i]);
-    }
+  // Columns r to r + 3 of a tile as vectors of its 16 rows.
+  template <class Number>
+  static void columns(const Number (*tile)[16], int r, F* v) {
+    for (int i = 0; i < 4; ++i) v[i] = four_rows(reinterpret_cast<const float*>(&tile[i][r]));
+    transpose(v);
   }
 
   // Four columns of rows 0, 4, 8 and 12 of a tile.

@@ -11,16 +11,19 @@ namespace spark {
 
 constexpr float DIGITS = 127.0f * 128.0f;  // the largest number of two digits
 
-class AmxInt8Engine : public AmxEngine<int8_t, int8_t> {
-  using Base = AmxEngine<int8_t, int8_t>;
+template <int N>
+class AmxInt8Engine : public AmxEngine<int8_t, int8_t, N> {
+  using Base = AmxEngine<int8_t, int8_t, N>;
+  using Base::columns, Base::key_steps_, Base::steps_, Base::weights_;
 
  public:
+  static constexpr int BLOCK = N;
   static int64_t padded(int64_t channels) { return round_up(channels, 64); }
 
   explicit AmxInt8Engine(const Problem& p)
-      : Base(p, QUERIES), key_width_(padded(p.key_dim)), value_width_(padded(p.value_dim)),
+      : Base(p, 16), p_(p), key_width_(padded(p.key_dim)), value_width_(padded(p.value_dim)),
         kept_(scratch<int8_t>(BLOCK * key_width_)), signs_(scratch<int8_t>(BLOCK * key_width_)),
-        values_(scratch<int8_t>(2 * BLOCK * value_width_)),
+        values_(scratch<int8_t>(64 * value_width_)),
         eights_((p.query_rows() + 7) / 8), digits_(scratch<int8_t>(2 * eights_ * 16 * key_width_)),
         units_(scratch<float>(2 * eights_ * 8)) {}
 
@@ -39,13 +42,16 @@ class AmxInt8Engine : public AmxEngine<int8_t, int8_t> {
   void expand_keys(const Block& block) {
     if (!block.packed) return Base::expand_keys(block);
     const char* last = p_.kept.at<char>(block.batch, block.head, block.key_row + block.count - 1);
-    const bool whole = p_.key_dim % 64 == 0 && last + p_.kept_channels + 64 <= p_.kept.end;
-    whole ? expand_bytes<true>(block) : expand_bytes<false>(block);
+    const bool whole = last + p_.kept_channels + 64 <= p_.kept.end;
+    if (whole && p_.key_dim == 64) return expand_bytes<64>(block);
+    if (whole && p_.key_dim == 128) return expand_bytes<128>(block);
+    expand_bytes<0>(block);
   }
 
   void expand_values(const Block& block) {
     const int64_t width = value_width_, channels = p_.value_dim, row_step = p_.values.token;
-    const int64_t scale_step = p_.value_scale.token;
+    const int64_t scale_step = p_.value_scale.token, early = early_bytes(channels);
+    const Ahead ahead(row_step, 0, 64);
     const bf16* scale = p_.value_scale.at<bf16>(block.batch, block.head, block.value_row) + p_.value_entries - 1;
     const int8_t* row = p_.values.at<int8_t>(block.batch, block.head, block.value_row);
     int8_t* tiles = values_.get();
@@ -56,13 +62,13 @@ class AmxInt8Engine : public AmxEngine<int8_t, int8_t> {
         __m512i rows[4];
         for (int i = 0; i < 4; ++i) {
           const int8_t* bytes = row + i * row_step + j;
-          if (whole) prefetch_ahead(bytes, 64, row_step);
+          if (whole && j >= early) ahead(bytes);
           rows[i] = whole ? _mm512_loadu_si512(bytes) : t + i < block.count ? some_bytes(bytes, channels - j) : __m512i{};
         }
         const __m512i a = _mm512_unpacklo_epi8(rows[0], rows[1]), b = _mm512_unpackhi_epi8(rows[0], rows[1]);
         const __m512i c = _mm512_unpacklo_epi8(rows[2], rows[3]), d = _mm512_unpackhi_epi8(rows[2], rows[3]);
-        // Tiles of 16 channels whose rows are four tokens; half of their 16 rows stay zero.
-        int8_t* tile = tiles + j * 2 * BLOCK + t * 16;
+        // Tiles of 16 channels whose rows are four tokens; with 32 tokens half of their rows stay zero.
+        int8_t* tile = tiles + j * 64 + t * 16;
         _mm512_store_si512(tile, _mm512_unpacklo_epi16(a, c));
         _mm512_store_si512(tile + 1024, _mm512_unpackhi_epi16(a, c));
         _mm512_store_si512(tile + 2048, _mm512_unpacklo_epi16(b, d));
@@ -127,27 +133,25 @@ class AmxInt8Engine : public AmxEngine<int8_t, int8_t> {
     return bits;
   }
 
-  template <bool whole>
-  void expand_bytes(const Block& block) {
-    const int64_t width = key_width_, plane = (p_.key_dim + 7) / 8, entries = p_.scale_entries;
-    const int64_t row_step = p_.kept.token, scale_step = p_.scale.token, plane_step = p_.bits.token;
-    const int64_t channels = p_.kept_channels;
-    const bool recovers = p_.recovers;
+  // CHANNELS: of a key, with 64 bytes that may be read behind each row; or 0 for any number.
+  template <int CHANNELS>
+  [[gnu::noinline]] void expand_bytes(const Block& block) {
+    const bool whole = CHANNELS;
+    const int64_t width = whole ? CHANNELS : key_width_, plane = whole ? CHANNELS / 8 : (p_.key_dim + 7) / 8;
+    const int64_t row_step = p_.kept.token, plane_step = p_.bits.token, value_step = p_.values.token;
+    const Ahead kept_ahead(row_step, 0, p_.kept_channels), planes_ahead(plane_step, 0, 2 * plane);
+    const Ahead value_ahead(value_step, 0, early_bytes(p_.value_dim));
     const int8_t* row = p_.kept.at<int8_t>(block.batch, block.head, block.key_row);
-    const bf16* scale = p_.scale.at<bf16>(block.batch, block.head, block.key_row);
     const uint8_t* keep = p_.bits.at<uint8_t>(block.batch, block.head, block.key_row);
+    const int8_t* value = p_.values.at<int8_t>(block.batch, block.head, block.value_row);
     int8_t *kept = kept_.get(), *signs = signs_.get();
     const __m512i plus = _mm512_set1_epi8(1), minus = _mm512_set1_epi8(-1);
-    for (int t = 0; t < block.count; ++t, row += row_step, scale += scale_step, keep += plane_step) {
-      prefetch_ahead(row, channels, row_step);
-      prefetch_ahead(keep, 2 * plane, plane_step);
-      key_steps_[t] = to_float(scale[entries - 1]);
-      amplitudes_[t] = recovers ? to_float(scale[0]) : 0.0f;
+    for (int t = 0, count = block.count; t < count; ++t, row += row_step, keep += plane_step, value += value_step) {
+      kept_ahead(row), planes_ahead(keep), value_ahead(value);
       int64_t rank = 0;
       for (int64_t j = 0; j < width; j += 64, kept += 64, signs += 64) {
-        const uint8_t* bits = keep + j / 8;
-        const uint64_t mask = whole ? load<uint64_t>(bits) : plane_bytes(keep, j, plane);
-        const uint64_t negative = whole ? load<uint64_t>(bits + plane) : plane_bytes(keep + plane, j, plane);
+        const uint64_t mask = whole ? load<uint64_t>(keep + j / 8) : plane_bytes(keep, j, plane);
+        const uint64_t negative = whole ? load<uint64_t>(keep + plane + j / 8) : plane_bytes(keep + plane, j, plane);
         const int count = __builtin_popcountll(mask);
         __m512i few = whole ? _mm512_loadu_si512(row + rank)
                             : _mm512_maskz_loadu_epi8(_bzhi_u64(~uint64_t(0), count), row + rank);
@@ -157,6 +161,15 @@ class AmxInt8Engine : public AmxEngine<int8_t, int8_t> {
         rank += count;
       }
     }
+    const bf16* scale = p_.scale.at<bf16>(block.batch, block.head, block.key_row);
+    const int64_t entries = p_.scale_entries, scale_step = p_.scale.token;
+    column(scale + entries - 1, scale_step, block.count, key_steps_);
+    if (p_.recovers) column(scale, scale_step, block.count, amplitudes_);
+  }
+
+  // Every `step`-th of the numbers at p.
+  static void column(const bf16* p, int64_t step, int count, float* numbers) {
+    for (int t = 0; t < count; ++t) numbers[t] = to_float(p[t * step]);
   }
 
   static __m512i some_bytes(const int8_t* p, int64_t count) {
@@ -172,11 +185,14 @@ class AmxInt8Engine : public AmxEngine<int8_t, int8_t> {
     alignas(64) int32_t parts[4][16][16];
     float units[8];
     for (int r = 0; r < count; ++r) {
-      const F a = load(weights[r]) * load(steps_), b = load(weights[r] + 16) * load(steps_ + 16);
-      const float largest = maximum(spark::max(a, b)), inverse = largest > 0 ? DIGITS / largest : 0.0f;
+      F scaled[BLOCK / 16], top{};
+      for (int i = 0; i < BLOCK / 16; ++i) {
+        scaled[i] = load(weights[r] + 16 * i) * load(steps_ + 16 * i);
+        top = spark::max(top, scaled[i]);
+      }
+      const float largest = maximum(top), inverse = largest > 0 ? DIGITS / largest : 0.0f;
       units[r] = largest / DIGITS;
-      split(a * inverse, digits[r], digits[r + 8]);
-      split(b * inverse, digits[r] + 16, digits[r + 8] + 16);
+      for (int i = 0; i < BLOCK / 16; ++i) split(scaled[i] * inverse, digits[r] + 16 * i, digits[r + 8] + 16 * i);
     }
     _tile_loadd(1, digits, 64);
     for (int64_t j = 0; j < width; j += 64, values += 4096) {
@@ -210,36 +226,48 @@ class AmxInt8Engine : public AmxEngine<int8_t, int8_t> {
   // Up to eight queries with all tokens of a packed block.
   void score_eight(int64_t first, int count, float (*scores)[BLOCK]) {
     alignas(64) int32_t kept[BLOCK][16], signs[BLOCK][16];
-    alignas(64) float dots[BLOCK][16];
-    multiply(digits(first, 0), digits(first, 1), kept, signs);
-    const __m256 unit = _mm256_loadu_ps(units(first, 0)), weighted_unit = _mm256_loadu_ps(units(first, 1));
-    const auto numbers = [](const int32_t* row) {
-      const __m256 high = _mm256_cvtepi32_ps(load<__m256i>(row)), low = _mm256_cvtepi32_ps(load<__m256i>(row + 8));
-      return _mm256_fmadd_ps(high, _mm256_set1_ps(128.0f), low);
-    };
-    for (int t = 0; t < BLOCK; ++t) {
-      const __m256 k = _mm256_mul_ps(unit, _mm256_set1_ps(key_steps_[t]));
-      const __m256 s = _mm256_mul_ps(weighted_unit, _mm256_set1_ps(amplitudes_[t]));
-      _mm256_store_ps(dots[t], _mm256_fmadd_ps(numbers(kept[t]), k, _mm256_mul_ps(numbers(signs[t]), s)));
+    for (int t = 0; t < BLOCK; t += 32) multiply(first, t, kept + t, signs + t);
+    for (int t = 0; t < BLOCK; t += 16) {
+      const F step = load(key_steps_ + t), amplitude = load(amplitudes_ + t);
+      for (int r = 0; r < count; r += 4) {
+        F k[4], s[4];
+        whole_numbers(kept + t, r, k);
+        whole_numbers(signs + t, r, s);
+        for (int i = 0; i < 4; ++i) {
+          const F dot = k[i] * (units(first, 0)[r + i] * step) + s[i] * (units(first, 1)[r + i] * amplitude);
+          store(&scores[r + i][t], dot);
+        }
+      }
     }
-    for (int t = 0; t < BLOCK; t += 16) columns(dots + t, count, [&](int r, F v) { store(&scores[r][t], v); });
   }
 
-  // Products of the block with the digits of eight queries; four sums side by side.
-  void multiply(const int8_t* query, const int8_t* weighted, int32_t (*kept)[16], int32_t (*signs)[16]) {
-    const int64_t width = key_width_, half = 16 * width;
+  // Columns r to r + 3 of 16 tokens: 128 * (high digits) + low ones.
+  static void whole_numbers(const int32_t (*tile)[16], int r, F* numbers) {
+    F low[4];
+    columns(tile, r, numbers);
+    columns(tile, r + 8, low);
+    for (int i = 0; i < 4; ++i) {
+      const F high = _mm512_cvtepi32_ps(bit_cast<__m512i>(numbers[i]));
+      numbers[i] = high * 128.0f + F(_mm512_cvtepi32_ps(bit_cast<__m512i>(low[i])));
+    }
+  }
+
+  // Products of 32 tokens with the digits of eight queries; four sums side by side.
+  void multiply(int64_t first, int token, int32_t (*kept)[16], int32_t (*signs)[16]) {
+    const int64_t width = key_width_, at = token * width, half = at + 16 * width;
+    const int8_t *query = digits(first, 0), *weighted = digits(first, 1);
     _tile_zero(0);
     _tile_zero(2);
     _tile_zero(3);
     _tile_zero(4);
     for (int64_t j = 0; j < width; j += 64) {
       _tile_loadd(7, query + j * 16, 64);
-      _tile_loadd(5, &kept_[j], width);
+      _tile_loadd(5, &kept_[at + j], width);
       _tile_dpbssd(0, 5, 7);
       _tile_loadd(5, &kept_[half + j], width);
       _tile_dpbssd(2, 5, 7);
       _tile_loadd(7, weighted + j * 16, 64);
-      _tile_loadd(5, &signs_[j], width);
+      _tile_loadd(5, &signs_[at + j], width);
       _tile_dpbssd(3, 5, 7);
       _tile_loadd(5, &signs_[half + j], width);
       _tile_dpbssd(4, 5, 7);
@@ -250,12 +278,13 @@ class AmxInt8Engine : public AmxEngine<int8_t, int8_t> {
     _tile_stored(4, signs[16], 64);
   }
 
+  const Problem& p_;
   const int64_t key_width_, value_width_;
   Scratch<int8_t> kept_, signs_, values_;
   const int64_t eights_;
   Scratch<int8_t> digits_;
   Scratch<float> units_;
-  alignas(64) float amplitudes_[BLOCK];
+  alignas(64) float amplitudes_[BLOCK] = {};
 };
 
 }  // namespace spark

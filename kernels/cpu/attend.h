@@ -7,14 +7,29 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdlib>
+#include <memory>
 #include <vector>
 
 #include "prune.h"
 
 namespace spark {
 
-constexpr int BLOCK = 32;       // tokens
 constexpr int MAX_HEAD = 1024;  // channels
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+template <class T>
+using Scratch = std::unique_ptr<T[], Free>;
+
+template <class T>
+Scratch<T> scratch(int64_t count) {
+  const size_t bytes = round_up(std::max<int64_t>(count, 1) * sizeof(T), 64);
+  void* data = std::aligned_alloc(64, bytes);
+  std::memset(data, 0, bytes);
+  return Scratch<T>(static_cast<T*>(data));
+}
 
 // A tensor [B, H, S, ...] whose last dimension is contiguous; strides in elements.
 struct Rows {
@@ -57,18 +72,30 @@ struct Block {
   int64_t batch, head;
   bool packed;
   int64_t key_row, value_row;  // of the first token, in its buffer
-  int count;                   // tokens, at most BLOCK
+  int count;                   // tokens, at most the engine's BLOCK
 };
 
-// Asks for the row two blocks further on, a few lines for each row that is worked on: asked for all
-// at once they would fill the processor's queue of misses and be waited for. Into the second-level
-// cache: the first one's queue is the shorter.
-inline void prefetch_ahead(const void* row, int64_t row_bytes, int64_t step_bytes) {
-  const uintptr_t first = reinterpret_cast<uintptr_t>(row) + 2 * BLOCK * step_bytes;
-  for (int64_t at = 0; at < row_bytes; at += 64) {
-    __builtin_prefetch(reinterpret_cast<const void*>(first + at), 0, 2);
+// Asks for a part of the row that lies AHEAD tokens behind the one that is worked on. At most 16
+// lines are on their way at a time, and who asks for more has to wait: so it is done row by row.
+// Into the second-level cache: from there the lines displace nothing of the first one's.
+struct Ahead {
+  static constexpr int64_t TOKENS = 64;
+  int64_t first, last;  // bytes behind the row in hand
+
+  Ahead(int64_t step_bytes, int64_t first, int64_t last)
+      : first(TOKENS * step_bytes + first), last(TOKENS * step_bytes + last) {}
+
+  void operator()(const void* row) const {
+    const uintptr_t from = reinterpret_cast<uintptr_t>(row);
+    for (int64_t at = first; at < last; at += 64) {
+      __builtin_prefetch(reinterpret_cast<const void*>(from + at), 0, 2);
+      asm volatile("");  // GCC drops calls of functions that do nothing but prefetch
+    }
   }
-}
+};
+// Expanding keys leaves more time between two requests than expanding values does: the first half of
+// a value (in whole lines) is asked for with its key.
+inline int64_t early_bytes(int64_t row_bytes) { return round_up((row_bytes + 1) / 2, 64); }
 
 // What q is multiplied with where a channel is pruned: 1 / n^p, or 0 without recovery.
 inline void recovery_weights(const Problem& p, int64_t b, int64_t h, float* weights) {
@@ -89,7 +116,8 @@ inline float mask_at(const Problem& p, const char* row, int64_t token) {
 }
 
 // Scaled, capped and masked scores of one query with a block, in place of its dot products.
-inline void finish_scores(const Problem& p, const Block& block, int64_t row, float* scores) {
+template <int BLOCK>
+void finish_scores(const Problem& p, const Block& block, int64_t row, float (&scores)[BLOCK]) {
   const int64_t g = row / p.queries, i = row % p.queries;
   for (int t = 0; t < BLOCK; t += LANES) {
     F s = load(scores + t) * p.attn_scale;
@@ -113,7 +141,8 @@ inline void finish_scores(const Problem& p, const Block& block, int64_t row, flo
 struct Softmax {
   float max = -INF, total = 0;
 
-  float update(float* scores) {
+  template <int BLOCK>
+  float update(float (&scores)[BLOCK]) {
     F largest = load(scores);
     for (int t = LANES; t < BLOCK; t += LANES) {
       largest = spark::max(largest, load(scores + t));
@@ -145,29 +174,42 @@ struct Partial {
   float* sums;       // [M, padded Dv]
 };
 
+// A block's scores with all query rows, then their softmax weights, and what update() returned.
+template <int BLOCK>
+struct Weights {
+  explicit Weights(int64_t rows)
+      : room(scratch<float>(round_up(rows, 16) * BLOCK)), rescale(rows), rows(reinterpret_cast<float (*)[BLOCK]>(room.get())) {}
+
+  Scratch<float> room;
+  std::vector<float> rescale;
+  float (*rows)[BLOCK];  // a tile of 16 may be written where fewer are left
+};
+
 template <class Engine>
-void attend_block(const Problem& p, Engine& engine, const Block& block, Partial partial) {
-  engine.expand_keys(block);
-  engine.expand_values(block);
+void attend_block(const Problem& p, Engine& engine, const Block& block, Weights<Engine::BLOCK>& weights, Partial partial) {
   const int64_t rows = p.query_rows(), width = Engine::padded(p.value_dim);
-  alignas(64) float scores[Engine::QUERIES][BLOCK];
-  float rescale[Engine::QUERIES];
+  engine.expand_keys(block);
   for (int64_t first = 0; first < rows; first += Engine::QUERIES) {
     const int count = std::min<int64_t>(Engine::QUERIES, rows - first);
-    engine.scores(block, first, count, scores);
-    bool changed = false;
-    for (int r = 0; r < count; ++r) {
-      finish_scores(p, block, first + r, scores[r]);
-      rescale[r] = partial.softmax[first + r].update(scores[r]);
-      changed |= rescale[r] != 1.0f;
+    engine.scores(block, first, count, weights.rows + first);
+    for (int64_t row = first; row < first + count; ++row) {
+      finish_scores(p, block, row, weights.rows[row]);
+      weights.rescale[row] = partial.softmax[row].update(weights.rows[row]);
     }
-    engine.accumulate(block, scores, count, changed ? rescale : nullptr, partial.sums + first * width);
+  }
+  // Not before the scores: products would wait for these stores too.
+  engine.expand_values(block);
+  for (int64_t first = 0; first < rows; first += Engine::QUERIES) {
+    const int count = std::min<int64_t>(Engine::QUERIES, rows - first);
+    const float* rescale = weights.rescale.data() + first;
+    const bool changed = std::any_of(rescale, rescale + count, [](float x) { return x != 1.0f; });
+    engine.accumulate(block, weights.rows + first, count, changed ? rescale : nullptr, partial.sums + first * width);
   }
 }
 
 // The tokens [start, stop) of a key head, cut where packed and dense ones meet.
 template <class Engine>
-void attend_chunk(const Problem& p, Engine& engine, int64_t b, int64_t h, int64_t start,
+void attend_chunk(const Problem& p, Engine& engine, Weights<Engine::BLOCK>& weights, int64_t b, int64_t h, int64_t start,
                   int64_t stop, Partial partial) {
   const int64_t rows = p.query_rows(), width = Engine::padded(p.value_dim);
   std::fill_n(partial.softmax, rows, Softmax{});
@@ -177,9 +219,9 @@ void attend_chunk(const Problem& p, Engine& engine, int64_t b, int64_t h, int64_
   for (int64_t token = start; token < stop;) {
     const bool packed = token >= p.sinks && token < packed_stop;
     const int64_t limit = token < p.sinks ? p.sinks : packed ? packed_stop : p.length;
-    const int count = std::min({int64_t(BLOCK), limit - token, stop - token});
+    const int count = std::min({int64_t(Engine::BLOCK), limit - token, stop - token});
     const int64_t key_row = packed ? token - p.sinks : token < p.sinks ? token : token - p.packed;
-    attend_block(p, engine, Block{b, h, packed, key_row, token, count}, partial);
+    attend_block(p, engine, Block{b, h, packed, key_row, token, count}, weights, partial);
     token += count;
   }
   engine.finish(partial.sums, rows);
@@ -212,15 +254,15 @@ void merge_row(const Problem& p, const Partial* chunks, int64_t count, int64_t b
 }
 
 // Enough chunks that every core gets several, none shorter than the set-up of a task is worth.
-inline int64_t chunk_tokens(const Problem& p, int64_t threads) {
+inline int64_t chunk_tokens(const Problem& p, int64_t threads, int64_t block) {
   const int64_t wanted = p.length * p.batch * p.kv_heads / (4 * threads) + 1;
-  return round_up(std::clamp<int64_t>(wanted, 256, 4096), BLOCK);
+  return round_up(std::clamp<int64_t>(wanted, 256, 4096), block);
 }
 
 // `parallel(begin, end, f)` calls f(first, last) for ranges of [begin, end) on all cores.
 template <class T, class Engine, class Parallel>
 void attend(const Problem& p, int64_t threads, Parallel parallel) {
-  const int64_t chunk = chunk_tokens(p, threads);
+  const int64_t chunk = chunk_tokens(p, threads, Engine::BLOCK);
   const int64_t chunks = std::max<int64_t>((p.length + chunk - 1) / chunk, 1);
   const int64_t heads = p.batch * p.kv_heads, rows = p.query_rows();
   const int64_t width = Engine::padded(p.value_dim);
@@ -233,9 +275,10 @@ void attend(const Problem& p, int64_t threads, Parallel parallel) {
   }
   parallel(0, heads * chunks, [&](int64_t first, int64_t last) {
     Engine engine(p);
+    Weights<Engine::BLOCK> weights(rows);
     for (int64_t task = first; task < last; ++task) {
       const int64_t head = task / chunks, start = task % chunks * chunk;
-      attend_chunk(p, engine, head / p.kv_heads, head % p.kv_heads, start,
+      attend_chunk(p, engine, weights, head / p.kv_heads, head % p.kv_heads, start,
                    std::min(start + chunk, p.length), partials[task]);
     }
   });

@@ -1,25 +1,9 @@
 // Blocks of keys and values as float32, for every dtype and instruction set.
 #pragma once
 
-#include <memory>
-
 #include "attend.h"
 
 namespace spark {
-
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
-template <class T>
-using Scratch = std::unique_ptr<T[], Free>;
-
-template <class T>
-Scratch<T> scratch(int64_t count) {
-  const size_t bytes = round_up(std::max<int64_t>(count, 1) * sizeof(T), 64);
-  void* data = std::aligned_alloc(64, bytes);
-  std::memset(data, 0, bytes);
-  return Scratch<T>(static_cast<T*>(data));
-}
 
 // LANES numbers of which `count` are wanted; where more would reach behind `end` they are not read.
 template <class T>
@@ -42,7 +26,7 @@ inline uint32_t plane_bits(const uint8_t* plane, int64_t first, [[maybe_unused]]
 template <class T, class K, class V>
 class FloatEngine {
  public:
-  static constexpr int QUERIES = 4;
+  static constexpr int BLOCK = 32, QUERIES = 4;  // tokens, query rows
   static int64_t padded(int64_t channels) { return round_up(channels, LANES); }
   static int64_t padded_rows(int64_t rows) { return rows; }
 

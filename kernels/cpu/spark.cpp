@@ -339,16 +339,25 @@ std::vector<float> sink_logits(const Tensor& sinks) {
   return logits;
 }
 
+#if defined(SPARK_AMX)
+template <class K, class V, int N, class Spread>
+void run_tiles(const Problem& p, int64_t threads, Spread spread) {
+  if constexpr (std::is_same_v<K, int8_t> && std::is_same_v<V, int8_t>) {
+    if (!p.value_bits.data) return spark::attend<spark::bf16, spark::AmxInt8Engine<N>>(p, threads, spread);
+  }
+  spark::attend<spark::bf16, spark::AmxEngine<K, V, N>>(p, threads, spread);
+}
+#endif
+
 template <class T, class K, class V>
 void run(const Problem& p) {
   const auto spread = [](int64_t begin, int64_t end, auto f) { parallel(begin, end, 1, f); };
   const int64_t threads = torch::stable::get_num_threads();
 #if defined(SPARK_AMX)
   if constexpr (std::is_same_v<T, spark::bf16>) {
-    if constexpr (std::is_same_v<K, int8_t> && std::is_same_v<V, int8_t>) {
-      if (!p.value_bits.data) return spark::attend<T, spark::AmxInt8Engine>(p, threads, spread);
-    }
-    return spark::attend<T, spark::AmxEngine<K, V>>(p, threads, spread);
+    // The longer a block, the less its products are waited for, as long as it fits the first-level cache.
+    return std::max(p.key_dim, p.value_dim) <= 64 ? run_tiles<K, V, 64>(p, threads, spread)
+                                                  : run_tiles<K, V, 32>(p, threads, spread);
   }
 #endif
   spark::attend<T, spark::FloatEngine<T, K, V>>(p, threads, spread);

@@ -50,7 +50,7 @@ def stores(draw: st.DrawFn) -> Store:
     key_dim = draw(st.sampled_from([1, 3, 8, 12, 16, 20, 32, 64, 80, 96, 128, 256]))
     value_dim = draw(st.sampled_from([1, 5, 8, 16, 24, 64, 128, 130]))
     kv_heads, group = draw(st.sampled_from([(1, 1), (2, 3), (3, 1), (1, 7), (2, 4), (1, 17)]))
-    packed = draw(st.sampled_from([0, 1, 6, 31, 32, 33, 64, 300, 900]))
+    packed = draw(st.sampled_from([0, 1, 6, 31, 32, 33, 63, 64, 65, 129, 300, 900]))
     dense = draw(st.sampled_from([0, 1, 5, 40]) if packed else st.sampled_from([1, 5, 40]))
     return store(
         draw(st.sampled_from(DTYPES)),
