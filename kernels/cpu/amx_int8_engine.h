@@ -25,17 +25,16 @@ class AmxInt8Engine : public AmxEngine<int8_t, int8_t, N> {
         kept_(scratch<int8_t>(BLOCK * key_width_)), signs_(scratch<int8_t>(BLOCK * key_width_)),
         values_(scratch<int8_t>(64 * value_width_)),
         eights_((p.query_rows() + 7) / 8), digits_(scratch<int8_t>(2 * eights_ * 16 * key_width_)),
-        units_(scratch<float>(2 * eights_ * 8)) {}
+        units_(scratch<float>(2 * eights_ * 8)), query_(scratch<float>(key_width_)) {}
 
   void start(int64_t b, int64_t h) {
     Base::start(b, h);
-    std::vector<float> query(p_.key_dim);
     for (int64_t row = 0; row < p_.query_rows(); ++row) {
-      const bf16* q = p_.query.at<bf16>(b, h * p_.group() + row / p_.queries, row % p_.queries);
-      for (int64_t j = 0; j < p_.key_dim; ++j) query[j] = to_float(q[j]);
-      split_query(query, row, 0);
-      for (int64_t j = 0; j < p_.key_dim; ++j) query[j] *= weights_[j];
-      split_query(query, row, 1);
+      const bf16* query = p_.query.at<bf16>(b, h * p_.group() + row / p_.queries, row % p_.queries);
+      for (int64_t j = 0; j < p_.key_dim; j += 16) store(&query_[j], load_floats(query + j, p_.key_dim - j));
+      split_query(row, 0);
+      for (int64_t j = 0; j < p_.key_dim; j += 16) store(&query_[j], load(&query_[j]) * load(&weights_[j]));
+      split_query(row, 1);
     }
   }
 
@@ -111,19 +110,22 @@ class AmxInt8Engine : public AmxEngine<int8_t, int8_t, N> {
   // to 7 are the high digits of eight queries, columns 8 to 15 the low ones.
   int8_t* digits(int64_t row, int kind) { return &digits_[(row / 8 * 2 + kind) * 16 * key_width_]; }
   float* units(int64_t row, int kind) { return &units_[(row / 8 * 2 + kind) * 8]; }
-  void split_query(const std::vector<float>& query, int64_t row, int kind) {
-    float largest = 0;
-    for (float x : query) largest = std::max(largest, std::abs(x));
+  void split_query(int64_t row, int kind) {
+    F top{};
+    for (int64_t j = 0; j < key_width_; j += 16) top = spark::max(top, magnitude(load(&query_[j])));
+    const float largest = maximum(top), inverse = largest > 0 ? DIGITS / largest : 0.0f;
     units(row, kind)[row % 8] = largest / DIGITS;
-    const float inverse = largest > 0 ? DIGITS / largest : 0.0f;
-    int8_t* tiles = digits(row, kind);
-    for (size_t j = 0; j < query.size(); ++j) {
-      const int whole = int(std::nearbyint(query[j] * inverse)), high = (whole + 64) >> 7;
-      const int64_t at = j / 64 * 1024 + j % 64 / 4 * 64 + row % 8 * 4 + j % 4;
-      tiles[at] = int8_t(high);
-      tiles[at + 32] = int8_t(whole - high * 128);
+    int8_t* tile = digits(row, kind) + row % 8 * 4;
+    for (int64_t j = 0; j < key_width_; j += 16, tile += 4 * 64) {
+      int8_t high[16], low[16];
+      split(load(&query_[j]) * inverse, high, low);
+      for (int i = 0; i < 4; ++i) {
+        std::memcpy(tile + 64 * i, high + 4 * i, 4);
+        std::memcpy(tile + 64 * i + 32, low + 4 * i, 4);
+      }
     }
   }
+  static F magnitude(F x) { return bit_cast<F>(bit_cast<I>(x) & splat(0x7fffffff)); }
 
   static uint64_t plane_bytes(const uint8_t* plane, int64_t first, int64_t bytes) {
     uint64_t bits = 0;
@@ -283,7 +285,7 @@ class AmxInt8Engine : public AmxEngine<int8_t, int8_t, N> {
   Scratch<int8_t> kept_, signs_, values_;
   const int64_t eights_;
   Scratch<int8_t> digits_;
-  Scratch<float> units_;
+  Scratch<float> units_, query_;
   alignas(64) float amplitudes_[BLOCK] = {};
 };
 

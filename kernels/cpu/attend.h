@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
+#include <numeric>
 #include <vector>
 
 #include "prune.h"
@@ -17,18 +18,47 @@ namespace spark {
 
 constexpr int MAX_HEAD = 1024;  // channels
 
-struct Free {
-  void operator()(void* p) const { std::free(p); }
+// Scratch memory of a thread, kept for its next call: given back to the system, its pages would have
+// to be cleared again at each.
+class Pool {
+ public:
+  static Pool& mine() {
+    static thread_local Pool pool;
+    return pool;
+  }
+  void* take(size_t bytes) {
+    const auto same = std::find_if(blocks_.begin(), blocks_.end(), [&](const auto& b) { return b.second == bytes; });
+    if (same == blocks_.end()) return std::aligned_alloc(64, bytes);
+    void* data = same->first;
+    blocks_.erase(same);
+    return data;
+  }
+  void give(void* data, size_t bytes) {
+    blocks_.emplace_back(data, bytes);
+    if (blocks_.size() > 16) std::free(blocks_.front().first), blocks_.erase(blocks_.begin());
+  }
+  ~Pool() {
+    for (const auto& block : blocks_) std::free(block.first);
+  }
+
+ private:
+  std::vector<std::pair<void*, size_t>> blocks_;
+};
+
+struct GiveBack {
+  size_t bytes;
+  void operator()(void* data) const { Pool::mine().give(data, bytes); }
 };
 template <class T>
-using Scratch = std::unique_ptr<T[], Free>;
+using Scratch = std::unique_ptr<T[], GiveBack>;
 
+// Zeros.
 template <class T>
 Scratch<T> scratch(int64_t count) {
   const size_t bytes = round_up(std::max<int64_t>(count, 1) * sizeof(T), 64);
-  void* data = std::aligned_alloc(64, bytes);
+  void* data = Pool::mine().take(bytes);
   std::memset(data, 0, bytes);
-  return Scratch<T>(static_cast<T*>(data));
+  return Scratch<T>(static_cast<T*>(data), GiveBack{bytes});
 }
 
 // A tensor [B, H, S, ...] whose last dimension is contiguous; strides in elements.
@@ -104,14 +134,26 @@ inline void recovery_weights(const Problem& p, int64_t b, int64_t h, float* weig
   for (int64_t j = 0; j < p.key_dim; ++j) weights[j] = p.recovers ? 1.0f / weights[j] : 0.0f;
 }
 
-inline float mask_at(const Problem& p, const char* row, int64_t token) {
-  const int64_t at = token * p.mask_strides[3];
-  switch (p.mask_kind) {
-    case MaskKind::boolean: return row[at] ? 0.0f : -INF;
-    case MaskKind::float32: return reinterpret_cast<const float*>(row)[at];
-    case MaskKind::bfloat16: return to_float(reinterpret_cast<const bf16*>(row)[at]);
-    case MaskKind::float16: return to_float(reinterpret_cast<const half*>(row)[at]);
-    default: return 0.0f;
+// What a mask's number adds to a score.
+inline float masking(float x) { return x; }
+inline float masking(bf16 x) { return to_float(x); }
+inline float masking(half x) { return to_float(x); }
+inline float masking(bool x) { return x ? 0.0f : -INF; }
+inline F masking(const bool* x, int64_t count) {
+  return select(load_floats(reinterpret_cast<const int8_t*>(x), count) != F{}, F{}, splat(-INF));
+}
+template <class M>
+F masking(const M* x, int64_t count) {
+  return load_floats(x, count);
+}
+
+// Masks `count` scores.
+template <class M>
+void add_mask(const M* mask, int64_t step, int count, float* scores) {
+  if (step != 1) {
+    for (int t = 0; t < count; ++t) scores[t] += masking(mask[t * step]);
+  } else {
+    for (int t = 0; t < count; t += LANES) store(scores + t, load(scores + t) + masking(mask + t, count - t));
   }
 }
 
@@ -128,10 +170,14 @@ void finish_scores(const Problem& p, const Block& block, int64_t row, float (&sc
   int visible = block.count;
   if (p.causal) visible = std::clamp<int64_t>(i + p.causal_offset + 1 - first, 0, visible);
   if (p.mask_kind != MaskKind::none) {
-    const int64_t itemsize = p.mask_kind == MaskKind::boolean ? 1 : p.mask_kind == MaskKind::float32 ? 4 : 2;
-    const char* mask = p.mask + itemsize * (block.batch * p.mask_strides[0] +
-        (block.head * p.group() + g) * p.mask_strides[1] + i * p.mask_strides[2]);
-    for (int t = 0; t < visible; ++t) scores[t] += mask_at(p, mask, first + t);
+    const int64_t *steps = p.mask_strides, step = steps[3];
+    const int64_t at = block.batch * steps[0] + (block.head * p.group() + g) * steps[1] + i * steps[2] + first * step;
+    switch (p.mask_kind) {
+      case MaskKind::boolean: add_mask(reinterpret_cast<const bool*>(p.mask) + at, step, visible, scores); break;
+      case MaskKind::float32: add_mask(reinterpret_cast<const float*>(p.mask) + at, step, visible, scores); break;
+      case MaskKind::bfloat16: add_mask(reinterpret_cast<const bf16*>(p.mask) + at, step, visible, scores); break;
+      default: add_mask(reinterpret_cast<const half*>(p.mask) + at, step, visible, scores);
+    }
   }
   for (int t = visible; t < BLOCK; ++t) scores[t] = -INF;
 }
@@ -253,10 +299,11 @@ void merge_row(const Problem& p, const Partial* chunks, int64_t count, int64_t b
   if (lse) *lse = max + std::log(total);
 }
 
-// Enough chunks that every core gets several, none shorter than the set-up of a task is worth.
+// As many chunks per head as give every thread the same share of the tokens (threads take equal
+// numbers of tasks, one after the other), none shorter than the set-up of a task is worth.
 inline int64_t chunk_tokens(const Problem& p, int64_t threads, int64_t block) {
-  const int64_t wanted = p.length * p.batch * p.kv_heads / (4 * threads) + 1;
-  return round_up(std::clamp<int64_t>(wanted, 256, 4096), block);
+  const int64_t chunks = threads / std::gcd(threads, p.batch * p.kv_heads);
+  return round_up(std::max<int64_t>((p.length + chunks - 1) / chunks, 256), block);
 }
 
 // `parallel(begin, end, f)` calls f(first, last) for ranges of [begin, end) on all cores.
