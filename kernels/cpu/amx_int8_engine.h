@@ -1,4 +1,4 @@
-// Blocks of int8 keys and values for the integer products of the tile registers.
+// Blocks of int8 values, and of int8 or bfloat16 keys, for the integer products of the tile registers.
 //
 // Stored numbers go to the tiles as they are; queries and softmax weights, which they meet there,
 // are split into two int8 digits: x = unit * (128 * high + low), 15 bits of the largest one. Dense
@@ -11,9 +11,10 @@ namespace spark {
 
 constexpr float DIGITS = 127.0f * 128.0f;  // the largest number of two digits
 
-template <int N>
-class AmxInt8Engine : public AmxEngine<int8_t, int8_t, N> {
-  using Base = AmxEngine<int8_t, int8_t, N>;
+template <class K, int N>
+class AmxInt8Engine : public AmxEngine<K, int8_t, N> {
+  using Base = AmxEngine<K, int8_t, N>;
+  static constexpr bool INT8_KEYS = std::is_same_v<K, int8_t>;
   using Base::columns, Base::key_steps_, Base::steps_, Base::weights_;
 
  public:
@@ -29,7 +30,7 @@ class AmxInt8Engine : public AmxEngine<int8_t, int8_t, N> {
 
   void start(int64_t b, int64_t h) {
     Base::start(b, h);
-    for (int64_t row = 0; row < p_.query_rows(); ++row) {
+    for (int64_t row = 0; INT8_KEYS && row < p_.query_rows(); ++row) {
       const bf16* query = p_.query.at<bf16>(b, h * p_.group() + row / p_.queries, row % p_.queries);
       for (int64_t j = 0; j < p_.key_dim; j += 16) store(&query_[j], load_floats(query + j, p_.key_dim - j));
       split_query(row, 0);
@@ -39,7 +40,7 @@ class AmxInt8Engine : public AmxEngine<int8_t, int8_t, N> {
   }
 
   void expand_keys(const Block& block) {
-    if (!block.packed) return Base::expand_keys(block);
+    if (!block.packed || !INT8_KEYS) return Base::expand_keys(block);
     const char* last = p_.kept.at<char>(block.batch, block.head, block.key_row + block.count - 1);
     const bool whole = last + p_.kept_channels + 64 <= p_.kept.end;
     if (whole && p_.key_dim == 64) return expand_bytes<64>(block);
@@ -77,7 +78,7 @@ class AmxInt8Engine : public AmxEngine<int8_t, int8_t, N> {
   }
 
   void scores(const Block& block, int64_t first, int count, float (*scores)[BLOCK]) {
-    if (!block.packed) return Base::scores(block, first, count, scores);
+    if (!block.packed || !INT8_KEYS) return Base::scores(block, first, count, scores);
     for (int r = 0; r < count; r += 8) score_eight(first + r, std::min(count - r, 8), scores + r);
   }
 

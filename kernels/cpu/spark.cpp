@@ -342,8 +342,8 @@ std::vector<float> sink_logits(const Tensor& sinks) {
 #if defined(SPARK_AMX)
 template <class K, class V, int N, class Spread>
 void run_tiles(const Problem& p, int64_t threads, Spread spread) {
-  if constexpr (std::is_same_v<K, int8_t> && std::is_same_v<V, int8_t>) {
-    if (!p.value_bits.data) return spark::attend<spark::bf16, spark::AmxInt8Engine<N>>(p, threads, spread);
+  if constexpr (std::is_same_v<V, int8_t>) {
+    if (!p.value_bits.data) return spark::attend<spark::bf16, spark::AmxInt8Engine<K, N>>(p, threads, spread);
   }
   spark::attend<spark::bf16, spark::AmxEngine<K, V, N>>(p, threads, spread);
 }
