@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import os
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import torch
@@ -89,9 +90,9 @@ def growth_table(rows: list[dict[str, Any]]) -> Table:
 
 def measure_model(
     model: str, contexts: list[int], wanted: list[str], settings: Settings, console: Console
-) -> list[dict[str, Any]]:
-    """Rows of all contexts of a model; ``wanted`` are parts of competitors' names."""
-    title, rows = model_title(model, settings.layers), []
+) -> Iterator[list[dict[str, Any]]]:
+    """Rows of a model, one context after the other; ``wanted`` are parts of competitors' names."""
+    title = model_title(model, settings.layers)
     chosen = [c for c in COMPETITORS if any(part in c.name for part in wanted)]
     set_up(model)
     processes = [Process(model, competitor, settings) for competitor in chosen]
@@ -99,14 +100,13 @@ def measure_model(
     try:
         for tokens in contexts:
             with console.status(f"{title}, {tokens} tokens"):
-                measured = measure_context(processes, title, tokens, settings)
-            rows += with_speedups(measured)
-            console.print(context_table(rows[-len(measured) :]))
+                rows = with_speedups(measure_context(processes, title, tokens, settings))
+            console.print(context_table(rows))
+            yield rows
     finally:
         for process in everyone:
             process.close()
         gc.collect()
-    return rows
 
 
 def main(
@@ -129,15 +129,21 @@ def main(
     torch.set_num_threads(threads or os.cpu_count() or 1)  # what the facts say; workers do so too
     console, machine = wide_console(), machine_facts()
     console.print(busy_warning(machine))
+    grown = [int(t) for t in contexts.split(",")] if contexts else list(GROWTH_CONTEXTS)
     rows: list[dict[str, Any]] = []
+    slopes: list[dict[str, Any]] = []
     for model in models.split(","):
         lengths = [int(t) for t in contexts.split(",")] if contexts else list(CONTEXTS[model])
-        rows += measure_model(model, lengths, competitors.split(","), settings, console)
-    smollm2 = [row for row in rows if row["model"] == model_title(SMOLLM2, layers)]
-    slopes = growth(smollm2, [int(t) for t in contexts.split(",")] if contexts else GROWTH_CONTEXTS)
+        for measured in measure_model(model, lengths, competitors.split(","), settings, console):
+            rows += measured
+            smollm2 = [row for row in rows if row["model"] == model_title(SMOLLM2, layers)]
+            slopes = growth(smollm2, grown)
+            # After each context: a run of an hour that is cut off keeps what it has measured.
+            result = write_json(
+                name, machine, dataclasses.asdict(settings), rows=rows, growth=slopes
+            )
     if slopes:
         console.print(growth_table(slopes))
-    result = write_json(name, machine, dataclasses.asdict(settings), rows=rows, growth=slopes)
     console.print(f"{result}\n{pictures.decode(rows, result.with_suffix('.png'))}", markup=False)
 
 

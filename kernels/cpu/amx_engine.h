@@ -228,7 +228,7 @@ class AmxEngine {
         key_steps_[t] = step > 0 ? step : 1.0f;
         amplitude /= key_steps_[t];
       }
-      const bf16* stored = rows + t * rows_step;
+      const bf16 *stored = rows + t * rows_step, *const behind = stored + p_.kept_channels;
       for (int64_t j = 0; j < width; j += 32, key += 32) {
         const uint8_t* bits = keep + j / 8;
         const uint32_t mask = whole ? load<uint32_t>(bits) : plane_word(keep, j, plane);
@@ -237,7 +237,7 @@ class AmxEngine {
         const __m512i signs = _mm512_maskz_set1_epi16(negative, int16_t(0x8000));
         const __m512i recovered = _mm512_xor_si512(words(_mm512_cvtne2ps_pbh(high, low)), signs);
         _mm512_store_si512(key, expand_words(recovered, load_words(stored), mask));
-        stored += __builtin_popcount(mask);
+        stored = std::min(stored + __builtin_popcount(mask), behind);
       }
     }
   }
@@ -288,6 +288,7 @@ class AmxEngine {
       if (t >= block.count) return;
       const int64_t token = block.value_row + t;
       row = p.values.at<V>(block.batch, block.head, token), end = p.values.end;
+      channels_stored = int(p.kept_values);
       if (!p.value_scale.data) return;
       const bf16* scale = p.value_scale.at<bf16>(block.batch, block.head, token);
       if (std::is_same_v<V, int8_t>) {
@@ -304,7 +305,7 @@ class AmxEngine {
       if (!row) return _mm512_setzero_si512();
       if (!keep) return load_words(row + j, channels - j);
       const uint32_t kept = plane_word(keep, j, (channels + 7) / 8);
-      const int count = __builtin_popcount(kept);
+      const int count = std::min(__builtin_popcount(kept), channels_stored - rank);
       const __m512i stored = load_words_guarded(row + rank, count, end);
       rank += count;
       return expand_words(fill, stored, kept);
@@ -315,7 +316,7 @@ class AmxEngine {
     const uint8_t* keep = nullptr;
     float step = 1.0f;  // the row's numbers are in units of it; the weights carry it
     __m512i fill = {};
-    int rank = 0;
+    int channels_stored = 0, rank = 0;
   };
 
   const Problem& p_;

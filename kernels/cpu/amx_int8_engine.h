@@ -142,7 +142,8 @@ class AmxInt8Engine : public AmxEngine<K, int8_t, N> {
     const bool whole = CHANNELS;
     const int64_t width = whole ? CHANNELS : key_width_, plane = whole ? CHANNELS / 8 : (p_.key_dim + 7) / 8;
     const int64_t row_step = p_.kept.token, plane_step = p_.bits.token, value_step = p_.values.token;
-    const Ahead kept_ahead(row_step, 0, p_.kept_channels), planes_ahead(plane_step, 0, 2 * plane);
+    const int64_t channels = p_.kept_channels;
+    const Ahead kept_ahead(row_step, 0, channels), planes_ahead(plane_step, 0, 2 * plane);
     const Ahead value_ahead(value_step, 0, early_bytes(p_.value_dim));
     const int8_t* row = p_.kept.at<int8_t>(block.batch, block.head, block.key_row);
     const uint8_t* keep = p_.bits.at<uint8_t>(block.batch, block.head, block.key_row);
@@ -155,7 +156,7 @@ class AmxInt8Engine : public AmxEngine<K, int8_t, N> {
       for (int64_t j = 0; j < width; j += 64, kept += 64, signs += 64) {
         const uint64_t mask = whole ? load<uint64_t>(keep + j / 8) : plane_bytes(keep, j, plane);
         const uint64_t negative = whole ? load<uint64_t>(keep + plane + j / 8) : plane_bytes(keep + plane, j, plane);
-        const int count = __builtin_popcountll(mask);
+        const int64_t count = std::min<int64_t>(__builtin_popcountll(mask), channels - rank);
         __m512i few = whole ? _mm512_loadu_si512(row + rank)
                             : _mm512_maskz_loadu_epi8(_bzhi_u64(~uint64_t(0), count), row + rank);
         asm("" : "+v"(few));  // expanding from memory takes several times as long

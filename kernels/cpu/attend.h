@@ -77,7 +77,8 @@ enum class MaskKind { none, boolean, float32, bfloat16, float16 };
 
 struct Problem {
   int64_t batch, query_heads, kv_heads, queries, key_dim, value_dim;
-  int64_t kept_channels, scale_entries, value_entries;
+  int64_t kept_channels, kept_values;  // more bits may be set than there are: they promise nothing
+  int64_t scale_entries, value_entries;
   int64_t length, packed, sinks;  // tokens: in all, packed, dense ones in front of the packed
   Rows query, kept, bits, scale, tail, values, value_bits, value_scale;
   const float* norms;

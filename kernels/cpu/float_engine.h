@@ -106,7 +106,7 @@ class FloatEngine {
     int rank = 0;
     for (int64_t j = 0; j < p_.key_dim; j += LANES) {
       const uint32_t kept = plane_bits(keep, j, plane), negative = plane_bits(keep + plane, j, plane);
-      const int count = __builtin_popcount(kept);
+      const int count = std::min(__builtin_popcount(kept), int(p_.kept_channels) - rank);
       F values = load_guarded(row + rank, count, p_.kept.end);
       if constexpr (std::is_same_v<K, int8_t>) values *= to_float(scale[p_.scale_entries - 1]);
       const F recovered = negate(load(&weights_[j]) * amplitude, negative);
@@ -122,7 +122,7 @@ class FloatEngine {
     int rank = 0;
     for (int64_t j = 0; j < p_.value_dim; j += LANES) {
       const uint32_t kept = plane_bits(keep, j, plane);
-      const int count = __builtin_popcount(kept);
+      const int count = std::min(__builtin_popcount(kept), int(p_.kept_values) - rank);
       const F values = load_guarded(row + rank, count, p_.values.end) * step;
       store(value + j, expand(splat(fill), values, kept));
       rank += count;

@@ -377,7 +377,7 @@ std::optional<Pair> attended(const Tensor& query, const Store& s, int64_t length
   Problem p{};
   p.batch = query.size(0), p.query_heads = query.size(1), p.queries = query.size(2);
   p.kv_heads = s.kept.size(1), p.key_dim = query.size(3), p.value_dim = value_dim;
-  p.kept_channels = s.kept.size(3), p.scale_entries = s.scale.size(3);
+  p.kept_channels = s.kept.size(3), p.kept_values = v.values.size(3), p.scale_entries = s.scale.size(3);
   p.value_entries = v.scale ? v.scale->size(3) : 0;
   p.length = length, p.packed = packed_tokens(s.packed_length), p.sinks = p.packed ? how.sink_tokens : 0;
   p.query = rows_of(query), p.kept = rows_of(s.kept), p.bits = rows_of(s.bits), p.scale = rows_of(s.scale);

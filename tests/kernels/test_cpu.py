@@ -97,6 +97,21 @@ def test_attend(data: st.DataObject) -> None:
         assert_close(actual, expected, s.query.dtype)
 
 
+@settings(thorough, max_examples=40)
+@given(st.data())
+def test_malformed_bits_lead_nowhere(data: st.DataObject) -> None:
+    # More bits than stored channels, as in a damaged file: `make sanitize` sees what is read.
+    s = data.draw(stores())
+    kept, bits, *rest = s.packed
+    value_bits, scale, bias = s.packed_values
+    full = None if value_bits is None else torch.full_like(value_bits, 255)
+    s = Store(**{**vars(s), "packed": (kept, torch.full_like(bits, 255), *rest),
+                 "packed_values": (full, scale, bias)})  # fmt: skip
+    how = (*hows(data.draw, s, s.length), *s.method, True)
+    output, lse = ops.attend(s.query, *s.buffers(), *how, *s.value_buffers())
+    assert (output.shape[:3], output.dtype) == (lse.shape, s.query.dtype)
+
+
 @thorough
 @given(st.data())
 def test_append_attend(data: st.DataObject) -> None:
