@@ -72,7 +72,7 @@ class AmxEngine {
         weights_(scratch<float>(key_width_)) {
     TileConfig config;
     for (int tile = 0; tile < 8; ++tile) config.row_bytes[tile] = 64, config.rows[tile] = 16;
-    for (int tile : {1, 3, 4, 6}) config.rows[tile] = uint8_t(weight_rows);
+    for (int tile : {1, 3, 6}) config.rows[tile] = uint8_t(weight_rows);
     _tile_loadconfig(&config);
   }
   ~AmxEngine() { _tile_release(); }
@@ -216,7 +216,7 @@ class AmxEngine {
     const char* value = p_.values.at<char>(block.batch, block.head, block.value_row);
     const int64_t value_step = p_.values.token * sizeof(V);
     const Ahead kept_ahead(step_bytes, 0, row_bytes), planes_ahead(plane_step, 0, 2 * plane);
-    const Ahead value_ahead(value_step, 0, early_bytes(p_.value_dim * sizeof(V)));
+    const Ahead value_ahead(value_step, 0, early_bytes(p_.kept_values * sizeof(V)));
     const float* weights = weights_.get();
     bf16* key = keys_.get();
     for (int t = 0; t < block.count; ++t, scale += scale_step, keep += plane_step) {

@@ -144,7 +144,7 @@ class AmxInt8Engine : public AmxEngine<K, int8_t, N> {
     const int64_t row_step = p_.kept.token, plane_step = p_.bits.token, value_step = p_.values.token;
     const int64_t channels = p_.kept_channels;
     const Ahead kept_ahead(row_step, 0, channels), planes_ahead(plane_step, 0, 2 * plane);
-    const Ahead value_ahead(value_step, 0, early_bytes(p_.value_dim));
+    const Ahead value_ahead(value_step, 0, early_bytes(p_.kept_values));
     const int8_t* row = p_.kept.at<int8_t>(block.batch, block.head, block.key_row);
     const uint8_t* keep = p_.bits.at<uint8_t>(block.batch, block.head, block.key_row);
     const int8_t* value = p_.values.at<int8_t>(block.batch, block.head, block.value_row);

@@ -18,9 +18,11 @@ namespace spark {
 
 constexpr int MAX_HEAD = 1024;  // channels
 
-// Scratch memory of a thread, kept for its next call: given back to the system, its pages would have
-// to be cleared again at each.
+// Scratch memory of a thread, the small blocks kept for its next call: given back to the system,
+// their pages would have to be cleared again at each.
 class Pool {
+  static constexpr size_t BLOCKS = 16, BLOCK_BYTES = 1 << 18;
+
  public:
   static Pool& mine() {
     static thread_local Pool pool;
@@ -34,8 +36,9 @@ class Pool {
     return data;
   }
   void give(void* data, size_t bytes) {
+    if (bytes > BLOCK_BYTES) return std::free(data);
     blocks_.emplace_back(data, bytes);
-    if (blocks_.size() > 16) std::free(blocks_.front().first), blocks_.erase(blocks_.begin());
+    if (blocks_.size() > BLOCKS) std::free(blocks_.front().first), blocks_.erase(blocks_.begin());
   }
   ~Pool() {
     for (const auto& block : blocks_) std::free(block.first);
@@ -106,7 +109,7 @@ struct Block {
   int count;                   // tokens, at most the engine's BLOCK
 };
 
-// Asks for a part of the row that lies AHEAD tokens behind the one that is worked on. At most 16
+// Asks for a part of the row that lies TOKENS behind the one that is worked on. At most 16
 // lines are on their way at a time, and who asks for more has to wait: so it is done row by row.
 // Into the second-level cache: from there the lines displace nothing of the first one's.
 struct Ahead {
@@ -225,7 +228,8 @@ struct Partial {
 template <int BLOCK>
 struct Weights {
   explicit Weights(int64_t rows)
-      : room(scratch<float>(round_up(rows, 16) * BLOCK)), rescale(rows), rows(reinterpret_cast<float (*)[BLOCK]>(room.get())) {}
+      : room(scratch<float>(round_up(rows, 16) * BLOCK)), rescale(rows),
+        rows(reinterpret_cast<float (*)[BLOCK]>(room.get())) {}
 
   Scratch<float> room;
   std::vector<float> rescale;
