@@ -37,7 +37,7 @@ bench-decode: setup
 # Needs a GPU: numerics first, then the sweep.
 gpu: setup
 	$(BIN)/pytest -q tests/gpu tests/kernels/test_triton_numerics.py
-	$(BIN)/python benchmarks/gpu.py --out benchmarks/results
+	$(BIN)/python -m benchmarks.gpu --out benchmarks/results
 
 # The CPU kernels' tests under AddressSanitizer and UBSan, for every level this machine can run.
 sanitize: setup

@@ -129,15 +129,15 @@ def main(
     torch.set_num_threads(threads or os.cpu_count() or 1)  # what the facts say; workers do so too
     console, machine = wide_console(), machine_facts()
     console.print(busy_warning(machine))
-    grown = [int(t) for t in contexts.split(",")] if contexts else list(GROWTH_CONTEXTS)
+    asked = [int(t) for t in contexts.split(",")] if contexts else []
     rows: list[dict[str, Any]] = []
     slopes: list[dict[str, Any]] = []
     for model in models.split(","):
-        lengths = [int(t) for t in contexts.split(",")] if contexts else list(CONTEXTS[model])
+        lengths = asked or list(CONTEXTS[model])
         for measured in measure_model(model, lengths, competitors.split(","), settings, console):
             rows += measured
             smollm2 = [row for row in rows if row["model"] == model_title(SMOLLM2, layers)]
-            slopes = growth(smollm2, grown)
+            slopes = growth(smollm2, asked or GROWTH_CONTEXTS)
             # After each context: a run of an hour that is cut off keeps what it has measured.
             result = write_json(
                 name, machine, dataclasses.asdict(settings), rows=rows, growth=slopes

@@ -1,6 +1,6 @@
 """The Triton kernels on a GPU: numerics first, then a sweep against dense attention.
 
-    python benchmarks/gpu.py --out benchmarks/results
+    python -m benchmarks.gpu --out benchmarks/results
 
 Writes ``gpu-<device>.json``. Every time is the median of CUDA events with the cache flushed between
 calls; bytes are those that a call has to read, so that bytes / s over the bandwidth of a copy is
@@ -22,10 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve().name != "benchmarks"]
-
-from spark_compile import ops as _ops  # noqa: F401, E402  (defines the operators)
-from spark_compile.kernels.layout import kept_channels  # noqa: E402
+from spark_compile import ops as _ops  # noqa: F401  (defines the operators)
+from spark_compile.kernels.layout import kept_channels
 
 TAIL = 132
 BUDGET_S = 420.0
@@ -134,13 +132,19 @@ def spark(given: tuple[Any, ...]) -> Callable[[], Any]:
     return lambda: EAGER["attend"](*given)
 
 
+def dense_tensors(shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
+    """Random query, key and value."""
+
+    def random(heads: int, tokens: int) -> Tensor:
+        return torch.randn(shape.batch, heads, tokens, shape.dim, dtype=shape.dtype, device="cuda")
+
+    kv_heads, tokens = shape.kv_heads, shape.tokens
+    return random(kv_heads * shape.group, 1), random(kv_heads, tokens), random(kv_heads, tokens)
+
+
 def dense(shape: Shape) -> dict[str, Callable[[], Any]]:
     """Dense attention of the same shape, by name."""
-    size = (shape.batch, shape.kv_heads, shape.tokens, shape.dim)
-    query = torch.randn(
-        shape.batch, shape.kv_heads * shape.group, 1, shape.dim, dtype=shape.dtype, device="cuda"
-    )
-    key, value = (torch.randn(size, dtype=shape.dtype, device="cuda") for _ in range(2))
+    query, key, value = dense_tensors(shape)
     runs = {
         "sdpa": lambda: scaled_dot_product_attention(query, key, value, enable_gqa=True),
     }
@@ -169,11 +173,7 @@ def flex(shape: Shape) -> Callable[[], Any]:
     """FlexAttention's decoding kernel."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    size = (shape.batch, shape.kv_heads, shape.tokens, shape.dim)
-    query = torch.randn(
-        shape.batch, shape.kv_heads * shape.group, 1, shape.dim, dtype=shape.dtype, device="cuda"
-    )
-    key, value = (torch.randn(size, dtype=shape.dtype, device="cuda") for _ in range(2))
+    query, key, value = dense_tensors(shape)
     compiled = torch.compile(flex_attention, dynamic=False)
     return lambda: compiled(query, key, value, enable_gqa=True)
 

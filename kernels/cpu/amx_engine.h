@@ -66,7 +66,8 @@ class AmxEngine {
   // weight_rows: rows of the tiles that hold the weights and their sums with the values.
   AmxEngine(const Problem& p, int64_t weight_rows)
       : p_(p), key_width_(padded(p.key_dim)), value_width_(padded(p.value_dim)),
-        room_width_(padded(p.kept_channels) + 32), groups_((p.query_rows() + QUERIES - 1) / QUERIES), keys_(scratch<bf16>(BLOCK * key_width_)),
+        room_width_(padded(p.kept_channels) + 32), groups_((p.query_rows() + QUERIES - 1) / QUERIES),
+        keys_(scratch<bf16>(BLOCK * key_width_)),
         room_(scratch<bf16>(BLOCK * room_width_)), values_(scratch<bf16>(BLOCK * value_width_)),
         queries_(scratch<bf16>(groups_ * key_width_ * QUERIES)),
         weights_(scratch<float>(key_width_)) {

@@ -23,9 +23,9 @@ class AmxInt8Engine : public AmxEngine<K, int8_t, N> {
 
   explicit AmxInt8Engine(const Problem& p)
       : Base(p, 16), p_(p), key_width_(padded(p.key_dim)), value_width_(padded(p.value_dim)),
-        kept_(scratch<int8_t>(BLOCK * key_width_)), signs_(scratch<int8_t>(BLOCK * key_width_)),
+        kept_(scratch<int8_t>(INT8_KEYS * BLOCK * key_width_)), signs_(scratch<int8_t>(INT8_KEYS * BLOCK * key_width_)),
         values_(scratch<int8_t>(64 * value_width_)),
-        eights_((p.query_rows() + 7) / 8), digits_(scratch<int8_t>(2 * eights_ * 16 * key_width_)),
+        eights_(INT8_KEYS * (p.query_rows() + 7) / 8), digits_(scratch<int8_t>(2 * eights_ * 16 * key_width_)),
         units_(scratch<float>(2 * eights_ * 8)), query_(scratch<float>(key_width_)) {}
 
   void start(int64_t b, int64_t h) {
@@ -106,6 +106,10 @@ class AmxInt8Engine : public AmxEngine<K, int8_t, N> {
     _mm_storeu_si128((__m128i*)high, _mm512_cvtepi32_epi8(tens));
     _mm_storeu_si128((__m128i*)low, _mm512_cvtepi32_epi8(ones));
   }
+  // Products with the high digits and with the low ones, put together again.
+  static F joined(__m512i high, __m512i low) {
+    return F(_mm512_cvtepi32_ps(high)) * 128.0f + F(_mm512_cvtepi32_ps(low));
+  }
 
   // kind 0: the query; 1: the query over n^p. Tiles of 64 channels: rows of four channels; columns 0
   // to 7 are the high digits of eight queries, columns 8 to 15 the low ones.
@@ -157,8 +161,7 @@ class AmxInt8Engine : public AmxEngine<K, int8_t, N> {
         const uint64_t mask = whole ? load<uint64_t>(keep + j / 8) : plane_bytes(keep, j, plane);
         const uint64_t negative = whole ? load<uint64_t>(keep + plane + j / 8) : plane_bytes(keep + plane, j, plane);
         const int64_t count = std::min<int64_t>(__builtin_popcountll(mask), channels - rank);
-        __m512i few = whole ? _mm512_loadu_si512(row + rank)
-                            : _mm512_maskz_loadu_epi8(_bzhi_u64(~uint64_t(0), count), row + rank);
+        __m512i few = whole ? _mm512_loadu_si512(row + rank) : some_bytes(row + rank, count);
         asm("" : "+v"(few));  // expanding from memory takes several times as long
         _mm512_store_si512(kept, _mm512_maskz_expand_epi8(mask, few));
         _mm512_store_si512(signs, _mm512_mask_mov_epi8(_mm512_maskz_mov_epi8(~mask, plus), ~mask & negative, minus));
@@ -219,8 +222,7 @@ class AmxInt8Engine : public AmxEngine<K, int8_t, N> {
       for (int r = 0; r < count; ++r) {
         for (int i = 0; i < 4; ++i) {
           float* at = sums + r * width + j + 16 * i;
-          const F high = _mm512_cvtepi32_ps(load<__m512i>(parts[i][r]));
-          const F fresh = (high * 128.0f + F(_mm512_cvtepi32_ps(load<__m512i>(parts[i][r + 8])))) * units[r];
+          const F fresh = joined(load<__m512i>(parts[i][r]), load<__m512i>(parts[i][r + 8])) * units[r];
           store(at, load(at) * (rescale ? rescale[r] : 1.0f) + fresh);
         }
       }
@@ -250,10 +252,7 @@ class AmxInt8Engine : public AmxEngine<K, int8_t, N> {
     F low[4];
     columns(tile, r, numbers);
     columns(tile, r + 8, low);
-    for (int i = 0; i < 4; ++i) {
-      const F high = _mm512_cvtepi32_ps(bit_cast<__m512i>(numbers[i]));
-      numbers[i] = high * 128.0f + F(_mm512_cvtepi32_ps(bit_cast<__m512i>(low[i])));
-    }
+    for (int i = 0; i < 4; ++i) numbers[i] = joined(bit_cast<__m512i>(numbers[i]), bit_cast<__m512i>(low[i]));
   }
 
   // Products of 32 tokens with the digits of eight queries; four sums side by side.

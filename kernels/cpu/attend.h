@@ -139,16 +139,16 @@ inline void recovery_weights(const Problem& p, int64_t b, int64_t h, float* weig
 }
 
 // What a mask's number adds to a score.
-inline float masking(float x) { return x; }
-inline float masking(bf16 x) { return to_float(x); }
-inline float masking(half x) { return to_float(x); }
-inline float masking(bool x) { return x ? 0.0f : -INF; }
-inline F masking(const bool* x, int64_t count) {
-  return select(load_floats(reinterpret_cast<const int8_t*>(x), count) != F{}, F{}, splat(-INF));
+template <class M>
+float masking(M x) {
+  if constexpr (std::is_same_v<M, bool>) return x ? 0.0f : -INF;
+  else return to_float(x);
 }
+// The same for the first `count` of LANES numbers.
 template <class M>
 F masking(const M* x, int64_t count) {
-  return load_floats(x, count);
+  if constexpr (!std::is_same_v<M, bool>) return load_floats(x, count);
+  else return select(load_floats(reinterpret_cast<const int8_t*>(x), count) != F{}, F{}, splat(-INF));
 }
 
 // Masks `count` scores.

@@ -56,7 +56,7 @@ def attend_blocks(
 
 
 def pack_blocks(dim: int) -> tuple[int, int]:
-    """Rows and channels of a block of ``pack_rows``."""
+    """Rows and channels of a block of ``pack_rows`` and ``append_rows``."""
     return max(1, 1024 // padded(dim)), padded(dim)
 
 

@@ -112,8 +112,7 @@ def append(rows: Tensor, new: Tensor, start: int, packed: int | Tensor) -> None:
         raise ValueError(f"new.dtype is {new.dtype}: allowed is that of the rows, {rows.dtype}")
     shaped("new", new, (*rows.shape[:2], tokens, rows.shape[3]))
     check_room(rows, start, packed, tokens)
-    block_d = blocks.padded(dim)
-    block_s = max(1, 1024 // block_d)
+    block_s, block_d = blocks.pack_blocks(dim)
     wrap_triton(append_rows)[(batch * heads, _ceil(tokens, block_s))](
         rows, new, packed, tokens, start, rows.shape[2], heads, dim, *rows.stride(), *new.stride(),
         LOADED=isinstance(packed, Tensor), BLOCK_S=block_s, BLOCK_D=block_d, num_warps=4,
@@ -135,7 +134,7 @@ def append_values(
             check_room(buffer, start, 0, new.shape[2])
     unused = values.new_empty((1, 1, 1, 0), dtype=torch.uint8)
     bits = unused if value_bits is None else value_bits
-    if all(t.stride(-1) == 1 or t.shape[-1] == 1 for t in (values, bits, value_scale)):
+    if all(map(is_by_channel, (values, bits, value_scale))):
         _pack_values_into(new, value_bias, values, bits, value_scale, start)
         return
     stored = pack_values(new, value_bias, values.shape[3], values.dtype == torch.int8)
@@ -229,9 +228,14 @@ def precision() -> str:
     return "ieee" if torch.version.hip else "tf32x3"
 
 
+def is_by_channel(tensor: Tensor) -> bool:
+    """Whether a tensor's channels lie side by side."""
+    return tensor.stride(-1) == 1 or tensor.shape[-1] == 1
+
+
 def by_channel(tensor: Tensor) -> Tensor:
     """The tensor with its channels side by side, a copy only if they are not."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+    return tensor if is_by_channel(tensor) else tensor.contiguous()
 
 
 def _ceil(number: int, block: int) -> int:

@@ -35,12 +35,9 @@ def prune(
     quantized: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``spark::prune``; "gaussian" recovery is the reference's."""
-    if recovery == "gaussian":
-        packed: tuple[Tensor, Tensor, Tensor] = _reference(
-            "prune", key, select_norms, recovery_norms, kept_channels, recovery, saliency, quantized
-        )
-        return packed
-    return launch.prune(key, select_norms, recovery_norms, kept_channels, saliency, quantized)
+    return _prune(
+        key, select_norms, recovery_norms, kept_channels, recovery, saliency, quantized
+    )  # fmt: skip
 
 
 @triton_op("spark_triton::pack_values", mutates_args=())
@@ -104,6 +101,18 @@ def append_attend(
         attn_scale, softcap, sinks, sink_tokens, recovery, saliency, return_lse, value_bits,
         value_scale, value_bias,
     )  # fmt: skip
+
+
+def _prune(
+    key: Tensor, select_norms: Tensor, recovery_norms: Tensor, kept_channels: int, recovery: str,
+    saliency: str, quantized: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    if recovery == "gaussian":
+        packed: tuple[Tensor, Tensor, Tensor] = _reference(
+            "prune", key, select_norms, recovery_norms, kept_channels, recovery, saliency, quantized
+        )
+        return packed
+    return launch.prune(key, select_norms, recovery_norms, kept_channels, saliency, quantized)
 
 
 def _attend(
@@ -171,17 +180,8 @@ def _defaulted(args: tuple[Any, ...], count: int) -> tuple[Any, ...]:
     return args + (False, None, None, None)[4 - missing :]
 
 
-def _eager_prune(*args: Any) -> Any:
-    recovery, saliency = args[4:6]
-    if recovery == "gaussian":
-        return _reference("prune", *args)
-    key, select, recover, kept_channels = args[:4]
-    quantized = args[6] if len(args) > 6 else False
-    return launch.prune(key, select, recover, kept_channels, saliency, quantized)
-
-
 EAGER: dict[str, Callable[..., Any]] = {
-    "prune": _eager_prune,
+    "prune": _prune,
     "pack_values": launch.pack_values,
     "append": _eager_append,
     "append_values": launch.append_values,

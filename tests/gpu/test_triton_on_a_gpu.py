@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from stores import with_room
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -27,9 +28,7 @@ def stored(
         return torch.randn(*sizes, dtype=dtype, device="cuda")
 
     def roomy(rows: Tensor) -> Tensor:
-        unused = rows.new_empty((*rows.shape[:2], room, *rows.shape[3:]))
-        unused.fill_(torch.nan if rows.is_floating_point() else 255)
-        return torch.cat((rows, unused), dim=2)
+        return with_room(rows, room, torch.nan)
 
     norms = torch.rand(batch, kv_heads, dim, device="cuda") + 0.1
     key = random(batch, kv_heads, tokens - tail, dim)

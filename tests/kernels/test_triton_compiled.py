@@ -81,8 +81,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Call]]:
         yield recorded
 
 
-def compiled(call: Call, target: str) -> Usage:
-    """Compile for a target as Triton would at that call, and read the usage back."""
+def compiled(call: Call, target: str) -> Any:
+    """The binary for a target, as Triton would make it at that call."""
     signature, constants, attributes = {}, {}, {}
     for place, parameter in enumerate(call.kernel.params):
         name, value = parameter.name, call.arguments[parameter.name]
@@ -99,9 +99,13 @@ def compiled(call: Call, target: str) -> Usage:
             if specialized and value % 16 == 0:
                 attributes[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(call.kernel, signature, constants, attributes)
-    binary = triton.compile(source, target=TARGETS[target], options=call.options)
+    return triton.compile(source, target=TARGETS[target], options=call.options)
+
+
+def used(call: Call, target: str) -> Usage:
+    """What the kernel takes on a target."""
     usage = _nvidia if TARGETS[target].backend == "cuda" else _amd
-    return usage(binary)
+    return usage(compiled(call, target))
 
 
 def _nvidia(binary: Any) -> Usage:
@@ -203,7 +207,7 @@ def check(calls: list[Call], target: str, scalars: int = 0) -> None:
     """Nothing spills but ``scalars`` scalar registers, and there is the shared memory."""
     excess = []
     for call in calls:
-        usage = compiled(call, target)
+        usage = used(call, target)
         print(call.kernel.__name__, target, *usage)
         moved = usage.scalar_spills > scalars
         if usage.spills or moved or usage.shared_bytes > SHARED_BYTES[target]:
@@ -261,23 +265,8 @@ def test_ranks_are_one_instruction(calls: list[Call]) -> None:
     for target, instruction in (("sm_90", "popc.b32"), ("gfx942", "v_bcnt_u32_b32")):
         call = calls[0]._replace(arguments={**calls[0].arguments, "PRECISION": "ieee"})
         kernel = call.kernel
-        text = assembly(call, target)
+        binary = compiled(call, target)
+        text = binary.asm.get("ptx") or binary.asm["amdgcn"]
         assert text.count(instruction) >= 8, kernel
         assert "0x33333333" not in text
         assert "858993459" not in text
-
-
-def assembly(call: Call, target: str) -> str:
-    """The compiled kernel as text, from Triton's cache if it is there."""
-    seen: list[Any] = []
-    original = triton.compile
-
-    def remember(*arguments: Any, **named: Any) -> Any:
-        seen.append(original(*arguments, **named))
-        return seen[-1]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton, "compile", remember)
-        compiled(call, target)
-    text: str = seen[0].asm.get("ptx") or seen[0].asm["amdgcn"]
-    return text

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from stores import with_room
 from torch import Tensor
 
 from spark_compile import ops as _ops  # noqa: F401  (defines spark_reference)
@@ -66,12 +67,6 @@ def bfloat16_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(InterpreterBuilder, "create_dot", widened)
 
 
-def poisoned(rows: Tensor, room: int) -> Tensor:
-    """Rows [B, H, S, ...] with ``room`` more that hold NaN, or 255 where there is none."""
-    unused = rows.new_empty((*rows.shape[:2], room, *rows.shape[3:]))
-    return torch.cat((rows, unused.fill_(torch.nan if rows.is_floating_point() else -1)), dim=2)
-
-
 def scattered(tensor: Tensor | None) -> Tensor | None:
     """The same values with the dimensions reversed in memory and every second element unused."""
     if tensor is None or tensor.dim() == 0:
@@ -94,13 +89,19 @@ def stored(
     value = torch.randn(2, kv_heads, packed + dense, value_dim, dtype=dtype)
     bias = torch.rand(2, kv_heads, value_dim) if value_kept else None
     packed_values = reference_values.pack_values(value, bias, value_kept or value_dim, value_int8)
-    values, bits, scale = (poisoned(t, room) for t in packed_values)
+    values, bits, scale = (with_room(t, room, torch.nan) for t in packed_values)
     return {
         "query": torch.randn(2, query_heads, queries, dim, dtype=dtype),
-        **dict(zip(("kept", "bits", "scale"), (poisoned(t, room) for t in rows), strict=True)),
+        **dict(
+            zip(
+                ("kept", "bits", "scale"),
+                (with_room(t, room, torch.nan) for t in rows),
+                strict=True,
+            )
+        ),
         "norms": norms,
         "packed_length": torch.tensor(packed, device="cpu"),
-        "tail": poisoned(torch.randn(2, kv_heads, dense, dim, dtype=dtype), room),
+        "tail": with_room(torch.randn(2, kv_heads, dense, dim, dtype=dtype), room, torch.nan),
         "values": values,
         "length": packed + dense,
         "attn_mask": None, "causal_offset": None, "attn_scale": 0.4, "softcap": 0.0, "sinks": None,
@@ -280,7 +281,7 @@ def test_pack_and_append_values(kept: int, quantized: bool, dtype: torch.dtype) 
         packed = REFERENCE.pack_values(*given)
         for pack in (triton_ops.EAGER["pack_values"], torch.ops.spark_triton.pack_values):
             check_packed(pack(*given), packed)
-        buffers = [poisoned(t, 4) if t.numel() else None for t in packed]
+        buffers = [with_room(t, 4, torch.nan) if t.numel() else None for t in packed]
         new = scattered(torch.randn(2, 3, 3, dim, dtype=dtype))
         changed = [[None if t is None else t.clone() for t in buffers] for _ in range(3)]
         changed[1] = [scattered(t) for t in changed[1]]
