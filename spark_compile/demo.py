@@ -67,6 +67,7 @@ def _run_jobs(jobs: Sequence[Job], console: Console) -> list[Result]:
                 results.append(Result(**worker.until("result", console)))
                 if worker.said():
                     console.print(worker.said(), style="dim", markup=False)
+                worker.close()  # its clearing up would slow the next one's run
     finally:
         for worker in workers:
             worker.close()
