@@ -13,8 +13,10 @@ from torch import fx
 
 from .. import ops as _registered  # noqa: F401  (torch.ops.spark)
 from ..report import Refusal, Site
+from .attention import MATCHERS, Attention
 from .dataflow import call, live_nodes, readers_inside
-from .patterns import MATCHERS, Attention, Refused, tensor
+from .operands import as_output, mask_of, query_of
+from .patterns import Refused
 from .program import Program
 
 CANONICAL = torch.ops.spark.attention.default
@@ -29,12 +31,16 @@ class FindAttention:
     def __call__(self, program: Program) -> int:
         live = live_nodes(program.graph)
         nodes = [node for node in program.graph.nodes if node in live]
-        return sum(self._visit(program, node, live) for node in nodes)
+        kept = {node for node in program.returned() if isinstance(node, fx.Node)}
+        kept.update(program.graph.find_nodes(op="call_function", target=torch.ops.aten.cat.default))
+        return sum(self._visit(program, node, live, kept) for node in nodes)
 
-    def _visit(self, program: Program, node: fx.Node, live: set[fx.Node]) -> bool:
+    def _visit(
+        self, program: Program, node: fx.Node, live: set[fx.Node], kept: set[fx.Node]
+    ) -> bool:
         try:
             for matcher in MATCHERS:
-                attention = matcher(node)
+                attention = matcher(node, kept)
                 if attention is not None:
                     _check(attention, live)
                     _replace(program, attention)
@@ -54,20 +60,20 @@ def _check(attention: Attention, live: set[fx.Node]) -> None:
 
 def _replace(program: Program, attention: Attention) -> None:
     original = attention.output
+    with program.graph.inserting_before(original):
+        query, mask = query_of(program, attention), mask_of(program, attention)
     with program.graph.inserting_after(original):
         canonical = call(
             program,
             CANONICAL,
             (
-                attention.query, attention.key, attention.value, attention.attn_mask,
-                attention.causal_offset, attention.scale, attention.softcap, None,
+                query, attention.key, attention.value, mask, attention.causal_offset,
+                attention.scale, attention.softcap, attention.sinks,
             ),
         )  # fmt: skip
-    if tensor(canonical).dtype != tensor(original).dtype:
-        program.graph.erase_node(canonical)
-        reason = f"{tensor(original).dtype} comes out of {tensor(attention.value).dtype} values"
-        raise Refused(reason, original)
-    original.replace_all_uses_with(canonical)
+    with program.graph.inserting_after(canonical):
+        result = as_output(program, canonical, original)
+    original.replace_all_uses_with(result, lambda user: user is not result)
     canonical.meta = {**original.meta, "val": canonical.meta["val"], ORIGINAL: original}
 
 

@@ -20,6 +20,7 @@ from ..config import SparkConfig
 from ..kernels.layout import kept_channels, key_token_bytes, value_token_bytes
 from ..kernels.reference.values import value_bias
 from ..report import Site
+from .axes import viewed
 from .dataflow import call, inline, live_nodes
 from .find_attention import CANONICAL as ATTENTION
 from .find_attention import layer_name, restore
@@ -85,6 +86,8 @@ def _check(program: Program, site: _Site, returned: set[fx.Node], live: set[fx.N
 
 def _why_not_returned(name: str, node: fx.Node, returned: set[fx.Node]) -> str:
     """Tell a cache that is kept in a way not known here from no cache at all."""
+    if any(_is_view(value, node) or _is_view(node, value) for value in returned):
+        return f"the cache keeps the {name} in another layout than [B, H, S, D]"
     for value in returned:
         if moved_from(value, [node]):
             return f"the cache keeps the {name} changed by {value.target}, as a sliding window does"
@@ -93,6 +96,11 @@ def _why_not_returned(name: str, node: fx.Node, returned: set[fx.Node]) -> str:
     if written is not None:
         return f"the {name} are written into a buffer by {written.target}, not appended by cat"
     return f"the {name} are not returned by the graph: no cache is kept"
+
+
+def _is_view(node: fx.Node, of: fx.Node) -> bool:
+    """Whether a tensor holds all elements of another one and no more."""
+    return isinstance(node.meta["val"], Tensor) and any(base is of for base, _ in viewed(node))
 
 
 def _check_past(program: Program, site: _Site) -> None:

@@ -4,6 +4,7 @@
 - aliases that do nothing (``alias``, ``detach``, ``lift_fresh_copy``, dropout that is off) go
 - ``view`` becomes ``reshape``: a rewritten value may have other strides than the model's own
 - ``concat`` and ``concatenate`` become ``cat``
+- ``einsum`` of two tensors becomes ``matmul``
 - ``cat``, ``softmax`` and ``transpose`` count their dimensions from the front
 """
 
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from .einsum import as_matmul
 from .patterns import argument, rank
 from .program import Program
 
@@ -33,7 +35,20 @@ class Normalize:
     """Returns the number of nodes that were removed or changed."""
 
     def __call__(self, program: Program) -> int:
-        return sum(_normalize(node) for node in list(program.graph.nodes))
+        products = program.graph.find_nodes(op="call_function", target=_aten.einsum.default)
+        changed = sum(_replace_einsum(program, node) for node in products)
+        return changed + sum(_normalize(node) for node in list(program.graph.nodes))
+
+
+def _replace_einsum(program: Program, node: fx.Node) -> bool:
+    with program.graph.inserting_before(node):
+        product = as_matmul(program, node)
+    if product is None:
+        return False
+    product.meta = {**node.meta, "val": product.meta["val"]}
+    node.replace_all_uses_with(product)
+    node.graph.erase_node(node)
+    return True
 
 
 def _normalize(node: fx.Node) -> bool:

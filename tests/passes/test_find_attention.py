@@ -51,6 +51,63 @@ def capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return weighted(torch.tanh(product(q, k) * SCALE / 30.0) * 30.0 + mask, expanded(v, 2))
 
 
+def scaled_behind_the_mask(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    return weighted((product(q, k) + mask) * SCALE, expanded(v, 2))
+
+
+def scaled_by_a_tensor(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    heads = torch.arange(1.0, 5.0).reshape(4, 1, 1)
+    return weighted((product(q, k) / torch.tensor(8.0) - mask.abs()) * heads, expanded(v, 2))
+
+
+def filled(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    return weighted((product(q, k) * SCALE).masked_fill(mask < 0, -1e4), expanded(v, 2))
+
+
+def chosen(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    least = torch.full([], torch.finfo(q.dtype).min)
+    return weighted(torch.where(mask < 0, least, product(q, k) * SCALE), expanded(v, 2))
+
+
+def several_biases(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    slopes = torch.arange(4.0).reshape(4, 1, 1) * torch.arange(7.0)
+    scores = torch.where(mask < 0, -torch.inf, slopes + (product(q, k) * SCALE + mask))
+    return weighted(scores - scores.amax(-1, keepdim=True), expanded(v, 2))
+
+
+def flat(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Batch and heads in one dimension, the bias inside the product, as BLOOM has it."""
+    key, value = expanded(k, 2).flatten(0, 1), expanded(v, 2).flatten(0, 1)
+    bias = torch.arange(4.0).reshape(4, 1, 1) * torch.arange(7.0)
+    scores = torch.baddbmm(bias, q.reshape(4, 5, 8), key.mT, beta=0.5, alpha=SCALE)
+    weights = F.softmax(scores.view(1, 4, 5, 7) + mask, dim=-1)
+    return torch.bmm(weights.view(4, 5, 7), value).view(1, 4, 5, 8)
+
+
+def five_dimensional(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    scores = q.unflatten(1, (2, 2)) @ k.unsqueeze(2).mT * SCALE + mask.unsqueeze(2)
+    return (F.softmax(scores, dim=-1) @ v.unsqueeze(2)).flatten(1, 2)
+
+
+def summed(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    scores = torch.einsum("blhd,bshd->bhls", q.transpose(1, 2), expanded(k, 2).transpose(1, 2))
+    weights = F.softmax(scores * SCALE + mask, dim=-1)
+    return torch.einsum("bhls,bhsd->blhd", weights, expanded(v, 2)).transpose(1, 2)
+
+
+def grouped_sums(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    scores = torch.einsum("bhgld,bhsd->bhgls", q.unflatten(1, (2, 2)), k) * SCALE
+    weights = F.softmax(scores + mask.unsqueeze(2), dim=-1)
+    return torch.einsum("bhgls,bhsd->bhgld", weights, v).flatten(1, 2)
+
+
+def with_sinks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    sinks = torch.arange(4.0).reshape(1, -1, 1, 1).expand(1, -1, 5, -1)
+    scores = torch.cat((product(q, k) * SCALE + mask, sinks), dim=-1)
+    scores = scores - scores.max(dim=-1, keepdim=True).values
+    return F.softmax(scores, dim=-1)[..., :-1] @ expanded(v, 2)
+
+
 FORMS: dict[str, tuple[Form, int | None, bool, float, float]] = {
     # name: form, causal offset, has a mask, scale, softcap
     "gqa": (lambda q, k, v, m: SDPA(q, k, v, m, enable_gqa=True), None, True, SCALE, 0.0),
@@ -82,6 +139,16 @@ FORMS: dict[str, tuple[Form, int | None, bool, float, float]] = {
         @ expanded(v, 2),
         None, True, SCALE, 0.0,
     ),
+    "late_scale": (scaled_behind_the_mask, None, True, SCALE, 0.0),
+    "tensor_scale": (scaled_by_a_tensor, None, True, 1 / 8, 0.0),
+    "filled": (filled, None, True, SCALE, 0.0),
+    "chosen": (chosen, None, True, SCALE, 0.0),
+    "several_biases": (several_biases, None, True, SCALE, 0.0),
+    "flat": (flat, None, True, SCALE, 0.0),
+    "five_dimensional": (five_dimensional, None, True, SCALE, 0.0),
+    "einsum": (summed, None, True, SCALE, 0.0),
+    "grouped_einsum": (grouped_sums, None, True, SCALE, 0.0),
+    "sinks": (with_sinks, None, True, SCALE, 0.0),
     "bare": (lambda q, k, v, m: weighted(product(q, k), expanded(v, 2)), None, False, 1.0, 0.0),
 }  # fmt: skip
 
@@ -101,11 +168,24 @@ def test_every_form_becomes_one_canonical_attention(capture: Any, count: Any, na
     assert shapes == [(1, 4, 5, 8), (1, 2, 7, 8), (1, 2, 7, 8)]
     assert key.op == value.op == "placeholder"
     assert (mask is not None) == has_mask
-    assert (offset, sinks) == (causal_offset, None)
+    assert (offset, sinks is not None) == (causal_offset, name == "sinks")
     assert found_scale == pytest.approx(scale)
     assert found_softcap == pytest.approx(softcap)
     actual = program.module(*program.examples)[0]
     torch.testing.assert_close(actual.to(torch.float32), form(*inputs).to(torch.float32))
+
+
+def test_tiled_heads_are_no_groups(capture: Any) -> None:
+    """Head h of two reads key head h % 2: no group of neighbours, so each head has its own keys."""
+
+    def tiled(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        return weighted(q @ k.repeat(1, 2, 1, 1).mT * SCALE + mask, v.repeat(1, 2, 1, 1))
+
+    inputs = operands()
+    program = capture(tiled, *inputs, passes=PASSES)
+    (node,) = program.graph.find_nodes(op="call_function", target=CANONICAL)
+    assert node.args[1].meta["val"].shape[1] == 4
+    torch.testing.assert_close(program.module(*program.examples)[0], tiled(*inputs))
 
 
 def test_causal_with_a_past_is_aligned_to_the_first_key(capture: Any) -> None:
@@ -139,25 +219,23 @@ def weights_returned(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Ten
     return weights @ expanded(v, 2), weights
 
 
-def scaled_behind_the_mask(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    return weighted((product(q, k) + mask) * SCALE, expanded(v, 2))
-
-
-def scaled_by_a_tensor(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    return weighted(product(q, k) * mask.abs().sum() + mask, expanded(v, 2))
-
-
-def filled(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    return weighted((product(q, k) * SCALE).masked_fill(mask < 0, -1e4), expanded(v, 2))
-
-
-def two_masks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    return weighted(product(q, k) * SCALE + mask + mask.abs(), expanded(v, 2))
-
-
-def sink_column(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+def sink_per_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     scores = torch.cat((product(q, k) * SCALE, q[..., :1]), dim=-1)
     return F.softmax(scores, dim=-1)[..., :-1] @ expanded(v, 2)
+
+
+def wrong_column_dropped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    sinks = torch.arange(4.0).reshape(1, -1, 1, 1).expand(1, -1, 5, -1)
+    scores = torch.cat((product(q, k) * SCALE, sinks), dim=-1)
+    return F.softmax(scores, dim=-1)[..., 1:] @ expanded(v, 2)
+
+
+def scaled_per_key(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    return weighted(product(q, k) * torch.arange(1.0, 8.0), expanded(v, 2))
+
+
+def faintly_filled(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    return weighted((product(q, k) * SCALE).masked_fill(mask < 0, -1.0), expanded(v, 2))
 
 
 def gated_weights(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
@@ -168,20 +246,11 @@ REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
     "dropout": (lambda q, k, v, m: SDPA(q, k, v, m, dropout_p=0.1, enable_gqa=True), "dropout_p"),
     "weights": (weights_returned, "the attention weights are also used elsewhere"),
     "flat": (lambda q, k, v, m: SDPA(q[0], expanded(k, 2)[0], expanded(v, 2)[0]), "3 dimensions"),
-    "late_scale": (scaled_behind_the_mask, "between queries, keys and softmax"),
-    "tensor_scale": (scaled_by_a_tensor, "between queries, keys and softmax"),
-    "filled": (filled, "masked_fill"),
-    "two_masks": (two_masks, "between queries, keys and softmax"),
-    "sink_column": (sink_column, ""),
+    "sink_per_query": (sink_per_query, "not a logit per head"),
+    "wrong_column_dropped": (wrong_column_dropped, "the attention weights are changed"),
+    "scaled_per_key": (scaled_per_key, "aten.mul.Tensor between queries, keys and softmax"),
+    "faintly_filled": (faintly_filled, "masked_fill"),
     "gated_weights": (gated_weights, ""),
-    "einsum": (
-        lambda q, k, v, m: torch.einsum(
-            "bhls,bhsd->bhld",
-            F.softmax(torch.einsum("bhld,bhsd->bhls", q, expanded(k, 2)) * SCALE, dim=-1),
-            expanded(v, 2),
-        ),
-        "",
-    ),
 }
 
 

@@ -56,7 +56,7 @@ def test_bytes_per_token_follow_the_ratio() -> None:
 
 REASONS = {
     "sliding": "as a sliding window does",
-    "tokens_first": "no cache is kept",
+    "tokens_first": "in another layout",
     "key_norms": "the cache is also read by",
     "one_tensor": "same tensor",
 }

@@ -1,0 +1,217 @@
+"""The ways to write attention: matchers that bind operands, or refuse.
+
+A matcher returns what it bound, None where there is nothing to match, or raises :class:`Refused`
+where there is an attention that it cannot bind faithfully.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import SymInt, fx
+
+from .axes import Size, cached, equal, same_shape, viewed
+from .patterns import (
+    CASTS,
+    ELEMENTWISE,
+    LIKE_PRODUCTS,
+    MOVES,
+    PRODUCTS,
+    SOFTMAXES,
+    VIEWS,
+    Refused,
+    argument,
+    behind_cast,
+    rank,
+    source,
+    tensor,
+)
+from .scores import Bias, Factor, Scores, depends_on_product
+
+_aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention, its operands as the model has them."""
+
+    query: fx.Node
+    """[*batch, L, D], batch flattening to B and Hq."""
+    key: fx.Node
+    """[B, Hkv, S, D]."""
+    value: fx.Node
+    """[B, Hkv, S, Dv]."""
+    heads: int
+    """Hq."""
+    scale: float
+    scores: fx.Node
+    """First node whose value nobody else may need: the scores, or the output itself."""
+    output: fx.Node
+    """[*batch, L, Dv]."""
+    attn_mask: fx.Node | None = None
+    causal_offset: int | None = None
+    biases: tuple[Bias, ...] = ()
+    factors: tuple[Factor, ...] = ()
+    softcap: float = 0.0
+    sinks: fx.Node | None = None
+    """[Hq]."""
+
+
+def match_sdpa(node: fx.Node, kept: Collection[fx.Node]) -> Attention | None:
+    """``scaled_dot_product_attention``, heads grouped by enable_gqa or expanded before."""
+    if node.target is not _aten.scaled_dot_product_attention.default:
+        return None
+    query, key, value = node.args[:3]
+    if rank(node) != 4:
+        raise Refused(f"the attention has {rank(node)} dimensions, not [B, H, L, D]", node)
+    if argument(node, "dropout_p") != 0:
+        raise Refused(f"dropout_p is {argument(node, 'dropout_p')}", node)
+    scale = argument(node, "scale")
+    if scale is None:
+        scale = 1 / math.sqrt(tensor(query).shape[-1])  # type: ignore[arg-type]
+    return _bound(
+        source(query), key, value, (2, 3), kept,  # type: ignore[arg-type]
+        scale=float(scale), scores=node, output=node, attn_mask=argument(node, "attn_mask"),
+        causal_offset=0 if argument(node, "is_causal") else None,
+    )  # fmt: skip
+
+
+def match_softmax(node: fx.Node, kept: Collection[fx.Node]) -> Attention | None:
+    """A product, what ``scores.STEPS`` knows, softmax, and a product with the values."""
+    if node.target not in SOFTMAXES or rank(node) < 3 or argument(node, "dim") != rank(node) - 1:
+        return None
+    if not depends_on_product(node.args[0]) or not _reaches_product(node):
+        return None
+    scores = Scores(node.args[0])  # type: ignore[arg-type]
+    output = _weighted_sum(node, scores)
+    if output is None:
+        raise Refused("the attention weights are changed before they meet the values", node)
+    query, key = _factors(scores.node)
+    return _bound(
+        behind_cast(query), key, _factors(output)[1], (3, 2), kept,
+        scale=scores.scale, scores=scores.node, output=output, biases=scores.biases,
+        factors=scores.factors, softcap=scores.softcap, sinks=scores.sinks,
+    )  # fmt: skip
+
+
+MATCHERS: tuple[Callable[[fx.Node, Collection[fx.Node]], Attention | None], ...] = (
+    match_sdpa,
+    match_softmax,
+)
+
+
+def _factors(product: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """The two tensors that are multiplied."""
+    left, right = product.args[-2:] if len(product.args) == 2 else product.args[1:3]
+    return left, right  # type: ignore[return-value]
+
+
+def _bound(
+    query: fx.Node, key: Any, value: Any, key_axes: tuple[int, int],
+    kept: Collection[fx.Node], *, output: fx.Node, sinks: fx.Node | None = None, **rest: Any,
+) -> Attention:  # fmt: skip
+    """Find the caches behind what the queries and the weights meet."""
+    batch = tuple(tensor(output).shape[:-2])
+    if rank(output) == 4 and rank(key) == 4:
+        # enable_gqa: heads that the operator itself repeats
+        kv_heads = tensor(key).shape[1]
+        key_batch: tuple[Size, ...] = (batch[0], kv_heads)
+        if tensor(value).shape[1] != kv_heads or batch[1] % kv_heads != 0:
+            counts = f"{batch[1]} query, {kv_heads} key and {tensor(value).shape[1]} value heads"
+            raise Refused(f"the heads do not form groups: {counts}", output)
+    else:
+        key_batch = batch
+    key_base = cached(key, key_batch, key_axes, kept)
+    value_base = cached(value, key_batch, (2, 3), kept)
+    if key_base is None or value_base is None:
+        name = "keys" if key_base is None else "values"
+        raise Refused(f"the {name} do not come as [B, H, S, D] or a view of it", output)
+    key_sizes, value_sizes = tensor(key_base).shape, tensor(value_base).shape
+    if not same_shape(key_sizes[:2], value_sizes[:2]):
+        raise Refused("keys and values are not cached alike", output)
+    heads = _heads(batch, key_sizes[0])
+    if heads is None or tensor(query).shape[-1] != key_sizes[3]:
+        raise Refused("the queries do not come as [B, H, L, D] or a view of it", output)
+    sinks = _sinks(sinks, heads, output)
+    return Attention(query, key_base, value_base, heads, output=output, sinks=sinks, **rest)
+
+
+def _heads(batch: tuple[Size, ...], entries: Size) -> int | None:
+    """Hq, where batch dimensions are B and heads, or one that merges them."""
+    if len(batch) > 1 and equal(batch[0], entries):
+        heads: Any = math.prod(batch[1:])
+    else:
+        heads = math.prod(batch)
+        if isinstance(heads, int) and isinstance(entries, int):
+            heads //= entries
+        elif isinstance(heads, SymInt):
+            heads = heads.node.expr.as_coeff_Mul()[0]
+            heads = int(heads) if heads.is_Integer else None
+    known = isinstance(heads, int) and equal(heads * entries, math.prod(batch))
+    return heads if known else None
+
+
+def _sinks(column: fx.Node | None, heads: int, output: fx.Node) -> fx.Node | None:
+    """The logits [Hq] behind a column [B, Hq, L, 1] of them."""
+    if column is None:
+        return None
+    for base, dims in viewed(column):
+        own = [index for index, dim in enumerate(dims) if any(a.origin is not None for a in dim)]
+        if rank(base) == 1 and tensor(base).shape[0] == heads and own == [len(dims) - 3]:
+            return base
+    raise Refused("a column beside the scores is not a logit per head", output)
+
+
+def _weighted_sum(softmax: fx.Node, scores: Scores) -> fx.Node | None:
+    """The product of the weights with the values; sinks have to be dropped on the way."""
+    weights, dropped = softmax, scores.sinks is None
+    while True:
+        products = [u for u in weights.users if u.target in PRODUCTS and _factors(u)[0] is weights]
+        if products and dropped and products[0].target is not _aten.baddbmm.default:
+            return products[0]
+        for user in weights.users:
+            if not dropped and _drops_last(user):
+                weights, dropped = user, True
+                break
+            if _keeps_weights(user):
+                weights = user
+                break
+        else:
+            return None
+
+
+def _keeps_weights(user: fx.Node) -> bool:
+    """Whether a node is its operand up to copies, a cast, and batch dimensions merged or split."""
+    operand: Any = user.args[0] if user.args else None
+    if not isinstance(operand, fx.Node):
+        return False
+    if user.target in CASTS or source(user) is source(operand):
+        return tensor(user).is_floating_point()
+    shapes = tensor(user).shape, tensor(operand).shape
+    return user.target in VIEWS and same_shape(shapes[0][-2:], shapes[1][-2:])
+
+
+def _drops_last(user: fx.Node) -> bool:
+    """Whether a node is its operand without the last column."""
+    if user.target is not _aten.slice.Tensor or argument(user, "dim") not in (rank(user) - 1, -1):
+        return False
+    width = tensor(user.args[0]).shape[-1]  # type: ignore[arg-type]
+    first = argument(user, "start") in (None, 0) and argument(user, "step") == 1
+    return first and equal(tensor(user).shape[-1] + 1, width)
+
+
+def _reaches_product(softmax: fx.Node) -> bool:
+    """Whether the weights, possibly changed, are multiplied with something."""
+    seen, stack = {softmax}, [softmax]
+    while stack:
+        for user in stack.pop().users:
+            if user.target in LIKE_PRODUCTS:
+                return True
+            if user.target in ELEMENTWISE | CASTS | MOVES and user not in seen:
+                seen.add(user)
+                stack.append(user)
+    return False

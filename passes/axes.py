@@ -1,0 +1,175 @@
+"""Which axes of a cache the dimensions of a view of it are.
+
+Models bring the cached keys to the queries through all kinds of views: heads repeated or expanded,
+batch and heads merged, transposed. Instead of a pattern for each way, the views are followed
+forwards from the cache: every dimension of a view is a product of axes of the cache, and of axes
+that repeat it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import SymInt, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from .patterns import CASTS, COPIES, RESHAPES, argument, rank, tensor
+
+_aten = torch.ops.aten
+Size = int | SymInt
+
+
+@dataclass(frozen=True)
+class Axis:
+    """An axis of the base, or one that repeats it where ``origin`` is None."""
+
+    origin: int | None
+    size: Size
+
+
+Dims = tuple[tuple[Axis, ...], ...]
+"""For each dimension the axes that it is made of, outermost first; none where its size is 1."""
+
+
+def equal(left: Size, right: Size) -> bool:
+    """Whether two sizes are the same for every value of their symbols."""
+    return statically_known_true(left == right)
+
+
+def same_shape(left: Sequence[Size], right: Sequence[Size]) -> bool:
+    """Whether two shapes are the same for every value of their symbols."""
+    return len(left) == len(right) and all(map(equal, left, right))
+
+
+def _regroup(dims: Dims, shape: Sequence[Size]) -> Dims | None:
+    """The dimensions after a reshape; None where it cuts an axis in two."""
+    axes = [axis for dim in dims for axis in dim]
+    result: list[tuple[Axis, ...]] = []
+    for size in shape:
+        taken: list[Axis] = []
+        while not equal(math.prod(axis.size for axis in taken), size):
+            if not axes:
+                return None
+            taken.append(axes.pop(0))
+        result.append(tuple(taken))
+    return None if axes else tuple(result)
+
+
+def _expand(node: fx.Node, dims: Dims) -> Dims:
+    shape = tensor(node).shape
+    dims = ((),) * (len(shape) - len(dims)) + dims
+    return tuple(
+        (Axis(None, size),) if not dim and not equal(size, 1) else dim
+        for dim, size in zip(dims, shape, strict=True)
+    )
+
+
+def _repeat(node: fx.Node, dims: Dims) -> Dims:
+    """Tiling: the repetitions come before the axes of a dimension."""
+    repeats: Any = argument(node, "repeats")
+    dims = ((),) * (len(repeats) - len(dims)) + dims
+    return tuple(
+        dim if equal(times, 1) else (Axis(None, times), *dim)
+        for dim, times in zip(dims, repeats, strict=True)
+    )
+
+
+def _repeat_interleave(node: fx.Node, dims: Dims) -> Dims | None:
+    dim, repeats = argument(node, "dim"), argument(node, "repeats")
+    if not isinstance(dim, int) or not isinstance(repeats, int | SymInt):
+        return None
+    changed = list(dims)
+    changed[dim] = (*changed[dim], Axis(None, repeats))
+    return tuple(changed)
+
+
+def _transpose(node: fx.Node, dims: Dims) -> Dims:
+    changed, (first, second) = list(dims), (argument(node, "dim0"), argument(node, "dim1"))
+    changed[first], changed[second] = changed[second], changed[first]
+    return tuple(changed)
+
+
+def _permute(node: fx.Node, dims: Dims) -> Dims:
+    order: Any = argument(node, "dims")
+    return tuple(dims[dim] for dim in order)
+
+
+def _reshape(node: fx.Node, dims: Dims) -> Dims | None:
+    return _regroup(dims, tensor(node).shape)
+
+
+def _same(node: fx.Node, dims: Dims) -> Dims | None:
+    return dims if same_shape(tensor(node).shape, tensor(node.args[0]).shape) else None  # type: ignore[arg-type]
+
+
+STEPS: dict[Any, Callable[[fx.Node, Dims], Dims | None]] = {
+    **dict.fromkeys(COPIES | CASTS | {_aten.slice.Tensor}, _same),
+    **dict.fromkeys(RESHAPES - {_aten.slice.Tensor}, _reshape),
+    **dict.fromkeys((_aten.unsqueeze.default, _aten.squeeze.dim, _aten.squeeze.dims), _reshape),
+    _aten.expand.default: _expand,
+    _aten.repeat.default: _repeat,
+    _aten.repeat_interleave.self_int: _repeat_interleave,
+    _aten.transpose.int: _transpose,
+    _aten.permute.default: _permute,
+}
+"""What each view does to the dimensions of what it views."""
+
+
+def viewed(node: fx.Node) -> Iterator[tuple[fx.Node, Dims]]:
+    """Every tensor that ``node`` is a view of, nearest first, with the dimensions of ``node``."""
+    chain: list[fx.Node] = []
+    while True:
+        dims: Dims | None = tuple(
+            () if equal(size, 1) else (Axis(index, size),)
+            for index, size in enumerate(tensor(node).shape)
+        )
+        for step in reversed(chain):
+            dims = None if dims is None else STEPS[step.target](step, dims)
+        if dims is not None:
+            yield node, dims
+        if node.op != "call_function" or node.target not in STEPS:
+            return
+        chain.append(node)
+        node = node.args[0]  # type: ignore[assignment]
+
+
+def cached(
+    operand: fx.Node, batch: Sequence[Size], last: tuple[int, int], kept: Collection[fx.Node]
+) -> fx.Node | None:
+    """The cache [B, Hkv, S, D] that an operand of a product is a view of.
+
+    Args:
+        operand: [*batch, n, m], its batch dimensions possibly of size 1.
+        batch: batch dimensions of the product, which are B, Hkv and the group in this order.
+        last: axes of the cache that the operand's last two dimensions are.
+        kept: nodes to prefer: those that may be a cache.
+
+    Returns:
+        The tensor furthest behind that has the form, None if there is none.
+    """
+    found = [base for base, dims in viewed(operand) if _is_cache(base, dims, batch, last)]
+    preferred = [base for base in found if base in kept or base.op == "placeholder"]
+    candidates = preferred or found
+    return candidates[-1] if candidates else None
+
+
+def _is_cache(base: fx.Node, dims: Dims, batch: Sequence[Size], last: tuple[int, int]) -> bool:
+    if rank(base) != 4 or len(dims) != len(batch) + 2:
+        return False
+    sizes = tensor(base).shape
+    for dim, axis in zip(dims[-2:], last, strict=True):
+        if [a.origin for a in dim] != ([] if equal(sizes[axis], 1) else [axis]):
+            return False
+    axes = [
+        axis
+        for dim, size in zip(dims[:-2], batch, strict=True)
+        for axis in (dim or (() if equal(size, 1) else (Axis(None, size),)))
+    ]
+    own = [index for index in (0, 1) if not equal(sizes[index], 1)]
+    return [axis.origin for axis in axes][: len(own)] == own and all(
+        axis.origin is None for axis in axes[len(own) :]
+    )

@@ -1,0 +1,113 @@
+"""The operands of a matched attention in the form of the canonical operator."""
+
+from __future__ import annotations
+
+from functools import reduce
+
+import torch
+from torch import fx
+
+from .attention import Attention
+from .axes import Size, equal, same_shape
+from .dataflow import call
+from .patterns import rank, tensor
+from .program import Program
+from .scores import Bias
+
+_aten = torch.ops.aten
+
+
+def query_of(program: Program, attention: Attention) -> fx.Node:
+    """The queries [B, Hq, L, D], with every factor of the scores that is a tensor."""
+    query, key = attention.query, tensor(attention.key)
+    heads = attention.heads
+    if rank(query) != 4 or tensor(query).shape[1] != heads:
+        length, dim = _size(program, query, -2), _size(program, query, -1)
+        query = call(program, _aten.reshape.default, (query, [-1, heads, length, dim]))
+    for factor in attention.factors:
+        by = _four_dimensional(program, attention, factor.node, factor.shape)
+        operator = _aten.div.Tensor if factor.divides else _aten.mul.Tensor
+        query = call(program, operator, (query, by))
+    return _cast(program, query, key.dtype)
+
+
+def mask_of(program: Program, attention: Attention) -> fx.Node | None:
+    """What is added to the scores, broadcasting to [B, Hq, L, S]; None where that is nothing."""
+    if not attention.biases:
+        return attention.attn_mask
+    added = [_bias(program, attention, bias) for bias in attention.biases]
+    return reduce(lambda left, right: call(program, _aten.add.Tensor, (left, right)), added)
+
+
+def as_output(program: Program, canonical: fx.Node, original: fx.Node) -> fx.Node:
+    """The canonical output [B, Hq, L, Dv] with the dtype and the dimensions of the model's own."""
+    node = _cast(program, canonical, tensor(original).dtype)
+    shape = tensor(original).shape
+    if not same_shape(tensor(node).shape, shape):
+        # Not sizes of the original: it is to go.
+        length = _size(program, canonical.args[0], 2)  # type: ignore[arg-type]
+        node = call(program, _aten.reshape.default, (node, [-1, *shape[1:-2], length, shape[-1]]))
+    return node
+
+
+def _bias(program: Program, attention: Attention, bias: Bias) -> fx.Node:
+    node = bias.node
+    if bias.fill is not None:
+        node = _hidden(program, bias)
+    elif bias.scale != 1:
+        node = call(program, _aten.mul.Tensor, (node, bias.scale))
+    node = _four_dimensional(program, attention, node, bias.shape)
+    for factor in bias.factors:
+        by = _four_dimensional(program, attention, factor.node, factor.shape)
+        operator = _aten.div.Tensor if factor.divides else _aten.mul.Tensor
+        node = call(program, operator, (node, by))
+    return node
+
+
+def _hidden(program: Program, bias: Bias) -> fx.Node:
+    """Zeros, and the fill where the condition holds (or does not, if it tells what is visible)."""
+    mask = bias.node
+    if bias.visible:
+        mask = call(program, _aten.logical_not.default, (mask,))
+    with program.fake_mode:
+        zeros = program.graph.call_function(
+            _aten.zeros_like.default, (mask,), {"dtype": torch.float32}
+        )
+        zeros.meta["val"] = torch.zeros_like(tensor(mask), dtype=torch.float32)
+    assert bias.fill is not None
+    return call(program, _aten.masked_fill.Scalar, (zeros, mask, bias.fill * bias.scale))
+
+
+def _four_dimensional(
+    program: Program, attention: Attention, node: fx.Node, shape: tuple[Size, ...]
+) -> fx.Node:
+    """A tensor that broadcasts to ``shape`` [*batch, L, S], broadcasting to [B, Hq, L, S]."""
+    if len(shape) == 4 or rank(node) <= 2:
+        return node
+    sizes = (1,) * (len(shape) - rank(node)) + tuple(tensor(node).shape)
+    last = [_size(program, node, dim) for dim in (-2, -1)]
+    if all(equal(size, 1) for size in sizes[:-2]):
+        return call(program, _aten.reshape.default, (node, last))
+    if len(shape) == 3:
+        return call(program, _aten.reshape.default, (node, [-1, attention.heads, *last]))
+    heads = 1
+    if not all(equal(size, 1) for size in sizes[1:-2]):
+        heads = attention.heads
+        entries = -1 if rank(node) == len(shape) else 1
+        whole = [entries, *shape[1:-2], -1, -1]
+        node = call(program, _aten.expand.default, (node, whole))
+    return call(program, _aten.reshape.default, (node, [-1, heads, *last]))
+
+
+def _size(program: Program, node: fx.Node, dim: int) -> int | fx.Node:
+    """A size as an argument of an operator."""
+    size = tensor(node).shape[dim]
+    if isinstance(size, int):
+        return size
+    return call(program, _aten.sym_size.int, (node, dim % rank(node)))
+
+
+def _cast(program: Program, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+    if tensor(node).dtype == dtype:
+        return node
+    return call(program, _aten.to.dtype, (node, dtype))
