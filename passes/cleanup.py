@@ -45,10 +45,13 @@ def _plan_outputs(program: Program) -> None:
             positions = tuple(range(len(values), len(values) + len(replacement.nodes)))
             values.extend(replacement.nodes)
             if replacement.past is None:
-                plans[node] = NewState(replacement.is_key, positions, replacement.length)
+                plans[node] = NewState(
+                    replacement.is_key, positions, replacement.length, replacement.slides
+                )
             else:
                 argument = program.arguments.index(replacement.past)
-                plans[node] = GrownState(argument, positions[0] if replacement.is_key else None)
+                stats = positions[0] if replacement.is_key else None
+                plans[node] = GrownState(argument, stats, replacement.dropped)
         program.outputs.append(plans[node])
     program.output.args = (tuple(values),)
 

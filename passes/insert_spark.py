@@ -8,11 +8,12 @@
 from __future__ import annotations
 
 import operator
+import sys
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, fx
+from torch import SymInt, Tensor, fx
 
 from .. import ops
 from ..cache import PrunedKeys, StoredValues
@@ -20,14 +21,21 @@ from ..config import SparkConfig
 from ..kernels.layout import kept_channels, key_token_bytes, value_token_bytes
 from ..kernels.reference.values import value_bias
 from ..report import Site
+from ..sliding import SlidingKeys
 from .axes import viewed
 from .dataflow import call, inline, live_nodes
 from .find_attention import CANONICAL as ATTENTION
 from .find_attention import layer_name, restore
 from .find_kv_append import CANONICAL as APPEND
-from .patterns import WRITES, Refused, moved_from, tensor
+from .patterns import WRITES, Refused, argument, moved_from, tensor
 from .program import Program, Replacement
 from .states import stored_tensors
+
+_OPERATORS = {
+    False: torch.ops.spark.append_attend.default,
+    True: torch.ops.spark.sliding_append_attend.default,
+}
+"""Append and attend, by whether tokens have left the cache."""
 
 
 class _Site(NamedTuple):
@@ -39,6 +47,18 @@ class _Site(NamedTuple):
     value: fx.Node
     past_key: fx.Node | None
     past_value: fx.Node | None
+    kept_key: fx.Node | None
+    """What the cache keeps: the key itself, its last tokens, or None if that is not known."""
+    kept_value: fx.Node | None
+
+    @property
+    def slides(self) -> bool:
+        return self.kept_key is not self.key
+
+    @property
+    def dropped(self) -> int | SymInt:
+        """Number of first tokens that the cache does not keep."""
+        return tensor(self.key).shape[2] - tensor(self.kept_key).shape[2]  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -50,7 +70,7 @@ class InsertSpark:
         live = live_nodes(program.graph)
         rewritten = 0
         for attention in program.graph.find_nodes(op="call_function", target=ATTENTION):
-            site, refusal = _site(attention), None
+            site, refusal = _site(attention, returned), None
             program_site = _described(site, program.config)
             try:
                 _check(program, site, returned, live)
@@ -62,20 +82,43 @@ class InsertSpark:
         return rewritten
 
 
-def _site(attention: fx.Node) -> _Site:
+def _site(attention: fx.Node, returned: set[fx.Node]) -> _Site:
     query, key, value = attention.args[:3]
     past_key, past_value = (
         node.args[0] if node.target is APPEND else None  # type: ignore[union-attr]
         for node in (key, value)
     )
-    return _Site(attention, query, key, value, past_key, past_value)  # type: ignore[arg-type]
+    kept_key, kept_value = (_kept(node, returned) for node in (key, value))  # type: ignore[arg-type]
+    return _Site(attention, query, key, value, past_key, past_value, kept_key, kept_value)  # type: ignore[arg-type]
+
+
+def _kept(node: fx.Node, returned: set[fx.Node]) -> fx.Node | None:
+    """What the graph returns of keys or values: all of them, or the last ones by a slice."""
+    if node in returned:
+        return node
+    return next((user for user in node.users if user in returned and _cuts_front(user)), None)
+
+
+def _cuts_front(node: fx.Node) -> bool:
+    """Whether a node is what its operand ends with along the sequence."""
+    if node.target is not torch.ops.aten.slice.Tensor or argument(node, "dim") not in (2, -2):
+        return False
+    end: Any = argument(node, "end")
+    size = tensor(node.args[0]).shape[2]  # type: ignore[arg-type]
+    to_the_end = end is None or (isinstance(end, int) and end >= sys.maxsize) or end is size
+    return to_the_end and argument(node, "step") == 1
 
 
 def _check(program: Program, site: _Site, returned: set[fx.Node], live: set[fx.Node]) -> None:
     """Raise Refused unless the site's cache can be stored compressed."""
-    for name, node in (("keys", site.key), ("values", site.value)):
-        if node not in returned:
+    for name, node, kept in (
+        ("keys", site.key, site.kept_key),
+        ("values", site.value, site.kept_value),
+    ):
+        if kept is None:
             raise Refused(_why_not_returned(name, node, returned), node)
+    if site.slides != (site.kept_value is not site.value):
+        raise Refused("only one of keys and values slides", site.key)
     if site.key is site.value:
         raise Refused("keys and values are the same tensor", site.key)
     if tensor(site.key).dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -110,7 +153,8 @@ def _check_past(program: Program, site: _Site) -> None:
         for past in (site.past_key, site.past_value)
     )
     if isinstance(past_key, PrunedKeys) and isinstance(past_value, StoredValues):
-        if not past_key.config.stores_like(program.config):
+        config = _config(program, site, past_key)
+        if not past_key.config.stores_like(config):
             raise Refused("the cache was compressed with other options", site.attention)
         for node, past in ((site.key, past_key), (site.value, past_value)):
             if tensor(node.args[1]).dtype != past.dtype:  # type: ignore[arg-type]
@@ -122,11 +166,21 @@ def _check_past(program: Program, site: _Site) -> None:
             raise Refused("a compressed cache is continued in an unknown way", node)
 
 
+def _config(program: Program, site: _Site, past: PrunedKeys | None = None) -> SparkConfig:
+    """The options of a site's state."""
+    slides = site.slides or isinstance(past, SlidingKeys)
+    return program.config.sliding() if slides else program.config
+
+
 def _check_readers(program: Program, site: _Site, live: set[fx.Node]) -> None:
     """The appended keys and values must serve this attention and the next step alone."""
-    allowed = {site.attention, program.output}
-    for append, past in ((site.key, site.past_key), (site.value, site.past_value)):
-        _refuse_others(append, allowed, live)
+    for append, kept, past in (
+        (site.key, site.kept_key, site.past_key),
+        (site.value, site.kept_value, site.past_value),
+    ):
+        assert kept is not None
+        _refuse_others(append, {site.attention, program.output, kept}, live)
+        _refuse_others(kept, {site.attention, program.output}, live)
         if past in program.states:
             _refuse_others(past, {append}, live)
 
@@ -140,17 +194,21 @@ def _refuse_others(node: fx.Node, allowed: set[fx.Node], live: set[fx.Node]) -> 
 
 def _store(program: Program, site: _Site) -> None:
     """Prune keys and values behind the exact attention of a prefill."""
-    config, kv_heads = program.config, tensor(site.key).shape[1]
-    length = tensor(site.key).shape[2]
+    assert site.kept_key is not None
+    assert site.kept_value is not None
+    config, kv_heads = _config(program, site), tensor(site.key).shape[1]
+    length = tensor(site.kept_key).shape[2]
     original = restore(site.attention)
     key, value = (
         restore(node) if node.target is APPEND else node for node in (site.key, site.value)
     )
-    with program.graph.inserting_before(original.next):
+    if site.slides:
+        key, value = site.kept_key, site.kept_value
+    with program.graph.inserting_before(max(original, key, value).next):
         keys = inline(program, lambda k, q: store_keys(k, q, kv_heads, config), (key, site.query))
         values = inline(program, lambda v: store_values(v, config), (value,))
-    program.replaced[key] = Replacement(keys, True, length, None)
-    program.replaced[value] = Replacement(values, False, length, None)
+    program.replaced[key] = Replacement(keys, True, length, None, site.slides)
+    program.replaced[value] = Replacement(values, False, length, None, site.slides)
 
 
 def store_keys(
@@ -197,10 +255,14 @@ def _append_and_attend(program: Program, site: _Site) -> None:
     key, value = (stored_tensors(program, past) for past in (site.past_key, site.past_value))
     for past in (site.past_key, site.past_value):
         program.extra[past] = tensor(new_key).shape[2]  # type: ignore[arg-type]
+    sliding = "first" in key
+    config = _config(program, site, program.states[site.past_key])  # type: ignore[arg-type]
+    target = _OPERATORS["first" in key]
+    firsts = (key["first"], value["first"]) if sliding else ()
     mask, causal_offset, scale, softcap, sinks = attention.args[3:]
     with program.graph.inserting_before(attention):
-        pair = call(program, torch.ops.spark.append_attend.default, (
-            site.query, new_key, new_value,
+        pair = call(program, target, (
+            site.query, *firsts, new_key, new_value,
             key["kept"], key["bits"], key["scale"], key["norms"], key["packed_length"],
             key["tail"], value["rows"], key["length"],
             mask, causal_offset, scale, softcap, sinks,
@@ -214,8 +276,14 @@ def _append_and_attend(program: Program, site: _Site) -> None:
         )
         stats = call(program, torch.ops.aten.add.Tensor, (key["stats"], recent))
     attention.replace_all_uses_with(output)
-    program.replaced[site.key] = Replacement((stats,), True, length, site.past_key)
-    program.replaced[site.value] = Replacement((), False, length, site.past_value)
+    for kept, past, nodes in (
+        (site.kept_key, site.past_key, (stats,)),
+        (site.kept_value, site.past_value, ()),
+    ):
+        assert kept is not None
+        program.replaced[kept] = Replacement(
+            nodes, kept is site.kept_key, length, past, dropped=site.dropped
+        )
 
 
 def _described(site: _Site, config: SparkConfig) -> Site:

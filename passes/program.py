@@ -46,6 +46,8 @@ class NewState:
     is_key: bool
     positions: tuple[int, ...]
     length: int | SymInt
+    slides: bool = False
+    """Whether its first tokens will leave it."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ class GrownState:
     argument: int
     stats_position: int | None
     """Output with the new query statistics, None for values."""
+    dropped: int | SymInt = 0
+    """Number of first tokens that leave it."""
 
 
 OutputPlan = PlainOutput | NewState | GrownState
@@ -70,6 +74,10 @@ class Replacement:
     length: int | SymInt
     past: fx.Node | None
     """The placeholder whose state grew, None for a new state."""
+    slides: bool = False
+    """Whether the cache keeps the last tokens only."""
+    dropped: int | SymInt = 0
+    """Number of first tokens that leave the state which grew."""
 
 
 @dataclass

@@ -39,12 +39,13 @@ def recover(program: Program, state: fx.Node) -> fx.Node:
     stored = stored_tensors(program, state)
     fake = program.states[state]
     if not isinstance(fake, PrunedKeys):
-        packed = (stored.get(name) for name in ("value_bits", "value_scale", "value_bias"))
+        optional = ("value_bits", "value_scale", "value_bias", "first")
+        packed = (stored.get(name) for name in optional)
         rows = (stored["rows"], stored["length"], *packed)
         return call(program, torch.ops.spark.first_rows.default, rows)
     config = fake.config
     return call(program, torch.ops.spark.recover.default, (
         stored["kept"], stored["bits"], stored["scale"], stored["norms"],
         stored["packed_length"], stored["tail"], stored["length"],
-        config.sink_tokens, config.recovery, config.saliency,
+        config.sink_tokens, config.recovery, config.saliency, stored.get("first"),
     ))  # fmt: skip

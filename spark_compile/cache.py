@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,7 +22,9 @@ class PrunedKeys(SparkTensor):
     token is packed; ``stats`` [B, Hkv, D] float32 sums the squared queries since the last packing.
     """
 
-    STORED = ("kept", "bits", "scale", "norms", "packed_length", "stats", "tail")
+    STORED: ClassVar[tuple[str, ...]] = (
+        "kept", "bits", "scale", "norms", "packed_length", "stats", "tail",
+    )  # fmt: skip
     kept: Tensor
     bits: Tensor
     scale: Tensor
@@ -29,6 +32,7 @@ class PrunedKeys(SparkTensor):
     packed_length: Tensor
     stats: Tensor
     tail: Tensor
+    first: Tensor | None = None
     _packed_rows: Rows | None = None
     _tail_rows: Rows | None = None
 
@@ -36,12 +40,16 @@ class PrunedKeys(SparkTensor):
         """Number of packed tokens."""
         return int(self.packed_length)
 
+    def stored_tokens(self) -> int:
+        """Number of tokens in the storage, those that are no longer part of the cache included."""
+        return int(self.shape[2])
+
     def _shares(self) -> tuple[Rows, Rows]:
         """The shares of packed rows and of tail rows, made when first asked for."""
         if self._packed_rows is None or self._tail_rows is None:
             packed = self.packed_tokens()
             self._packed_rows = Rows(packed, borrowed=self._borrowed)
-            self._tail_rows = Rows(self.shape[2] - packed, borrowed=self._borrowed)
+            self._tail_rows = Rows(self.stored_tokens() - packed, borrowed=self._borrowed)
         return self._packed_rows, self._tail_rows
 
     def _handle(
@@ -49,7 +57,7 @@ class PrunedKeys(SparkTensor):
     ) -> PrunedKeys:
         stored = self.stored() | changed
         shape = (stored["tail"].shape[0], self.shape[1], length, self.shape[3])
-        handle = PrunedKeys(shape, self.config, stored)
+        handle = type(self)(shape, self.config, stored)
         handle._packed_rows, handle._tail_rows = packed_rows, tail_rows
         return handle
 
@@ -57,19 +65,19 @@ class PrunedKeys(SparkTensor):
         config = self.config
         keys: Tensor = ops.recover(
             self.kept, self.bits, self.scale, self.norms, self.packed_length, self.tail,
-            self.shape[2], config.sink_tokens, config.recovery, config.saliency,
+            self.shape[2], config.sink_tokens, config.recovery, config.saliency, self.first,
         )  # fmt: skip
         return keys
 
     def resized(self, length: int) -> PrunedKeys:
         packed_rows, tail_rows = self._shares()
-        sinks = self.config.sink_tokens
-        packed = min(packed_rows.count, max(length - sinks, 0))
+        stored = self.stored_tokens() - self.shape[2] + length
+        packed = min(packed_rows.count, max(stored - self.config.sink_tokens, 0))
         return self._handle(
             length,
             Rows(packed, shared_with=packed_rows),
-            Rows(length - packed, shared_with=tail_rows),
-            packed_length=_count(packed),
+            Rows(stored - packed, shared_with=tail_rows),
+            packed_length=count_tensor(packed),
         )
 
     def reserve(self, extra: int) -> PrunedKeys:
@@ -84,14 +92,14 @@ class PrunedKeys(SparkTensor):
         for name in ("kept", "bits", "scale"):
             stored[name] = stored[name][:, :, : max(packed_rows.count, self.config.window)]
         stored["tail"] = stored["tail"][:, :, : tail_rows.count + self.config.window]
-        changed = {name: change(t) for name, t in stored.items() if name != "packed_length"}
+        changed = {name: change(t) for name, t in stored.items() if t.dim()}
         changed["packed_length"] = self.packed_length.clone()
         packed, tail = Rows(packed_rows.count), Rows(tail_rows.count)
         return self._handle(self.shape[2], packed, tail, **changed)
 
     def appended(self, new: Tensor) -> PrunedKeys:
         handle = self.reserve(new.shape[2])
-        ops.append(handle.tail, new, self.shape[2], self.packed_length)
+        ops.append(handle.tail, new, self.stored_tokens(), self.packed_length)
         return handle
 
     def with_stats(self, stats: Tensor) -> PrunedKeys:
@@ -116,90 +124,115 @@ class PrunedKeys(SparkTensor):
         store, rows = packed_rows.reserve(store, surplus, config.window)
         for buffer, new in zip(store, fresh, strict=True):
             buffer[:, :, packed : packed + surplus] = new
-        dense = self.shape[2] - packed - surplus
+        dense = self.stored_tokens() - packed - surplus
         tail = grown(self.tail, first, max(config.dense_room, dense))
         tail[:, :, first:dense] = self.tail[:, :, first + surplus : dense + surplus]
         return self._handle(
             self.shape[2], rows, Rows(dense),
             kept=store[0], bits=store[1], scale=store[2], norms=norms, tail=tail,
-            stats=torch.zeros_like(self.stats), packed_length=_count(packed + surplus),
+            stats=torch.zeros_like(self.stats), packed_length=count_tensor(packed + surplus),
         )  # fmt: skip
 
 
 class StoredValues(SparkTensor):
     """Values stored whole, quantized or pruned, with room to grow; see ``kernels/layout``."""
 
-    STORED = value_fields(pruned=True, quantized=True)
+    STORED: ClassVar[tuple[str, ...]] = value_fields(pruned=True, quantized=True)
     rows: Tensor
     value_bits: Tensor | None = None
     value_bias: Tensor | None = None
     value_scale: Tensor | None = None
+    first: Tensor | None = None
     _rows: Rows | None = None
+
+    def stored_tokens(self) -> int:
+        """Number of tokens in the storage, those that are no longer part of the cache included."""
+        return int(self.shape[2])
 
     def _share(self) -> Rows:
         if self._rows is None:
-            self._rows = Rows(self.shape[2], borrowed=self._borrowed)
+            self._rows = Rows(self.stored_tokens(), borrowed=self._borrowed)
         return self._rows
 
-    def _handle(self, share: Rows, stored: Mapping[str, Tensor]) -> StoredValues:
-        shape = (*stored["rows"].shape[:2], share.count, self.shape[3])
-        handle = StoredValues(shape, self.config, stored)
+    def _handle(self, length: int, share: Rows, stored: Mapping[str, Tensor]) -> StoredValues:
+        shape = (*stored["rows"].shape[:2], length, self.shape[3])
+        handle = type(self)(shape, self.config, stored)
         handle._rows = share
         return handle
 
     def _growing(self) -> dict[str, Tensor]:
         """The stored tensors that have a row per token."""
-        return {name: t for name, t in self.stored().items() if name != "value_bias"}
+        return {name: t for name, t in self.stored().items() if t.dim() == 4}
 
     def dense(self) -> Tensor:
         # A copy: the rows behind the view may be written by a later append of another handle.
         values: Tensor = ops.first_rows(
-            self.rows, self.shape[2], self.value_bits, self.value_scale, self.value_bias
+            self.rows, self.shape[2], self.value_bits, self.value_scale, self.value_bias, self.first
         )
         return values
 
     def resized(self, length: int) -> StoredValues:
-        return self._handle(Rows(length, shared_with=self._share()), self.stored())
+        stored = self.stored_tokens() - self.shape[2] + length
+        return self._handle(length, Rows(stored, shared_with=self._share()), self.stored())
 
     def reserve(self, extra: int) -> StoredValues:
         growing = self._growing()
         buffers = tuple(growing.values())
         buffers, share = self._share().reserve(buffers, extra, self.config.window)
-        return self._handle(share, self.stored() | dict(zip(growing, buffers, strict=True)))
+        stored = self.stored() | dict(zip(growing, buffers, strict=True))
+        return self._handle(self.shape[2] + extra, share, stored)
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> StoredValues:
         room = self.shape[2] + self.config.window
         stored = self.stored() | {name: t[:, :, :room] for name, t in self._growing().items()}
-        changed = {name: change(tensor) for name, tensor in stored.items()}
-        return self._handle(Rows(self.shape[2]), changed)
+        changed = {
+            name: change(tensor) if tensor.dim() else tensor for name, tensor in stored.items()
+        }
+        return self._handle(self.shape[2], Rows(self.shape[2]), changed)
 
     def appended(self, new: Tensor) -> StoredValues:
         handle = self.reserve(new.shape[2])
         ops.append_values(
             handle.rows, handle.value_bits, handle.value_scale, handle.value_bias,
-            new, self.shape[2],
+            new, self.stored_tokens(),
         )  # fmt: skip
         return handle
 
 
-def _count(tokens: int) -> Tensor:
+def count_tensor(tokens: int) -> Tensor:
     """A number of tokens as the operators take it: on the CPU whatever the default device is."""
     return torch.tensor(tokens, dtype=torch.int64, device="cpu")
 
 
-def new_keys(stored: Mapping[str, Tensor], length: int, config: SparkConfig) -> PrunedKeys:
+def new_keys(
+    stored: Mapping[str, Tensor],
+    length: int,
+    config: SparkConfig,
+    kind: type[PrunedKeys] = PrunedKeys,
+) -> PrunedKeys:
     """Keys of ``length`` tokens from the tensors that a prefill graph made."""
     batch, heads, _, head_dim = stored["tail"].shape
-    packed = _count(config.packed_length(length))
-    return PrunedKeys((batch, heads, length, head_dim), config, {**stored, "packed_length": packed})
+    packed = count_tensor(config.packed_length(length))
+    counts = {"packed_length": packed, **_first(kind)}
+    return kind((batch, heads, length, head_dim), config, {**stored, **counts})
 
 
-def new_values(stored: Sequence[Tensor], length: int, config: SparkConfig) -> StoredValues:
+def new_values(
+    stored: Sequence[Tensor],
+    length: int,
+    config: SparkConfig,
+    kind: type[StoredValues] = StoredValues,
+) -> StoredValues:
     """Values of ``length`` tokens from the buffers that a prefill graph made."""
     named = dict(zip(config.value_fields, stored, strict=True))
     rows = named["rows"]
     shape = (*rows.shape[:2], length, value_head_dim(rows, named.get("value_bias")))
-    return StoredValues(shape, config, named)
+    return kind(shape, config, {**named, **_first(kind)})
+
+
+def _first(kind: type[SparkTensor]) -> dict[str, Tensor]:
+    """No token has left a new state, of the kind that tokens leave."""
+    return {"first": count_tensor(0)} if "first" in kind.STORED else {}
 
 
 def _register_safe_globals() -> None:

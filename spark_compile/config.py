@@ -82,6 +82,10 @@ class SparkConfig:
         """Whether a state stored under one of the two can be continued under the other."""
         return dataclasses.replace(self, inner=other.inner, strict=other.strict) == other
 
+    def sliding(self) -> SparkConfig:
+        """The same for a cache that slides: what comes first leaves first, nothing stays."""
+        return dataclasses.replace(self, sink_tokens=0)
+
     @property
     def value_fields(self) -> tuple[str, ...]:
         """Names of the tensors that values are stored in."""

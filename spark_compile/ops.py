@@ -369,13 +369,74 @@ def append_attend(
     return output, lse
 
 
+def _fake_sliding_append_attended(query: Tensor, *args: Any) -> Any:
+    return _fake_attended(query, *args[4:])
+
+
+@_operator(
+    "(Tensor query, Tensor key_first, Tensor value_first, Tensor new_key, Tensor new_value, "
+    + _STORE.format(tail="(a!)", values="(b!)")
+    + ", "
+    + _HOW.format(bits="(c!)", scale="(d!)")
+    + ") -> (Tensor, Tensor)",
+    _fake_sliding_append_attended,
+)
+def sliding_append_attend(
+    query: Tensor,
+    key_first: Tensor,
+    value_first: Tensor,
+    new_key: Tensor,
+    new_value: Tensor,
+    kept: Tensor,
+    bits: Tensor,
+    scale: Tensor,
+    norms: Tensor,
+    packed_length: Tensor,
+    tail: Tensor,
+    values: Tensor,
+    length: int,
+    attn_mask: Tensor | None,
+    causal_offset: int | None,
+    attn_scale: float,
+    softcap: float,
+    sinks: Tensor | None,
+    sink_tokens: int,
+    recovery: str,
+    saliency: str,
+    return_lse: bool = False,
+    value_bits: Tensor | None = None,
+    value_scale: Tensor | None = None,
+    value_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``append_attend`` for a cache whose first tokens are no longer part of it.
+
+    ``key_first`` and ``value_first``, int64 scalars on the CPU, are the numbers of stored keys and
+    values in front of the ``length`` tokens of the past; there are no sink tokens among those.
+    """
+    first, values_first = int(key_first), int(value_first)
+    stale = min(first, int(packed_length))
+    kept, bits, scale = (buffer[:, :, stale:] for buffer in (kept, bits, scale))
+    value_bits, value_scale = (
+        buffer if buffer is None else buffer[:, :, values_first:]
+        for buffer in (value_bits, value_scale)
+    )
+    pair: tuple[Tensor, Tensor] = torch.ops.spark.append_attend.default(
+        query, new_key, new_value, kept, bits, scale, norms, packed_length - stale,
+        tail[:, :, first - stale :], values[:, :, values_first:], length,
+        attn_mask, causal_offset, attn_scale, softcap, sinks, sink_tokens, recovery, saliency,
+        return_lse, value_bits, value_scale, value_bias,
+    )  # fmt: skip
+    return pair
+
+
 def _fake_recover(kept, bits, scale, norms, packed_length, tail, length, *_args):  # type: ignore[no-untyped-def]
     return tail.new_empty((*tail.shape[:2], length, tail.shape[3]))
 
 
 @_operator(
     "(Tensor kept, Tensor bits, Tensor scale, Tensor norms, Tensor packed_length, "
-    "Tensor tail, SymInt length, int sink_tokens, str recovery, str saliency) -> Tensor",
+    "Tensor tail, SymInt length, int sink_tokens, str recovery, str saliency, "
+    "Tensor? first=None) -> Tensor",
     _fake_recover,
 )
 def recover(
@@ -389,15 +450,21 @@ def recover(
     sink_tokens: int,
     recovery: str,
     saliency: str,
+    first: Tensor | None = None,
 ) -> Tensor:
-    """Dense keys [B, Hkv, length, D] in the dtype of ``tail``, for whatever cannot read packed."""
+    """Dense keys [B, Hkv, length, D] in the dtype of ``tail``, for whatever cannot read packed.
+
+    ``first`` is the number of stored tokens in front of them, as ``sliding_append_attend`` has it.
+    """
+    stale = 0 if first is None else int(first)
     key = reference_attend.logical_keys(
-        kept, bits, scale, norms, packed_length, tail, length, sink_tokens, recovery, saliency
-    )
-    return key.to(tail.dtype)
+        kept, bits, scale, norms, packed_length, tail, stale + length, sink_tokens, recovery,
+        saliency,
+    )  # fmt: skip
+    return key[:, :, stale:].to(tail.dtype)
 
 
-def _fake_first_rows(rows, length, bits=None, scale=None, bias=None):  # type: ignore[no-untyped-def]
+def _fake_first_rows(rows, length, bits=None, scale=None, bias=None, first=None):  # type: ignore[no-untyped-def]
     like = rows if scale is None else scale
     head_dim = value_head_dim(rows, bias)
     return like.new_empty((*rows.shape[:2], length, head_dim))
@@ -405,7 +472,7 @@ def _fake_first_rows(rows, length, bits=None, scale=None, bias=None):  # type: i
 
 @_operator(
     "(Tensor values, SymInt length, Tensor? value_bits=None, Tensor? value_scale=None, "
-    "Tensor? value_bias=None) -> Tensor",
+    "Tensor? value_bias=None, Tensor? first=None) -> Tensor",
     _fake_first_rows,
 )
 def first_rows(
@@ -414,12 +481,18 @@ def first_rows(
     value_bits: Tensor | None = None,
     value_scale: Tensor | None = None,
     value_bias: Tensor | None = None,
+    first: Tensor | None = None,
 ) -> Tensor:
-    """A dense copy [B, Hkv, length, Dv] of the first ``length`` values.
+    """A dense copy [B, Hkv, length, Dv] of the ``length`` values behind the ``first`` ones.
 
     An operator of its own because comparing the strides of a slice with those of its buffer, as
     tracing ``clone`` does, would guard on how the buffer grows.
     """
+    stale = 0 if first is None else int(first)
+    values = values[:, :, stale:]
+    value_bits, value_scale = (
+        buffer if buffer is None else buffer[:, :, stale:] for buffer in (value_bits, value_scale)
+    )
     if value_scale is None:
         return values[:, :, :length].clone(memory_format=torch.contiguous_format)
     value_dim = value_head_dim(values, value_bias)

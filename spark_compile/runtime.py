@@ -11,6 +11,7 @@ from torch import SymInt
 from .cache import PrunedKeys, StoredValues, new_keys, new_values
 from .config import SparkConfig
 from .passes.program import GrownState, NewState, PlainOutput, Program, StateInput
+from .sliding import SlidingKeys, SlidingValues, dropped
 from .state import SparkTensor
 
 _NEW_KEY_TENSORS = ("kept", "bits", "scale", "norms", "stats", "tail")
@@ -70,9 +71,9 @@ class SparkGraph:
             if isinstance(plan, StateInput) and plan.extra is not None
         }
         self._lengths = {
-            id(plan): Length(plan.length, fakes)
+            id(plan): Length(plan.length if isinstance(plan, NewState) else plan.dropped, fakes)
             for plan in program.outputs
-            if isinstance(plan, NewState)
+            if isinstance(plan, NewState | GrownState)
         }
 
     def __call__(self, *args: Any) -> list[Any]:
@@ -107,13 +108,15 @@ class SparkGraph:
         if isinstance(plan, NewState):
             length = self._lengths[id(plan)](args)
             tensors = [results[position] for position in plan.positions]
+            config = self._config.sliding() if plan.slides else self._config
             if not plan.is_key:
-                return new_values(tensors, length, self._config)
+                values_kind = SlidingValues if plan.slides else StoredValues
+                return new_values(tensors, length, config, values_kind)
             named = dict(zip(_NEW_KEY_TENSORS, tensors, strict=True))
-            return new_keys(named, length, self._config)
+            return new_keys(named, length, config, SlidingKeys if plan.slides else PrunedKeys)
         state = grown[plan.argument]
-        if plan.stats_position is None:
-            assert isinstance(state, StoredValues)
-            return state
-        assert isinstance(state, PrunedKeys)
-        return state.with_stats(results[plan.stats_position])
+        assert isinstance(state, PrunedKeys | StoredValues)
+        if isinstance(state, PrunedKeys) and plan.stats_position is not None:
+            state = state.with_stats(results[plan.stats_position])
+        leaving = self._lengths[id(plan)](args)
+        return dropped(state, leaving) if leaving else state

@@ -37,20 +37,25 @@ class Rows:
         return all(other is self or other.count <= self.count for other in self._sharers)
 
     def reserve(
-        self, buffers: tuple[Tensor, ...], extra: int, slack: int
+        self, buffers: tuple[Tensor, ...], extra: int, least: int
     ) -> tuple[tuple[Tensor, ...], Rows]:
         """Buffers [B, H, C, ...] whose rows ``count`` to ``count + extra`` may be written.
 
         Returns:
             The buffers themselves or, where they are too small or somebody else's, copies with
-            room for at least ``slack`` rows more, and the share of ``count + extra`` rows.
+            room for at least ``least`` rows more, and the share of ``count + extra`` rows.
         """
         needed = self.count + extra
         if needed <= buffers[0].shape[2] and self.is_newest() and _writable(buffers[0]):
             return buffers, Rows(needed, shared_with=self)
-        # A 1/32 share bounds the slack at 3 % and the copying at 32 rows per appended row.
-        capacity = needed + max(slack, needed // 32)
+        capacity = needed + slack(needed, least)
         return tuple(grown(buffer, self.count, capacity) for buffer in buffers), Rows(needed)
+
+
+def slack(count: int, least: int) -> int:
+    """Rows to leave room for behind ``count``, or to leave unused in front of them."""
+    # A 1/32 share bounds the slack at 3 % and the copying at 32 rows per appended row.
+    return max(least, count // 32)
 
 
 def _writable(buffer: Tensor) -> bool:

@@ -84,7 +84,6 @@ def test_a_plain_past_is_compressed_after_an_exact_attention(capture: Any, count
 
 
 EXPECTED = {  # for a prefill and a decode; None: either way will do, "": for any reason
-    "sliding": ("as a sliding window does", "as a sliding window does"),
     "tokens_first": ("in another layout", "in another layout"),
     "scaled_late": ("no cache is kept", "no cache is kept"),
     "one_tensor": ("same tensor", "keys and values"),
@@ -107,6 +106,16 @@ def test_refusals(capture: Any, compressed: Any, name: str) -> None:
             assert all(reason in found for found in refusals(program))
             names = {node.name for node in program.graph.nodes}
             assert all(site.refusal.node in names for site in program.sites)
+
+
+def test_a_sliding_window_lets_go_of_its_first_tokens(capture: Any, compressed: Any) -> None:
+    model = decoder("sliding", layers=1)
+    prefill = capture(model, prompt(LENGTH), passes=PASSES)
+    assert refusals(prefill) == [""]
+    assert all(made.slides and made.length == 8 for made in prefill.replaced.values())
+    with_past = capture(model, prompt(3), compressed(model, prompt(LENGTH)), passes=PASSES)
+    assert refusals(with_past) == [""]
+    assert all(made.dropped == 3 for made in with_past.replaced.values())
 
 
 def test_cross_attention_without_a_cache_is_refused(capture: Any) -> None:

@@ -55,7 +55,6 @@ def test_bytes_per_token_follow_the_ratio() -> None:
 
 
 REASONS = {
-    "sliding": "as a sliding window does",
     "tokens_first": "in another layout",
     "key_norms": "the cache is also read by",
     "one_tensor": "same tensor",

@@ -35,6 +35,7 @@ class _Layer:
     stats: Tensor
     values: Tensor
     bias: Tensor | None = None
+    tokens: int = 0
 
 
 class SimulatedSpark(TorchFunctionMode):
@@ -68,6 +69,9 @@ class SimulatedSpark(TorchFunctionMode):
         query, key = bound["query"], bound["key"]
         key = key[:, :: key.shape[1] // self.kv_heads]
         layer, value = self._layer(query, key), bound["value"]
+        new = query.shape[1] * query.shape[2] // self.query_heads
+        left = layer.tokens - (key.shape[2] - new)  # what a sliding window has let go
+        layer.packed, layer.tokens = layer.packed[:, :, left:], key.shape[2]
         value = value[:, :: value.shape[1] // self.kv_heads]
         bound["key"] = self._expand(self._keys(layer, key), query)
         bound["value"] = self._expand(self._values(layer, value), query)
