@@ -132,7 +132,7 @@ def _bound(
         raise Refused(f"the {name} do not come as [B, H, S, D] or a view of it", output)
     key_sizes, value_sizes = tensor(key_base).shape, tensor(value_base).shape
     if not same_shape(key_sizes[:2], value_sizes[:2]):
-        raise Refused("keys and values are not cached alike", output)
+        raise Refused("keys and values come with other heads or batch entries", output)
     heads = _heads(batch, key_sizes[0])
     if heads is None or tensor(query).shape[-1] != key_sizes[3]:
         raise Refused("the queries do not come as [B, H, L, D] or a view of it", output)

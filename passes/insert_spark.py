@@ -27,10 +27,12 @@ from .dataflow import call, inline, live_nodes
 from .find_attention import CANONICAL as ATTENTION
 from .find_attention import layer_name, restore
 from .find_kv_append import CANONICAL as APPEND
-from .patterns import WRITES, Refused, argument, moved_from, tensor
+from .patterns import SOFTMAXES, WRITES, Refused, argument, moved_from, tensor
 from .program import Program, Replacement
 from .states import stored_tensors
 
+ATTENTIONS = {ATTENTION, torch.ops.aten.scaled_dot_product_attention.default, *SOFTMAXES}
+"""Where what a layer computes from its cache ends."""
 _OPERATORS = {
     False: torch.ops.spark.append_attend.default,
     True: torch.ops.spark.sliding_append_attend.default,
@@ -134,11 +136,28 @@ def _why_not_returned(name: str, node: fx.Node, returned: set[fx.Node]) -> str:
     for value in returned:
         if moved_from(value, [node]):
             return f"the cache keeps the {name} changed by {value.target}, as a sliding window does"
+    if _computed_from(node, returned):
+        return f"the {name} are computed from what is cached, as in latent attention"
     writes = [other for other in node.graph.nodes if other.target in WRITES]
     written = next((write for write in writes if moved_from(node, [write])), None)
     if written is not None:
         return f"the {name} are written into a buffer by {written.target}, not appended by cat"
     return f"the {name} are not returned by the graph: no cache is kept"
+
+
+def _computed_from(node: fx.Node, returned: set[fx.Node]) -> bool:
+    """Whether a value depends on what the graph returns, other than through an attention."""
+    shapes = ((value, value.meta["val"]) for value in returned)
+    caches = {value for value, made in shapes if isinstance(made, Tensor) and made.dim() == 4}
+    seen, stack = {node}, [node]
+    while stack:
+        for operand in stack.pop().all_input_nodes:
+            if operand in caches:
+                return True
+            if operand not in seen and operand.target not in ATTENTIONS:
+                seen.add(operand)
+                stack.append(operand)
+    return False
 
 
 def _is_view(node: fx.Node, of: fx.Node) -> bool:

@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from ..config import SparkConfig
 from ..state import SparkTensor
 from .program import PassFailed, Program
+from .vmap import without_vmaps
 
 
 def fake_inputs(example_inputs: Sequence[Any]) -> tuple[FakeTensorMode, list[Any]]:
@@ -67,11 +68,16 @@ def lower(
         PassFailed: the graph cannot be made functional.
     """
     dense = [as_dense(mode, fake) for fake in fakes]
+    transforms = torch._C._functorch.get_dynamic_layer_stack_depth()
     try:
         with torch.fx.traceback.preserve_node_meta(), torch.no_grad():
+            module = without_vmaps(module)
             exported = aot_export_module(module, dense, trace_joint=False, pre_dispatch=True)
     except Exception as error:
-        raise PassFailed(f"pass Lower failed: {type(error).__name__}: {error}") from error
+        # A transform that was entered and not left would stay on the caller's stack.
+        torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(transforms)
+        first_line = str(error).strip().partition("\n")[0]  # torch adds the model's own traceback
+        raise PassFailed(f"pass Lower failed: {type(error).__name__}: {first_line}") from error
     lowered, signature = exported
     assert isinstance(lowered, fx.GraphModule)
     _write_back_mutations(lowered.graph, signature)

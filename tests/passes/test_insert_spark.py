@@ -85,7 +85,7 @@ def test_a_plain_past_is_compressed_after_an_exact_attention(capture: Any, count
 
 EXPECTED = {  # for a prefill and a decode; None: either way will do, "": for any reason
     "tokens_first": ("in another layout", "in another layout"),
-    "scaled_late": ("no cache is kept", "no cache is kept"),
+    "scaled_late": ("computed from what is cached", "computed from what is cached"),
     "one_tensor": ("same tensor", "keys and values"),
     "key_norms": (None, "the cache is also read by"),
     "shared_cache": (None, "the cache is also read by"),

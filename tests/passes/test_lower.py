@@ -139,3 +139,34 @@ def test_a_graph_that_cannot_be_lowered_is_left_alone(monkeypatch: pytest.Monkey
     with torch.no_grad(), pytest.warns(UserWarning, match=r"pass Lower failed.*no such thing"):
         logits, _ = compiled(tokens)
     torch.testing.assert_close(logits, model(tokens)[0])
+
+
+def test_a_vmap_becomes_what_it_computes(capture: Any) -> None:
+    """Two levels of it, a weight inside, a dynamic size, and more than one result."""
+    model = nn.Linear(4, 4).requires_grad_(False)
+
+    def forward(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        def inner(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+            return model(a) * b, torch.vmap(lambda c: c.sum() + a[0])(b)
+
+        products, sums = torch.vmap(inner)(x, y)
+        return products.relu(), sums + 1
+
+    inputs = torch.randn(3, 4), torch.randn(3, 4)
+    program = capture(forward, *inputs)
+    assert all("vmap" not in str(node.target) for node in program.graph.nodes)
+    results = program.module(*program.examples)
+    for actual, expected in zip(results, forward(*inputs), strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_a_transform_that_cannot_be_lowered_leaves_nothing_behind() -> None:
+    def forward(x: Tensor) -> Tensor:
+        return torch.func.grad(lambda a: (a * a).sum())(x) + 1
+
+    x = torch.randn(3)
+    options = {"inner": "eager"}
+    with torch.no_grad():
+        actual = torch.compile(forward, backend="spark", options=options)(x)
+    torch.testing.assert_close(actual, 2 * x + 1)
+    assert torch._C._functorch.get_dynamic_layer_stack_depth() == 0
