@@ -57,6 +57,8 @@ class Attention:
     biases: tuple[Bias, ...] = ()
     factors: tuple[Factor, ...] = ()
     softcap: float = 0.0
+    floored: bool = False
+    """Whether scores have a lower bound, so that a query that sees no key sees all alike."""
     sinks: fx.Node | None = None
     """[Hq]."""
 
@@ -95,6 +97,7 @@ def match_softmax(node: fx.Node, kept: Collection[fx.Node]) -> Attention | None:
         behind_cast(query), key, _factors(output)[1], (3, 2), kept,
         scale=scores.scale, scores=scores.node, output=output, biases=scores.biases,
         factors=scores.factors, softcap=scores.softcap, sinks=scores.sinks,
+        floored=scores.floored,
     )  # fmt: skip
 
 
@@ -134,7 +137,8 @@ def _bound(
     if not same_shape(key_sizes[:2], value_sizes[:2]):
         raise Refused("keys and values come with other heads or batch entries", output)
     heads = _heads(batch, key_sizes[0])
-    if heads is None or tensor(query).shape[-1] != key_sizes[3]:
+    whole = same_shape([math.prod(tensor(query).shape[:-2])], [math.prod(batch)])
+    if heads is None or not whole or tensor(query).shape[-1] != key_sizes[3]:
         raise Refused("the queries do not come as [B, H, L, D] or a view of it", output)
     sinks = _sinks(sinks, heads, output)
     return Attention(query, key_base, value_base, heads, output=output, sinks=sinks, **rest)

@@ -72,14 +72,22 @@ def call(program: Program, target: Callable[..., Any], args: tuple[Any, ...]) ->
 
 
 def inline(
-    program: Program, function: Callable[..., Any], args: tuple[fx.Node, ...]
+    program: Program, function: Callable[..., Any], args: tuple[fx.Node, ...], *options: Any
 ) -> tuple[fx.Node, ...]:
-    """Trace ``function`` on the fake values of ``args`` and add its operators to the graph."""
-    traced = make_fx(function, pre_dispatch=True)(*(value_of(arg) for arg in args))
-    traced.graph.eliminate_dead_code()
-    placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
-    mapping = dict(zip(placeholders, args, strict=True))
-    result = program.graph.graph_copy(traced.graph, mapping)
+    """Trace ``function(*values of args, *options)`` and add its operators to the graph.
+
+    Layers are alike: what was traced for one is used for all whose tensors look the same.
+    """
+    values = [value_of(arg) for arg in args]
+    looks = [(str(v.shape), str(v.stride()), v.dtype, v.device) for v in values]
+    key = (function, *options, *looks)
+    if key not in program.traced:
+        traced = make_fx(lambda *tensors: function(*tensors, *options), pre_dispatch=True)(*values)
+        traced.graph.eliminate_dead_code()
+        program.traced[key] = traced.graph
+    graph = program.traced[key]
+    mapping = dict(zip(graph.find_nodes(op="placeholder"), args, strict=True))
+    result = program.graph.graph_copy(graph, mapping)
     return result if isinstance(result, tuple) else (result,)
 
 

@@ -71,7 +71,7 @@ def _replace(program: Program, attention: Attention) -> None:
                 attention.scale, attention.softcap, attention.sinks,
             ),
         )  # fmt: skip
-    with program.graph.inserting_after(canonical):
+    with program.graph.inserting_before(canonical.next):
         result = as_output(program, canonical, original)
     original.replace_all_uses_with(result, lambda user: user is not result)
     canonical.meta = {**original.meta, "val": canonical.meta["val"], ORIGINAL: original}

@@ -22,12 +22,12 @@ from ..kernels.layout import kept_channels, key_token_bytes, value_token_bytes
 from ..kernels.reference.values import value_bias
 from ..report import Site
 from ..sliding import SlidingKeys
-from .axes import viewed
+from .axes import equal, viewed
 from .dataflow import call, inline, live_nodes
 from .find_attention import CANONICAL as ATTENTION
 from .find_attention import layer_name, restore
 from .find_kv_append import CANONICAL as APPEND
-from .patterns import SOFTMAXES, WRITES, Refused, argument, moved_from, tensor
+from .patterns import SOFTMAXES, WRITES, Refused, argument, moved_from, source, tensor
 from .program import Program, Replacement
 from .states import stored_tensors
 
@@ -121,7 +121,7 @@ def _check(program: Program, site: _Site, returned: set[fx.Node], live: set[fx.N
             raise Refused(_why_not_returned(name, node, returned), node)
     if site.slides != (site.kept_value is not site.value):
         raise Refused("only one of keys and values slides", site.key)
-    if site.key is site.value:
+    if site.key is site.value or (site.past_key and site.past_key is site.past_value):
         raise Refused("keys and values are the same tensor", site.key)
     if tensor(site.key).dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise Refused(f"keys of {tensor(site.key).dtype} cannot be pruned", site.key)
@@ -179,10 +179,22 @@ def _check_past(program: Program, site: _Site) -> None:
             if tensor(node.args[1]).dtype != past.dtype:  # type: ignore[arg-type]
                 raise Refused(f"the new tokens are not {past.dtype} as the cache is", node)
         return
+    if site.past_key is None and not _is_self_attention(site):
+        raise Refused("the keys are of other tokens than the queries: cross-attention", site.key)
     for node in (site.key, site.value):
         parts = (node.args[0] or node, node.args[1]) if node.target is APPEND else (node,)
         if any(moved_from(part, program.states) for part in parts):  # type: ignore[arg-type]
             raise Refused("a compressed cache is continued in an unknown way", node)
+        before: Any = node.args[0] if node.target is APPEND else None
+        if before is not None and source(before).op not in ("placeholder", "get_attr"):
+            raise Refused("the cache is changed before it is appended to", node)
+
+
+def _is_self_attention(site: _Site) -> bool:
+    """Whether there is a query for every key; queries of a group may come as rows."""
+    length, rows = tensor(site.key).shape[2], tensor(site.query).shape[2]
+    whole = isinstance(length, int) and isinstance(rows, int) and length and rows % length == 0
+    return bool(whole) or equal(length, rows)
 
 
 def _config(program: Program, site: _Site, past: PrunedKeys | None = None) -> SparkConfig:
@@ -224,8 +236,8 @@ def _store(program: Program, site: _Site) -> None:
     if site.slides:
         key, value = site.kept_key, site.kept_value
     with program.graph.inserting_before(max(original, key, value).next):
-        keys = inline(program, lambda k, q: store_keys(k, q, kv_heads, config), (key, site.query))
-        values = inline(program, lambda v: store_values(v, config), (value,))
+        keys = inline(program, store_keys, (key, site.query), kv_heads, config)
+        values = inline(program, store_values, (value,), config)
     program.replaced[key] = Replacement(keys, True, length, None, site.slides)
     program.replaced[value] = Replacement(values, False, length, None, site.slides)
 

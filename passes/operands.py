@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import reduce
 
 import torch
@@ -15,6 +16,7 @@ from .program import Program
 from .scores import Bias
 
 _aten = torch.ops.aten
+LEAST = torch.finfo(torch.float32).min
 
 
 def query_of(program: Program, attention: Attention) -> fx.Node:
@@ -36,7 +38,10 @@ def mask_of(program: Program, attention: Attention) -> fx.Node | None:
     if not attention.biases:
         return attention.attn_mask
     added = [_bias(program, attention, bias) for bias in attention.biases]
-    return reduce(lambda left, right: call(program, _aten.add.Tensor, (left, right)), added)
+    mask = reduce(lambda left, right: call(program, _aten.add.Tensor, (left, right)), added)
+    if attention.floored or sum(bias.fill is not None for bias in attention.biases) > 1:
+        mask = call(program, _aten.clamp_min.default, (mask, LEAST))
+    return mask
 
 
 def as_output(program: Program, canonical: fx.Node, original: fx.Node) -> fx.Node:
@@ -74,8 +79,9 @@ def _hidden(program: Program, bias: Bias) -> fx.Node:
             _aten.zeros_like.default, (mask,), {"dtype": torch.float32}
         )
         zeros.meta["val"] = torch.zeros_like(tensor(mask), dtype=torch.float32)
-    assert bias.fill is not None
-    return call(program, _aten.masked_fill.Scalar, (zeros, mask, bias.fill * bias.scale))
+    # A score that this is added to becomes it, as if it had been filled in its place.
+    fill = LEAST if bias.fill != -math.inf else -math.inf
+    return call(program, _aten.masked_fill.Scalar, (zeros, mask, fill))
 
 
 def _four_dimensional(

@@ -96,6 +96,8 @@ class Program:
     extra: dict[fx.Node, int | SymInt] = field(default_factory=dict)
     """Number of tokens that the graph appends to a state."""
     replaced: dict[fx.Node, Replacement] = field(default_factory=dict)
+    traced: dict[Any, fx.Graph] = field(default_factory=dict)
+    """What ``dataflow.inline`` has traced."""
     sites: list[Site] = field(default_factory=list)
     inputs: list[PlainInput | StateInput] = field(default_factory=list)
     outputs: list[OutputPlan] = field(default_factory=list)

@@ -70,6 +70,7 @@ class Scores:
         self.biases: tuple[Bias, ...] = ()
         self.softcap = 0.0
         self.sinks: fx.Node | None = None
+        self.floored = False
         while True:
             self.node = behind_cast(self.node)
             if self.node.target in PRODUCTS:
@@ -90,8 +91,8 @@ class Scores:
     def shape(self) -> tuple[Size, ...]:
         return tuple(tensor(self.node).shape)
 
-    def _bias(self, node: object, scale: float = 1.0, **fill: Any) -> bool:
-        if not isinstance(node, fx.Node) or self.softcap:
+    def _bias(self, node: Any, scale: float = 1.0, **fill: Any) -> bool:
+        if not is_tensor(node) or self.softcap:
             return False
         if fill and (self.factors or tensor(node).dtype != torch.bool):
             return False
@@ -99,14 +100,14 @@ class Scores:
         self.biases += (bias,)
         return True
 
-    def _factor(self, by: object, divides: bool) -> bool:
+    def _factor(self, by: Any, divides: bool) -> bool:
         number = by if isinstance(by, int | float) else constant(by)
         if number is not None:
             if number == 0 or isinstance(number, bool):
                 return False
             self.scale *= 1 / number if divides else number
             return True
-        if not isinstance(by, fx.Node) or self.softcap or depends_on_product(by):
+        if not is_tensor(by) or self.softcap or depends_on_product(by):
             return False
         size = tensor(by).shape
         if len(size) and not equal(size[-1], 1):
@@ -197,8 +198,11 @@ class Scores:
             return False
         bound = self.node.args[1] if len(self.node.args) > 1 else self.node.kwargs.get("min")
         number = bound if isinstance(bound, int | float) else constant(bound)
-        if number is None or number > HIDDEN:
+        if number is None or number > HIDDEN or number * self.scale > HIDDEN:
             return False
+        if self.factors or self.softcap or self.scale <= 0:
+            return False
+        self.floored = True
         self.node = self.node.args[0]  # type: ignore[assignment]
         return True
 
@@ -222,6 +226,11 @@ class Scores:
             return False
         self.sinks, self.node = sinks, scores
         return True
+
+
+def is_tensor(node: object) -> bool:
+    """Whether an argument is a node whose value is a tensor, not a size."""
+    return isinstance(node, fx.Node) and isinstance(node.meta["val"], torch.Tensor)
 
 
 def argument_or_none(node: fx.Node, name: str) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -14,7 +15,7 @@ from torch._subclasses import FakeTensorMode
 from .config import SparkConfig
 from .passes.lower import as_dense, fake_inputs, lower
 from .passes.pipeline import run_passes
-from .passes.program import PassFailed
+from .passes.program import PassFailed, Program
 from .report import GraphReport, SparkError, SparkWarning, record
 from .runtime import SparkGraph
 from .state import SparkTensor
@@ -45,7 +46,7 @@ def spark(
         SparkError: under ``strict=True``, where otherwise a SparkWarning is given.
     """
     config = SparkConfig.from_options(options)
-    return compile_graph(module, example_inputs, config, _inner_compiler(config, mode))
+    return compile_graph(module, example_inputs, config, inner_compiler(config, mode))
 
 
 def compile_graph(
@@ -61,22 +62,44 @@ def compile_graph(
     if reason is None:
         try:
             program = lower(module, fake_mode, fakes, config)
+            lower_ms, start = _ms_since(start), time.perf_counter()
             matches = run_passes(program)
+            passes_ms = _ms_since(start)
         except PassFailed as error:
             reason = str(error)
     if reason is not None:
         record(GraphReport("left alone", left_alone=reason))
         _complain(f"spark left a graph alone: {reason}", config)
         return _unrewritten(module, example_inputs, fake_mode, fakes, inner)
-    passes_ms = (time.perf_counter() - start) * 1e3
-    report = GraphReport(program.phase, tuple(program.sites), None, matches, passes_ms)
-    record(report)
-    _complain_about_refusals(report, config)
-    if not report.rewritten and not program.states:
+    sites = tuple(program.sites)
+    report = GraphReport(program.phase, sites, None, matches, lower_ms, passes_ms)
+    try:
+        _complain_about_refusals(report, config)
+        start = time.perf_counter()
+        compiled = _compiled(module, example_inputs, program, fakes, inner)
+        report = replace(report, compile_ms=_ms_since(start))
+    finally:
+        record(report)
+    return compiled
+
+
+def _compiled(
+    module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    program: Program,
+    fakes: Sequence[Any],
+    inner: InnerCompiler,
+) -> Compiled:
+    """The rewritten graph under the inner compiler, or Dynamo's own where nothing was rewritten."""
+    if not program.replaced and not program.states:
         return inner(module, list(example_inputs))
     placeholders = program.graph.find_nodes(op="placeholder")
     compiled = inner(program.module, [node.meta["val"] for node in placeholders])
     return SparkGraph(compiled, program, fakes)
+
+
+def _ms_since(start_s: float) -> float:
+    return (time.perf_counter() - start_s) * 1e3
 
 
 def optimize(model: ModuleT, **options: Any) -> ModuleT:
@@ -104,7 +127,8 @@ def _reason_to_leave_alone(example_inputs: Sequence[Any]) -> str | None:
     return None
 
 
-def _inner_compiler(config: SparkConfig, mode: str | None) -> InnerCompiler:
+def inner_compiler(config: SparkConfig, mode: str | None) -> InnerCompiler:
+    """The compiler of the rewritten graph."""
     from torch._dynamo.backends.registry import lookup_backend
 
     compiler = lookup_backend(config.inner)

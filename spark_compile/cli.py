@@ -60,6 +60,13 @@ def explain(
         int, typer.Option(help="Contexts shorter than this stay dense.")
     ] = DEFAULTS.min_tokens,
     strict: Annotated[bool, typer.Option("--strict", help="Fail on the first refusal.")] = False,
+    compile_too: Annotated[
+        bool,
+        typer.Option(
+            "--compile",
+            help="Compile too, with zeros for weights, and tell the passes' share of the time.",
+        ),
+    ] = False,
 ) -> None:
     """List the attention sites of MODEL: which ones are rewritten, and why others are not.
 
@@ -75,7 +82,7 @@ def explain(
         "min_tokens": min_tokens,
         "strict": strict,
     }
-    report = _explain(model, tokens, options)
+    report = _explain(model, tokens, options, compile_too)
     if as_json:
         typer.echo(json.dumps(report.as_dict(), indent=2))
         return
@@ -117,7 +124,7 @@ def demo(
         json_path.write_text(json.dumps(rows, indent=2) + "\n")
 
 
-def _explain(model: str, tokens: int, options: dict[str, Any]) -> Report:
+def _explain(model: str, tokens: int, options: dict[str, Any], compile_too: bool) -> Report:
     _config(options)
     decoder = _meta_model(model)
     import torch
@@ -126,7 +133,7 @@ def _explain(model: str, tokens: int, options: dict[str, Any]) -> Report:
 
     ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
     try:
-        return spark_compile.explain(decoder, {"input_ids": ids}, **options)
+        return spark_compile.explain(decoder, {"input_ids": ids}, compile=compile_too, **options)
     except spark_compile.SparkError as error:
         _fail(str(error), code=1)
 

@@ -1,4 +1,4 @@
-"""What the backend would do to a model, without compiling it or computing with its weights."""
+"""What the backend would do to a model, unless asked without compiling it or its weights."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import SymInt, Tensor, fx, nn
 
-from .backend import compile_graph
+from .backend import compile_graph, inner_compiler
 from .config import SparkConfig
 from .report import Report, SparkWarning, collect_report
 
 
-def explain(model: nn.Module, inputs: Mapping[str, Any], **options: Any) -> Report:
+def explain(
+    model: nn.Module, inputs: Mapping[str, Any], *, compile: bool = False, **options: Any
+) -> Report:
     """Run the passes on a model and report every attention site.
 
     The model is traced with ``inputs`` and, if it returns ``past_key_values``, once more with the
@@ -25,7 +27,9 @@ def explain(model: nn.Module, inputs: Mapping[str, Any], **options: Any) -> Repo
     Args:
         model: a decoder; its weights may be on the meta device.
         inputs: keyword arguments of its forward; tensors may be on the meta device.
-        options: fields of :class:`SparkConfig`; ``inner`` is ignored, nothing is compiled.
+        compile: also compile with ``inner`` and run, so that the report tells what share of the
+            time the passes take. Weights on the meta device are zeros then.
+        options: fields of :class:`SparkConfig`; ``inner`` is ignored unless ``compile`` is set.
 
     Raises:
         ValueError, TypeError: an option is wrong.
@@ -34,7 +38,8 @@ def explain(model: nn.Module, inputs: Mapping[str, Any], **options: Any) -> Repo
     config = SparkConfig.from_options(options)
 
     def backend(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        return compile_graph(module, example_inputs, config, _allocate_outputs)
+        inner = inner_compiler(config, None) if compile else _allocate_outputs
+        return compile_graph(module, example_inputs, config, inner)
 
     compiled = torch.compile(model, backend=backend)
     call = {name: _off_meta(value) for name, value in inputs.items()}

@@ -61,7 +61,12 @@ class GraphReport:
     """Why the whole graph was handed on as it came, if it was."""
     matches: dict[str, int] = field(default_factory=dict)
     """Number of rewrites of each pass."""
+    lower_ms: float = 0.0
+    """Time from Dynamo's graph to ATen."""
     passes_ms: float = 0.0
+    """Time of the passes on that."""
+    compile_ms: float | None = None
+    """Time of the inner compiler on it; None if nothing was compiled."""
 
     @property
     def rewritten(self) -> tuple[Site, ...]:
@@ -127,7 +132,13 @@ def _summary(graph: GraphReport) -> str:
         before = sum(site.dense_token_bytes for site in graph.rewritten)
         after = sum(site.stored_token_bytes for site in graph.rewritten)
         text += f", {before} bytes per token become {after} ({after / before:.0%})"
-    return text + (f"; refused: {graph.refusals()}" if graph.refusals() else "")
+    text += f"; refused: {graph.refusals()}" if graph.refusals() else ""
+    if graph.passes_ms:
+        text += f"; passes {graph.passes_ms:,.0f} ms behind {graph.lower_ms:,.0f} ms of tracing"
+    if graph.compile_ms:
+        share = graph.passes_ms / graph.compile_ms
+        text += f", {share:.1%} of the inner compiler's {graph.compile_ms:,.0f} ms"
+    return text
 
 
 _collecting: ContextVar[Report | None] = ContextVar("spark_report", default=None)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -66,6 +68,125 @@ def test_a_left_padded_batch_twice_with_other_lengths() -> None:
         assert torch.equal(compiled.generate(ids, **arguments), model.generate(ids, **arguments))
 
 
+@pytest.mark.slow
+def test_padding_over_several_chunks() -> None:
+    """Rows of queries that see nothing at all do not spoil the others."""
+    model, ids = tiny("llama", "sdpa"), prompts(2, 21)
+    mask = torch.ones_like(ids)
+    mask[0, :11] = 0
+    arguments = {"attention_mask": mask, "max_new_tokens": 8, "prefill_chunk_size": 4}
+    expected = model.generate(ids, **arguments)
+    assert torch.equal(exact(model).generate(ids, **arguments), expected)
+
+
+@pytest.mark.slow
+def test_one_model_again_and_again() -> None:
+    """The same prompt, another batch size, and the first prompt again."""
+    model = tiny("llama", "sdpa")
+    compiled, first = exact(model), prompts(1, 15)
+    for ids in (first, first, prompts(3, 15), first):
+        arguments = {"max_new_tokens": 12, "do_sample": False}
+        assert torch.equal(compiled.generate(ids, **arguments), model.generate(ids, **arguments))
+
+
+@pytest.mark.slow
+def test_models_take_turns() -> None:
+    """Step by step in one process, each with a cache of its own."""
+    models = [tiny("llama", "sdpa"), tiny("gpt2", "eager")]
+    runs = [(model, exact(model)) for model in models]
+    caches = [[transformers.DynamicCache(config=m.config) for m in run] for run in runs]
+    steps = [[prompts(1, length) for _ in models] for length in (13, *[1] * 9)]
+    with torch.no_grad():
+        for step in steps:
+            for ids, run, cache in zip(step, runs, caches, strict=True):
+                expected, actual = (
+                    model(input_ids=ids, past_key_values=past).logits
+                    for model, past in zip(run, cache, strict=True)
+                )
+                torch.testing.assert_close(actual, expected)
+
+
+def in_threads(*calls: Callable[[], torch.Tensor]) -> list[torch.Tensor]:
+    """The results of calls that run at the same time."""
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return [future.result(timeout=300) for future in [pool.submit(call) for call in calls]]
+
+
+def test_two_threads_generate_at_once() -> None:
+    models, ids = [tiny("llama", "sdpa"), tiny("qwen3", "sdpa")], [prompts(2, 15), prompts(1, 22)]
+    arguments = {"max_new_tokens": 30, "min_new_tokens": 30, "do_sample": False}
+    expected = [model.generate(i, **arguments) for model, i in zip(models, ids, strict=True)]
+    compiled = [exact(model) for model in models]
+    for _ in range(2):  # compiling at once, and running at once
+        actual = in_threads(
+            *(
+                lambda m=model, i=tokens: m.generate(i, **arguments)
+                for model, tokens in zip(compiled, ids, strict=True)
+            )
+        )
+        assert all(map(torch.equal, actual, expected))
+
+
+def test_one_model_in_one_thread_after_another() -> None:
+    model, arguments = tiny("llama", "sdpa"), {"max_new_tokens": 15, "do_sample": False}
+    compiled = exact(model)
+    for ids in (prompts(1, 15), prompts(1, 15)):
+        (actual,) = in_threads(lambda tokens=ids: compiled.generate(tokens, **arguments))
+        assert torch.equal(actual, model.generate(ids, **arguments))
+
+
+@pytest.mark.slow
+def test_turns_hand_their_cache_on() -> None:
+    """A conversation: each turn gets the cache of the one before, and what the user adds."""
+    model = tiny("llama", "sdpa")
+    compiled = exact(model)
+    arguments = {"max_new_tokens": 9, "do_sample": False, "return_dict_in_generate": True}
+    added = [prompts(1, length) for length in (14, 5, 5)]
+    histories = []
+    for speaker in (model, compiled):
+        history = torch.empty((1, 0), dtype=torch.long)
+        cache = transformers.DynamicCache(config=model.config)
+        for turn in added:
+            ids = torch.cat((history, turn), dim=1)
+            output = speaker.generate(ids, past_key_values=cache, **arguments)
+            history, cache = output.sequences, output.past_key_values
+        histories.append(history)
+    assert torch.equal(*histories)
+    assert isinstance(cache.layers[0].keys, PrunedKeys)
+
+
+@pytest.mark.slow
+def test_a_prefix_becomes_a_batch() -> None:
+    """A cache of one sequence, repeated for three that go on in different ways."""
+    model, prefix, rest = tiny("llama", "sdpa"), prompts(1, 20), prompts(3, 4)
+    whole = torch.cat((prefix.expand(3, -1), rest), dim=1)
+    arguments = {"max_new_tokens": 10, "do_sample": False}
+    compiled, cache = exact(model), transformers.DynamicCache(config=model.config)
+    with torch.no_grad():
+        compiled(input_ids=prefix, past_key_values=cache)
+    cache.batch_repeat_interleave(3)
+    assert isinstance(cache.layers[0].keys, PrunedKeys)
+    actual = compiled.generate(whole, past_key_values=cache, **arguments)
+    assert torch.equal(actual, model.generate(whole, **arguments))
+
+
+@pytest.mark.parametrize("filler", ["dense", pytest.param("compressed", marks=pytest.mark.slow)])
+@pytest.mark.filterwarnings("ignore::spark_compile.SparkWarning")
+def test_a_cache_made_of_tuples(filler: str) -> None:
+    """Keys and values of each layer, as older code hands them on, filled by either model."""
+    model, ids = tiny("llama", "sdpa"), prompts(1, 18)
+    compiled, cache = exact(model), transformers.DynamicCache(config=model.config)
+    with torch.no_grad():
+        (model if filler == "dense" else compiled)(input_ids=ids, past_key_values=cache)
+    legacy = tuple((layer.keys, layer.values) for layer in cache.layers)
+    whole = torch.cat((ids, prompts(1, 3)), dim=1)
+    arguments = {"max_new_tokens": 12, "do_sample": False}
+    again = transformers.DynamicCache(legacy)
+    actual = compiled.generate(whole, past_key_values=again, **arguments)
+    assert torch.equal(actual, model.generate(whole, **arguments))
+    assert isinstance(again.layers[0].keys, PrunedKeys)
+
+
 def test_turns_share_a_prefix() -> None:
     """Two continuations of one cache, one through deepcopy, do not see each other's tokens."""
     model, ids = tiny("llama", "sdpa"), prompts(1, 20)
@@ -124,6 +245,55 @@ def test_transformers_compile_config_knows_the_backend() -> None:
     with pytest.warns(UserWarning, match="written into a buffer by aten.index_copy"):
         actual = tiny("llama", "sdpa").generate(ids, compile_config=config, **arguments)
     assert torch.equal(actual, expected)
+
+
+def test_a_static_cache_is_left_alone_with_a_reason() -> None:
+    model, ids = tiny("llama", "sdpa"), prompts(1, 12)
+    compiled = optimize(copy.deepcopy(model), **{**OPTIONS, "strict": False})
+    arguments = {"max_new_tokens": 8, "do_sample": False, "cache_implementation": "static"}
+    expected = model.generate(ids, **arguments)
+    with pytest.warns(UserWarning, match="written into a buffer by aten.index_copy"):
+        assert torch.equal(compiled.generate(ids, **arguments), expected)
+
+
+TRANSLATORS: dict[str, tuple[type, dict[str, Any]]] = {
+    "t5": (transformers.T5Config, {
+        "vocab_size": 96, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4,
+        "decoder_start_token_id": 0, "initializer_factor": 3.0,
+    }),
+    "bart": (transformers.BartConfig, {
+        "vocab_size": 96, "d_model": 64, "encoder_layers": 2, "decoder_layers": 2,
+        "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 96,
+        "decoder_ffn_dim": 96, "max_position_embeddings": 128, "init_std": 0.2,
+        "bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2,
+        "forced_eos_token_id": None,
+    }),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("beams", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["t5", pytest.param("bart", marks=pytest.mark.slow)])
+@pytest.mark.filterwarnings("ignore::spark_compile.SparkWarning")
+def test_encoder_and_decoder(name: str, beams: int) -> None:
+    """The cache of the cross-attention, which nothing is appended to, stays as it is."""
+    kind, fields = TRANSLATORS[name]
+    torch.manual_seed(7)
+    model = transformers.AutoModelForSeq2SeqLM.from_config(kind(**fields)).eval()
+    ids, mask = prompts(2, 17), torch.ones(2, 17, dtype=torch.long)
+    mask[0, 12:] = 0
+    compiled = optimize(copy.deepcopy(model), key_ratio=0.0, **{**OPTIONS, "strict": False})
+    arguments = {
+        "attention_mask": mask, "max_new_tokens": 14, "min_new_tokens": 14, "do_sample": False,
+        "num_beams": beams, "return_dict_in_generate": True,
+    }  # fmt: skip
+    expected = model.generate(ids, **arguments)
+    actual = compiled.generate(ids, **arguments)
+    assert torch.equal(actual.sequences, expected.sequences)
+    assert len(expected.sequences.unique()) > 3, "the model repeats itself: compares little"
+    crossed = actual.past_key_values.cross_attention_cache.layers
+    assert {type(states) for layer in crossed for states in (layer.keys, layer.values)} == {
+        torch.Tensor
+    }
 
 
 def test_output_attentions_are_left_alone_with_a_reason() -> None:
