@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -52,6 +53,8 @@ def explain(
         if past is not None and "input_ids" in call:
             last = call["input_ids"][:, -1:]
             compiled(input_ids=last, past_key_values=past, use_cache=True)
+    if not compile:
+        report.graphs = [dataclasses.replace(graph, compile_ms=None) for graph in report.graphs]
     return report
 
 

@@ -116,3 +116,14 @@ def test_nothing_is_computed_or_changed() -> None:
 def test_a_wrong_option_is_named() -> None:
     with pytest.raises(ValueError, match="option 'key_ratio' is 2"):
         explain(named("manual"), {"input_ids": prompt(13)}, key_ratio=2)
+
+
+def test_times_are_told_and_the_share_of_compiling_where_it_was_asked_for() -> None:
+    inputs = {"input_ids": prompt(13)}
+    (traced, _), (compiled, _) = (
+        explain(named("manual"), inputs, window=4, inner="eager", compile=asked).graphs
+        for asked in (False, True)
+    )
+    assert traced.passes_ms > 0 < traced.lower_ms
+    assert traced.compile_ms is None
+    assert compiled.compile_ms is not None
