@@ -30,7 +30,7 @@ from .patterns import (
     source,
     tensor,
 )
-from .scores import Bias, Factor, Scores, depends_on_product
+from .scores import Bias, Factor, Scores, depends_on_product, is_tensor
 
 _aten = torch.ops.aten
 
@@ -115,21 +115,13 @@ def _factors(product: fx.Node) -> tuple[fx.Node, fx.Node]:
 
 def _bound(
     query: fx.Node, key: Any, value: Any, key_axes: tuple[int, int],
-    kept: Collection[fx.Node], *, output: fx.Node, sinks: fx.Node | None = None, **rest: Any,
+    kept: Collection[fx.Node], *, scores: fx.Node, output: fx.Node, sinks: fx.Node | None = None,
+    **rest: Any,
 ) -> Attention:  # fmt: skip
     """Find the caches behind what the queries and the weights meet."""
-    batch = tuple(tensor(output).shape[:-2])
-    if rank(output) == 4 and rank(key) == 4:
-        # enable_gqa: heads that the operator itself repeats
-        kv_heads = tensor(key).shape[1]
-        key_batch: tuple[Size, ...] = (batch[0], kv_heads)
-        if tensor(value).shape[1] != kv_heads or batch[1] % kv_heads != 0:
-            counts = f"{batch[1]} query, {kv_heads} key and {tensor(value).shape[1]} value heads"
-            raise Refused(f"the heads do not form groups: {counts}", output)
-    else:
-        key_batch = batch
-    key_base = cached(key, key_batch, key_axes, kept)
-    value_base = cached(value, key_batch, (2, 3), kept)
+    batch = tuple(tensor(scores).shape[:-2])
+    key_base = cached(key, _batch(scores, key), key_axes, kept)
+    value_base = cached(value, _batch(output, value), (2, 3), kept)
     if key_base is None or value_base is None:
         name = "keys" if key_base is None else "values"
         raise Refused(f"the {name} do not come as [B, H, S, D] or a view of it", output)
@@ -141,7 +133,24 @@ def _bound(
     if heads is None or not whole or tensor(query).shape[-1] != key_sizes[3]:
         raise Refused("the queries do not come as [B, H, L, D] or a view of it", output)
     sinks = _sinks(sinks, heads, output)
-    return Attention(query, key_base, value_base, heads, output=output, sinks=sinks, **rest)
+    return Attention(
+        query, key_base, value_base, heads, scores=scores, output=output, sinks=sinks, **rest
+    )
+
+
+def _batch(product: fx.Node, operand: fx.Node) -> tuple[Size, ...]:
+    """Batch dimensions of an operand; a product of four may repeat heads itself (enable_gqa).
+
+    Raises:
+        Refused: the heads are not repeated evenly.
+    """
+    batch = tuple(tensor(product).shape[:-2])
+    if len(batch) != 2 or rank(operand) != 4:
+        return batch
+    heads, kv_heads = batch[1], tensor(operand).shape[1]
+    if heads % kv_heads != 0:
+        raise Refused(f"the heads do not form groups: {heads} for {kv_heads}", product)
+    return batch[0], kv_heads
 
 
 def _heads(batch: tuple[Size, ...], entries: Size) -> int | None:
@@ -165,7 +174,8 @@ def _sinks(column: fx.Node | None, heads: int, output: fx.Node) -> fx.Node | Non
         return None
     for base, dims in viewed(column):
         own = [index for index, dim in enumerate(dims) if any(a.origin is not None for a in dim)]
-        if rank(base) == 1 and tensor(base).shape[0] == heads and own == [len(dims) - 3]:
+        per_head = [] if heads == 1 else [len(dims) - 3]
+        if rank(base) == 1 and tensor(base).shape[0] == heads and own == per_head:
             return base
     raise Refused("a column beside the scores is not a logit per head", output)
 
@@ -191,7 +201,7 @@ def _weighted_sum(softmax: fx.Node, scores: Scores) -> fx.Node | None:
 def _keeps_weights(user: fx.Node) -> bool:
     """Whether a node is its operand up to copies, a cast, and batch dimensions merged or split."""
     operand: Any = user.args[0] if user.args else None
-    if not isinstance(operand, fx.Node):
+    if not isinstance(operand, fx.Node) or not is_tensor(user):
         return False
     if user.target in CASTS or source(user) is source(operand):
         return tensor(user).is_floating_point()

@@ -83,7 +83,7 @@ def _repeat_interleave(node: fx.Node, dims: Dims) -> Dims | None:
     if not isinstance(dim, int) or not isinstance(repeats, int | SymInt):
         return None
     changed = list(dims)
-    changed[dim] = (*changed[dim], Axis(None, repeats))
+    changed[dim] += () if equal(repeats, 1) else (Axis(None, repeats),)
     return tuple(changed)
 
 

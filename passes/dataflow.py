@@ -14,19 +14,16 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from .program import Program
 
 
-def digraph(graph: fx.Graph) -> nx.DiGraph[fx.Node]:
-    """The graph's data dependencies, an edge from each value to each of its users."""
-    flow: nx.DiGraph[fx.Node] = nx.DiGraph()
-    flow.add_nodes_from(graph.nodes)
-    flow.add_edges_from((node, user) for node in graph.nodes for user in node.users)
-    return flow
-
-
 def live_nodes(graph: fx.Graph) -> set[fx.Node]:
     """Nodes that the output or a side effect needs; passes leave dead alternatives behind."""
-    flow = digraph(graph)
-    roots = [node for node in graph.nodes if node.op == "output" or has_effect(node)]
-    return set(roots).union(*(nx.ancestors(flow, root) for root in roots))
+    live = {node for node in graph.nodes if node.op == "output" or has_effect(node)}
+    stack = list(live)
+    while stack:
+        for operand in stack.pop().all_input_nodes:
+            if operand not in live:
+                live.add(operand)
+                stack.append(operand)
+    return live
 
 
 def has_effect(node: fx.Node) -> bool:

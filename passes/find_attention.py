@@ -22,6 +22,8 @@ from .program import Program
 CANONICAL = torch.ops.spark.attention.default
 ORIGINAL = "spark_original"
 """Key of ``node.meta`` under which a canonical node remembers what it stands for."""
+RESULT = "spark_result"
+"""Likewise, what has the uses of that: the node itself, or a cast or view of it."""
 
 
 @dataclass(frozen=True)
@@ -74,13 +76,15 @@ def _replace(program: Program, attention: Attention) -> None:
     with program.graph.inserting_before(canonical.next):
         result = as_output(program, canonical, original)
     original.replace_all_uses_with(result, lambda user: user is not result)
-    canonical.meta = {**original.meta, "val": canonical.meta["val"], ORIGINAL: original}
+    canonical.meta = {
+        **original.meta, "val": canonical.meta["val"], ORIGINAL: original, RESULT: result,
+    }  # fmt: skip
 
 
 def restore(canonical: fx.Node) -> fx.Node:
     """Give the node that a canonical one stands for its uses back, and return it."""
     original: fx.Node = canonical.meta[ORIGINAL]
-    canonical.replace_all_uses_with(original)
+    canonical.meta.get(RESULT, canonical).replace_all_uses_with(original)
     return original
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 import sys
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -20,15 +21,16 @@ from ..cache import PrunedKeys, StoredValues
 from ..config import SparkConfig
 from ..kernels.layout import kept_channels, key_token_bytes, value_token_bytes
 from ..kernels.reference.values import value_bias
-from ..report import Site
+from ..report import Refusal, Site
 from ..sliding import SlidingKeys
 from .axes import equal, viewed
 from .dataflow import call, inline, live_nodes
 from .find_attention import CANONICAL as ATTENTION
 from .find_attention import layer_name, restore
 from .find_kv_append import CANONICAL as APPEND
-from .patterns import SOFTMAXES, WRITES, Refused, argument, moved_from, source, tensor
+from .patterns import SOFTMAXES, WRITES, Refused, argument, moved, moved_from, rank, source, tensor
 from .program import Program, Replacement
+from .scores import is_tensor
 from .states import stored_tensors
 
 ATTENTIONS = {ATTENTION, torch.ops.aten.scaled_dot_product_attention.default, *SOFTMAXES}
@@ -70,18 +72,36 @@ class InsertSpark:
     def __call__(self, program: Program) -> int:
         returned = {node for node in program.returned() if isinstance(node, fx.Node)}
         live = live_nodes(program.graph)
-        rewritten = 0
-        for attention in program.graph.find_nodes(op="call_function", target=ATTENTION):
-            site, refusal = _site(attention, returned), None
-            program_site = _described(site, program.config)
-            try:
-                _check(program, site, returned, live)
-                (_append_and_attend if site.past_key in program.states else _store)(program, site)
-                rewritten += 1
-            except Refused as refused:
-                refusal = refused.refusal
-            program.sites.append(replace(program_site, refusal=refusal))
-        return rewritten
+        refusals: dict[fx.Node, Refusal | None] = {}
+        groups: dict[tuple[fx.Node, fx.Node], list[_Site]] = {}
+        sites = [
+            _site(attention, returned)
+            for attention in program.graph.find_nodes(op="call_function", target=ATTENTION)
+        ]
+        for site in sites:
+            groups.setdefault((site.key, site.value), []).append(site)
+        described = [_described(site, program.config) for site in sites]
+        for group in groups.values():
+            refusal = _rewrite(program, group, returned, live)
+            refusals.update((site.attention, refusal) for site in group)
+        program.sites += [
+            replace(report, refusal=refusals[site.attention])
+            for site, report in zip(sites, described, strict=True)
+        ]
+        return sum(refusal is None for refusal in refusals.values())
+
+
+def _rewrite(
+    program: Program, group: list[_Site], returned: set[fx.Node], live: set[fx.Node]
+) -> Refusal | None:
+    """Rewrite the sites that share one cache, layers that borrow another one's included."""
+    try:
+        _check(program, group, returned, live)
+    except Refused as refused:
+        return refused.refusal
+    continues = group[0].past_key in program.states
+    (_append_and_attend if continues else _store)(program, group)
+    return None
 
 
 def _site(attention: fx.Node, returned: set[fx.Node]) -> _Site:
@@ -111,8 +131,11 @@ def _cuts_front(node: fx.Node) -> bool:
     return to_the_end and argument(node, "step") == 1
 
 
-def _check(program: Program, site: _Site, returned: set[fx.Node], live: set[fx.Node]) -> None:
-    """Raise Refused unless the site's cache can be stored compressed."""
+def _check(
+    program: Program, group: list[_Site], returned: set[fx.Node], live: set[fx.Node]
+) -> None:
+    """Raise Refused unless the cache of these sites can be stored compressed."""
+    site = group[0]
     for name, node, kept in (
         ("keys", site.key, site.kept_key),
         ("values", site.value, site.kept_value),
@@ -126,20 +149,19 @@ def _check(program: Program, site: _Site, returned: set[fx.Node], live: set[fx.N
     if tensor(site.key).dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise Refused(f"keys of {tensor(site.key).dtype} cannot be pruned", site.key)
     _check_past(program, site)
-    _check_readers(program, site, live)
+    _check_readers(program, group, live)
 
 
 def _why_not_returned(name: str, node: fx.Node, returned: set[fx.Node]) -> str:
     """Tell a cache that is kept in a way not known here from no cache at all."""
-    if any(_is_view(value, node) or _is_view(node, value) for value in returned):
+    behind = [value for value in moved(node, forwards=True) if value in returned]
+    if any(base in returned for base, _ in viewed(node)) or any(_is_view(v, node) for v in behind):
         return f"the cache keeps the {name} in another layout than [B, H, S, D]"
-    for value in returned:
-        if moved_from(value, [node]):
-            return f"the cache keeps the {name} changed by {value.target}, as a sliding window does"
+    if behind:
+        return f"the cache keeps the {name} changed by {behind[0].target}"
     if _computed_from(node, returned):
         return f"the {name} are computed from what is cached, as in latent attention"
-    writes = [other for other in node.graph.nodes if other.target in WRITES]
-    written = next((write for write in writes if moved_from(node, [write])), None)
+    written = next((source for source in moved(node) if source.target in WRITES), None)
     if written is not None:
         return f"the {name} are written into a buffer by {written.target}, not appended by cat"
     return f"the {name} are not returned by the graph: no cache is kept"
@@ -147,12 +169,10 @@ def _why_not_returned(name: str, node: fx.Node, returned: set[fx.Node]) -> str:
 
 def _computed_from(node: fx.Node, returned: set[fx.Node]) -> bool:
     """Whether a value depends on what the graph returns, other than through an attention."""
-    shapes = ((value, value.meta["val"]) for value in returned)
-    caches = {value for value, made in shapes if isinstance(made, Tensor) and made.dim() == 4}
     seen, stack = {node}, [node]
     while stack:
         for operand in stack.pop().all_input_nodes:
-            if operand in caches:
+            if operand in returned and is_tensor(operand) and rank(operand) == 4:
                 return True
             if operand not in seen and operand.target not in ATTENTIONS:
                 seen.add(operand)
@@ -162,7 +182,7 @@ def _computed_from(node: fx.Node, returned: set[fx.Node]) -> bool:
 
 def _is_view(node: fx.Node, of: fx.Node) -> bool:
     """Whether a tensor holds all elements of another one and no more."""
-    return isinstance(node.meta["val"], Tensor) and any(base is of for base, _ in viewed(node))
+    return any(base is of for base, _ in viewed(node))
 
 
 def _check_past(program: Program, site: _Site) -> None:
@@ -203,15 +223,16 @@ def _config(program: Program, site: _Site, past: PrunedKeys | None = None) -> Sp
     return program.config.sliding() if slides else program.config
 
 
-def _check_readers(program: Program, site: _Site, live: set[fx.Node]) -> None:
-    """The appended keys and values must serve this attention and the next step alone."""
+def _check_readers(program: Program, group: list[_Site], live: set[fx.Node]) -> None:
+    """The appended keys and values must serve these attentions and the next step alone."""
+    site, attentions = group[0], {site.attention for site in group}
     for append, kept, past in (
         (site.key, site.kept_key, site.past_key),
         (site.value, site.kept_value, site.past_value),
     ):
         assert kept is not None
-        _refuse_others(append, {site.attention, program.output, kept}, live)
-        _refuse_others(kept, {site.attention, program.output}, live)
+        _refuse_others(append, attentions | {program.output, kept}, live)
+        _refuse_others(kept, attentions | {program.output}, live)
         if past in program.states:
             _refuse_others(past, {append}, live)
 
@@ -223,32 +244,40 @@ def _refuse_others(node: fx.Node, allowed: set[fx.Node], live: set[fx.Node]) -> 
             raise Refused(f"the cache is also read by {name}", user)
 
 
-def _store(program: Program, site: _Site) -> None:
+def _store(program: Program, group: list[_Site]) -> None:
     """Prune keys and values behind the exact attention of a prefill."""
+    site = group[0]
     assert site.kept_key is not None
     assert site.kept_value is not None
-    config, kv_heads = _config(program, site), tensor(site.key).shape[1]
-    length = tensor(site.kept_key).shape[2]
-    original = restore(site.attention)
+    config, length = _config(program, site), tensor(site.kept_key).shape[2]
+    originals = [restore(sharer.attention) for sharer in group]
     key, value = (
         restore(node) if node.target is APPEND else node for node in (site.key, site.value)
     )
     if site.slides:
         key, value = site.kept_key, site.kept_value
-    with program.graph.inserting_before(max(original, key, value).next):
-        keys = inline(program, store_keys, (key, site.query), kv_heads, config)
+    with program.graph.inserting_before(max(*originals, key, value).next):
+        stats = _query_stats(program, group, config)
+        keys = inline(program, store_keys, (key, stats), config)
         values = inline(program, store_values, (value,), config)
     program.replaced[key] = Replacement(keys, True, length, None, site.slides)
     program.replaced[value] = Replacement(values, False, length, None, site.slides)
 
 
-def store_keys(
-    key: Tensor, query: Tensor, kv_heads: int, config: SparkConfig
-) -> tuple[Tensor, ...]:
+def _query_stats(program: Program, group: list[_Site], config: SparkConfig) -> fx.Node:
+    """The statistics of all queries that meet a cache in this graph."""
+    kv_heads = tensor(group[0].key).shape[1]
+    stats = [
+        call(program, torch.ops.spark.query_stats.default, (site.query, kv_heads, config.window))
+        for site in group
+    ]
+    return reduce(lambda one, two: call(program, torch.ops.aten.add.Tensor, (one, two)), stats)
+
+
+def store_keys(key: Tensor, stats: Tensor, config: SparkConfig) -> tuple[Tensor, ...]:
     """The stored tensors of dense keys [B, Hkv, S, D]: kept, bits, scale, norms, stats, tail."""
     packed, sinks = config.packed_length(key.shape[2]), config.sink_tokens
     kept = kept_channels(key.shape[3], config.key_ratio)
-    stats = ops.query_stats(query, kv_heads, config.window)
     norms = stats.sqrt()
     # With nothing to pack yet the rows are only room for the first block.
     body = key[:, :, sinks : sinks + packed] if packed else _room(key, config.window)
@@ -277,44 +306,55 @@ def _room(like: Tensor, rows: int) -> Tensor:
     return like.new_zeros((*like.shape[:2], rows, like.shape[3]))
 
 
-def _append_and_attend(program: Program, site: _Site) -> None:
-    """One operator in place of append, recovery and attention."""
+def _append_and_attend(program: Program, group: list[_Site]) -> None:
+    """One operator in place of append, recovery and attention; sharers append nothing."""
+    site = group[0]
     assert site.past_key is not None
     assert site.past_value is not None
-    config, attention, length = program.config, site.attention, tensor(site.key).shape[2]
-    new_key, new_value = site.key.args[1], site.value.args[1]
+    new: list[fx.Node] = [site.key.args[1], site.value.args[1]]  # type: ignore[list-item]
     key, value = (stored_tensors(program, past) for past in (site.past_key, site.past_value))
     for past in (site.past_key, site.past_value):
-        program.extra[past] = tensor(new_key).shape[2]  # type: ignore[arg-type]
-    sliding = "first" in key
+        program.extra[past] = tensor(new[0]).shape[2]
     config = _config(program, site, program.states[site.past_key])  # type: ignore[arg-type]
-    target = _OPERATORS["first" in key]
-    firsts = (key["first"], value["first"]) if sliding else ()
-    mask, causal_offset, scale, softcap, sinks = attention.args[3:]
-    with program.graph.inserting_before(attention):
-        pair = call(program, target, (
-            site.query, *firsts, new_key, new_value,
-            key["kept"], key["bits"], key["scale"], key["norms"], key["packed_length"],
-            key["tail"], value["rows"], key["length"],
-            mask, causal_offset, scale, softcap, sinks,
-            config.sink_tokens, config.recovery, config.saliency, False,
-            value.get("value_bits"), value.get("value_scale"), value.get("value_bias"),
-        ))  # fmt: skip
-        output = call(program, operator.getitem, (pair, 0))
-        kv_heads = tensor(site.key).shape[1]
-        recent = call(
-            program, torch.ops.spark.query_stats.default, (site.query, kv_heads, config.window)
-        )
-        stats = call(program, torch.ops.aten.add.Tensor, (key["stats"], recent))
-    attention.replace_all_uses_with(output)
+    for sharer in group:
+        with program.graph.inserting_before(sharer.attention):
+            output = _attend(program, sharer.attention, new, key, value, config)
+            if sharer is site and len(group) > 1:
+                added = call(program, torch.ops.aten.sym_size.int, (new[0], 2))
+                key = key | {"length": call(program, operator.add, (key["length"], added))}
+                new = [call(program, torch.ops.aten.slice.Tensor, (n, 2, 0, 0)) for n in new]
+            if sharer is group[-1]:
+                recent = _query_stats(program, group, config)
+                stats = call(program, torch.ops.aten.add.Tensor, (key["stats"], recent))
+        sharer.attention.replace_all_uses_with(output)
     for kept, past, nodes in (
         (site.kept_key, site.past_key, (stats,)),
         (site.kept_value, site.past_value, ()),
     ):
         assert kept is not None
+        length = tensor(site.key).shape[2]
         program.replaced[kept] = Replacement(
             nodes, kept is site.kept_key, length, past, dropped=site.dropped
         )
+
+
+def _attend(
+    program: Program, attention: fx.Node, new: list[fx.Node], key: dict[str, Any],
+    value: dict[str, Any], config: SparkConfig,
+) -> fx.Node:  # fmt: skip
+    """Append ``new`` key and value tokens, then attend."""
+    sliding = "first" in key
+    firsts = (key["first"], value["first"]) if sliding else ()
+    mask, causal_offset, scale, softcap, sinks = attention.args[3:]
+    pair = call(program, _OPERATORS[sliding], (
+        attention.args[0], *firsts, *new,
+        key["kept"], key["bits"], key["scale"], key["norms"], key["packed_length"],
+        key["tail"], value["rows"], key["length"],
+        mask, causal_offset, scale, softcap, sinks,
+        config.sink_tokens, config.recovery, config.saliency, False,
+        value.get("value_bits"), value.get("value_scale"), value.get("value_bias"),
+    ))  # fmt: skip
+    return call(program, operator.getitem, (pair, 0))
 
 
 def _described(site: _Site, config: SparkConfig) -> Site:

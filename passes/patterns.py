@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -108,13 +108,20 @@ def behind_cast(node: fx.Node) -> fx.Node:
 
 def moved_from(node: fx.Node, origins: Collection[fx.Node]) -> bool:
     """Whether a value holds values of one of ``origins``, moved but not computed with."""
+    return any(source in origins for source in moved(node))
+
+
+def moved(node: fx.Node, forwards: bool = False) -> Iterator[fx.Node]:
+    """The node, and those whose values it holds; ``forwards`` those that hold values of it."""
     seen: set[fx.Node] = set()
     stack = [node]
     while stack:
         current = stack.pop()
-        if current in origins:
-            return True
-        if current.target in MOVES and current not in seen:
-            seen.add(current)
+        if current in seen:
+            continue
+        seen.add(current)
+        yield current
+        if forwards:
+            stack += [user for user in current.users if user.target in MOVES]
+        elif current.target in MOVES:
             stack += current.all_input_nodes
-    return False

@@ -98,6 +98,7 @@ def compress(
 ) -> tuple[PrunedKeys, StoredValues]:
     """What a rewritten prefill returns in the place of a key and a value."""
     names = ("kept", "bits", "scale", "norms", "stats", "tail")
-    stored = dict(zip(names, store_keys(key, key, key.shape[1], config), strict=True))
+    stats = torch.ops.spark.query_stats(key, key.shape[1], config.window)
+    stored = dict(zip(names, store_keys(key, stats, config), strict=True))
     keys = new_keys(stored, key.shape[2], config)
     return keys, new_values(store_values(value, config), value.shape[2], config)

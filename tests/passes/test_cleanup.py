@@ -35,7 +35,7 @@ def test_nothing_canonical_is_left(capture: Any, compressed: Any, calls: Any, na
 
 
 def test_refused_sites_get_back_what_the_model_computed(capture: Any, calls: Any) -> None:
-    model = decoder("sliding")
+    model = decoder("tokens_first")
     program = capture(model, prompt(), passes=PIPELINE)
     assert calls(program) == calls(capture(model, prompt(), passes=PIPELINE[:1]))
     assert all(isinstance(plan, PlainOutput) for plan in program.outputs)
@@ -65,7 +65,7 @@ def test_the_plan_of_a_decode(capture: Any, compressed: Any) -> None:
     assert program.matches["Cleanup"] == 0
 
 
-@pytest.mark.parametrize("name", ["sliding", "key_norms", "scaled_late"])
+@pytest.mark.parametrize("name", ["key_norms", "scaled_late"])
 def test_a_refused_decode_recovers_its_past(
     capture: Any, compressed: Any, count: Any, name: str
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import pytest
@@ -88,7 +89,6 @@ EXPECTED = {  # for a prefill and a decode; None: either way will do, "": for an
     "scaled_late": ("computed from what is cached", "computed from what is cached"),
     "one_tensor": ("same tensor", "keys and values"),
     "key_norms": (None, "the cache is also read by"),
-    "shared_cache": (None, "the cache is also read by"),
     "three_parts": (None, ""),
 }
 
@@ -116,6 +116,21 @@ def test_a_sliding_window_lets_go_of_its_first_tokens(capture: Any, compressed: 
     with_past = capture(model, prompt(3), compressed(model, prompt(LENGTH)), passes=PASSES)
     assert refusals(with_past) == [""]
     assert all(made.dropped == 3 for made in with_past.replaced.values())
+
+
+def test_a_cache_that_layers_share_grows_once(
+    capture: Any, compressed: Any, count: Any
+) -> None:
+    model = decoder("shared_cache", layers=1)
+    program = capture(model, prompt(1), compressed(model, prompt(LENGTH)), passes=PASSES)
+    assert refusals(program) == [""] * 2
+    assert count(program, "spark.append_attend") == 2
+    assert len(program.replaced) == 2
+    first, second = program.graph.find_nodes(
+        op="call_function", target=torch.ops.spark.append_attend.default
+    )
+    assert [call.args[1].meta["val"].shape[2] for call in (first, second)] == [1, 0]
+    assert second.args[10].target is operator.add
 
 
 def test_cross_attention_without_a_cache_is_refused(capture: Any) -> None:
@@ -156,7 +171,9 @@ def test_sites_tell_their_shapes_and_bytes(capture: Any) -> None:
 def test_store_keeps_sinks_and_recent_tokens_dense(length: int, packed: int) -> None:
     config = SparkConfig(window=4, sink_tokens=1, inner="eager")
     key, query = torch.randn(2, 2, length, 8), torch.randn(2, 4, length, 8)
-    kept, bits, scale, _, stats, tail = store_keys(key, query, 2, config)
+    kept, bits, scale, _, stats, tail = store_keys(
+        key, torch.ops.spark.query_stats(query, 2, config.window), config
+    )
     assert kept.shape[2] == bits.shape[2] == scale.shape[2] == (packed or config.window)
     assert tail.shape[2] == length - packed + config.window
     assert stats.any() == (packed == 0)

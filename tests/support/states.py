@@ -35,7 +35,9 @@ def prefill(
     """States of ``length`` random tokens; two query heads share a key head."""
     query = torch.randn(batch, 2 * HEADS, length, KEY_DIM, dtype=dtype)
     key, value = tokens(length, batch, dtype)
-    stored = dict(zip(_NAMES, store_keys(key, query, HEADS, config), strict=True))
+    stored = dict(
+        zip(_NAMES, store_keys(key, query_stats(query, HEADS, config.window), config), strict=True)
+    )
     keys = new_keys(stored, length, config)
     values = new_values(store_values(value, config), length, config)
     return Prefill(query, key, value, keys, values)
