@@ -5,7 +5,7 @@ STAMP := $(VENV)/.stamp
 # Extra arguments: make test ARGS="-k cli", make demo ARGS="--context 1000".
 ARGS ?=
 
-.PHONY: setup demo test test-all sanitize bench-kernels bench-decode gpu check format clean
+.PHONY: setup demo test test-all sanitize bench-kernels bench-decode coverage gpu fuzz check format clean
 
 setup: $(STAMP)
 
@@ -34,6 +34,11 @@ bench-kernels: setup
 bench-decode: setup
 	$(BIN)/python -m benchmarks.bench_decode $(ARGS)
 
+# Every causal language model of transformers, tiny; an hour or more. Goes on where it was stopped;
+# ARGS="--fresh" starts again, ARGS="--jobs 2" runs two at a time. Also writes docs/coverage.md.
+coverage: setup
+	$(BIN)/python -m benchmarks.coverage $(ARGS)
+
 # Needs a GPU: numerics first, then the sweep.
 gpu: setup
 	$(BIN)/pytest -q tests/gpu tests/kernels/test_triton_numerics.py
@@ -50,6 +55,11 @@ sanitize: setup
 		LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 		$(BIN)/python -m pytest -q -p no:cacheprovider tests/kernels/test_cpu.py || exit 1; \
 	done
+
+# Random attention programs, others each time; those that failed are tried first the next time.
+fuzz: setup
+	SPARK_FUZZ_EXAMPLES=$${SPARK_FUZZ_EXAMPLES:-3000} \
+	$(BIN)/pytest -q tests/passes/test_random_programs.py -k other_programs $(ARGS)
 
 check: setup
 	$(BIN)/ruff check .

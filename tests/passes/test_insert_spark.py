@@ -118,9 +118,7 @@ def test_a_sliding_window_lets_go_of_its_first_tokens(capture: Any, compressed: 
     assert all(made.dropped == 3 for made in with_past.replaced.values())
 
 
-def test_a_cache_that_layers_share_grows_once(
-    capture: Any, compressed: Any, count: Any
-) -> None:
+def test_a_cache_that_layers_share_grows_once(capture: Any, compressed: Any, count: Any) -> None:
     model = decoder("shared_cache", layers=1)
     program = capture(model, prompt(1), compressed(model, prompt(LENGTH)), passes=PASSES)
     assert refusals(program) == [""] * 2

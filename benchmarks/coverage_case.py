@@ -1,0 +1,205 @@
+"""One architecture: eager, under spark and, where that fails, under plain ``torch.compile``."""
+
+from __future__ import annotations
+
+import copy
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+import spark_compile
+from spark_compile import PrunedKeys, SparkConfig, StoredValues
+from spark_compile.report import Report, collect_report
+
+from .coverage_models import class_name, tiny_model
+from .simulated import Simulated, cache_layers
+
+TOLERANCE = 1e-4
+"""Largest relative error (root mean squares) of float32 logits, as in the tests' table."""
+ATTENTIONS = ("sdpa", "eager")
+NOT_FOUND = "no site was found for the layer"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How every architecture is run."""
+
+    inner: str = "eager"
+    prompt: int = 16
+    steps: int = 24
+    window: int = 4
+    key_ratio: float = 0.5
+
+
+@dataclass
+class Run:
+    """What one greedy generation gave."""
+
+    tokens: Tensor
+    """[B, steps]"""
+    logits: Tensor
+    """[B, steps, vocabulary]"""
+    cache: Any
+
+
+def generate(model: Any, settings: Settings) -> Run:
+    """Generate greedily from a prompt that is the same for every architecture."""
+    ids = torch.randint(3, 90, (1, settings.prompt), generator=torch.Generator().manual_seed(5))
+    config = transformers.GenerationConfig(
+        max_new_tokens=settings.steps, do_sample=False, use_cache=True, pad_token_id=0,
+        decoder_start_token_id=1, guidance_scale=1.0, num_return_sequences=1,
+        output_logits=True, return_dict_in_generate=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+    logits = torch.stack(output.logits, dim=1).float()
+    tokens = output.sequences.reshape(len(ids), -1)[:, -settings.steps :]
+    return Run(tokens, logits, output.get("past_key_values"))
+
+
+def compare(actual: Run, expected: Run) -> dict[str, Any]:
+    """Relative error of the logits up to and with the first token that differs."""
+    differs = (actual.tokens != expected.tokens).any(0).nonzero()
+    same = int(differs[0]) if len(differs) else actual.tokens.shape[1]
+    got, wanted = (run.logits[:, : same + 1] for run in (actual, expected))
+    finite = wanted.isfinite()  # some models mask their vocabulary with -inf
+    error = (got - wanted)[finite].norm() / wanted[finite].norm()
+    good = bool(error <= TOLERANCE) and bool((got.isfinite() == finite).all())
+    return {"status": "ok" if good else "differs", "error": float(error), "same_tokens": same}
+
+
+def count_sites(cache: Any, prompt: int) -> dict[str, list[str]]:
+    """The layers that have grown beyond ``prompt`` tokens, and those that slide.
+
+    Counted in the eager model's cache: knows nothing of what the passes find.
+    """
+    found: dict[str, list[str]] = {"growing": [], "sliding": []}
+    for name, layer in cache_layers(cache).items():
+        keys = layer.keys if isinstance(layer, DynamicLayer) else None
+        if not isinstance(keys, Tensor) or keys.dim() != 4:
+            continue
+        if layer.is_sliding:
+            found["sliding"].append(name)
+        elif keys.shape[2] > prompt:
+            found["growing"].append(name)
+    return found
+
+
+def compressed_layers(cache: Any) -> list[str]:
+    """The layers that store pruned keys."""
+    return [
+        name
+        for name, layer in cache_layers(cache).items()
+        if isinstance(getattr(layer, "keys", None), PrunedKeys)
+        and isinstance(layer.values, StoredValues)
+    ]
+
+
+def refusals(report: Report) -> dict[str, int]:
+    """Reasons, with the number of modules whose sites were refused or of graphs left alone."""
+    found = {(site.refusal.reason, site.layer) for graph in report.graphs for site in graph.sites
+             if site.refusal is not None}  # fmt: skip
+    counts = Counter(reason for reason, _ in found)
+    counts.update(graph.left_alone for graph in report.graphs if graph.left_alone is not None)
+    return dict(sorted(counts.items()))
+
+
+def attempt(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What ``work`` returns, or its exception; with the seconds it took."""
+    torch._dynamo.reset()
+    start_s = time.perf_counter()
+    try:
+        result = work()
+    except Exception as error:
+        last = "".join(traceback.format_exception(error)).strip().splitlines()[-14:]
+        result = {"status": "crash", "crash": first_line(error), "traceback": last}
+    return {**result, "seconds": round(time.perf_counter() - start_s, 2)}
+
+
+def first_line(error: BaseException) -> str:
+    """An exception in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
+
+
+class Case:
+    """One architecture with one implementation of attention."""
+
+    def __init__(self, model: Any, settings: Settings) -> None:
+        self._model, self._settings = model, settings
+        self._eager = generate(model, settings)
+        self.sites = count_sites(self._eager.cache, settings.prompt)
+
+    def rows(self) -> dict[str, Any]:
+        """Every comparison, and what was rewritten."""
+        row: dict[str, Any] = {"sites": self.sites}
+        row["pruned"] = pruned = attempt(lambda: self.spark(self._settings.key_ratio))
+        # With nothing compressed the ratio is of no consequence.
+        same = pruned["status"] == "ok" and not pruned["compressed"]
+        row["exact"] = pruned if same else attempt(lambda: self.spark(0.0))
+        if row["exact"]["status"] != "ok" or pruned["status"] != "ok":
+            row["plain"] = attempt(self.plain)
+        return row
+
+    def plain(self) -> dict[str, Any]:
+        """Compare plain ``torch.compile`` with eager."""
+        model = copy.deepcopy(self._model)
+        model.compile(backend=self._settings.inner)
+        return compare(generate(model, self._settings), self._eager)
+
+    def spark(self, key_ratio: float) -> dict[str, Any]:
+        """Compare spark at a ratio with what it must equal, and tell what it rewrote."""
+        settings = self._settings
+        options = {"key_ratio": key_ratio, "window": settings.window, "inner": settings.inner}
+        model = spark_compile.optimize(copy.deepcopy(self._model), **options)
+        with collect_report() as report, warnings.catch_warnings(action="ignore"):
+            run = generate(model, settings)
+        layers = compressed_layers(run.cache)
+        facts = {
+            "compressed": layers, "graphs": len(report.graphs), "refusals": refusals(report),
+            "sites": [len(graph.sites) for graph in report.graphs],
+        }  # fmt: skip
+        if not key_ratio or not layers:
+            return {**facts, **compare(run, self._eager)}
+        return {**facts, **self._simulated(SparkConfig(**options), layers, run)}
+
+    def _simulated(self, config: SparkConfig, layers: list[str], run: Run) -> dict[str, Any]:
+        """Compare with the method done to the eager model."""
+        with Simulated(config, layers) as simulated:
+            expected = generate(self._model, self._settings)
+        if simulated.lost():
+            return {"status": "no oracle", "lost": simulated.lost()}
+        return {**compare(run, expected), "effect": compare(expected, self._eager)["error"]}
+
+
+def run_architecture(name: str, settings: Settings) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each implementation of attention with its row, or with why there is none."""
+    yield "class", {"class": class_name(name)}
+    for attention in ATTENTIONS:
+        try:
+            model = tiny_model(name, attention)
+        except Exception as error:
+            unsupported = "does not support an attention implementation" in str(error)
+            why = {} if unsupported else {"not_built": first_line(error)}
+            yield attention, {"supported": not unsupported, **why}
+            continue
+        yield attention, {"supported": True, **case_row(model, settings)}
+
+
+def case_row(model: Any, settings: Settings) -> dict[str, Any]:
+    """The row of a model, or why it does not generate eagerly."""
+    try:
+        case = Case(model, settings)
+    except Exception as error:
+        last = "".join(traceback.format_exception(error)).strip().splitlines()[-8:]
+        return {"not_run": first_line(error), "traceback": last}
+    return case.rows()

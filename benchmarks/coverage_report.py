@@ -1,0 +1,234 @@
+"""What ``coverage`` found: figures, a table for the screen and ``docs/coverage.md``."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.table import Table
+
+from .coverage_case import ATTENTIONS, NOT_FOUND
+
+CHECKS = {"exact": "ratio 0", "pruned": "ratio 0.5"}
+BLIND = 1e-3
+"""Pruning that changes the logits by less leaves nothing to compare."""
+
+
+@dataclass
+class Summary:
+    """Figures over all architectures and implementations of attention."""
+
+    architectures: int = 0
+    ran: int = 0
+    without: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    """Why architectures could not be built or run, with their names."""
+    growing: int = 0
+    sliding: int = 0
+    rewritten: int = 0
+    rewritten_sliding: int = 0
+    reasons: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    """Why growing sites were left alone, with where."""
+    wrong: list[str] = field(default_factory=list)
+    crashes: list[str] = field(default_factory=list)
+    not_ours: list[str] = field(default_factory=list)
+    blind: list[str] = field(default_factory=list)
+
+
+def summarize(rows: dict[str, Any]) -> Summary:
+    """The figures of all rows."""
+    result = Summary(architectures=len(rows))
+    for name, row in sorted(rows.items()):
+        cases = [(attention, row[attention]) for attention in ATTENTIONS if attention in row]
+        failed = {why for _, case in cases if (why := why_not(case))}
+        ran = [(attention, case) for attention, case in cases if "sites" in case]
+        result.ran += bool(ran)
+        for why in failed | ({row["error"]} if "error" in row else set()):
+            result.without[why].append(name)
+        for attention, case in ran:
+            _count(result, f"{name} ({attention})", case)
+    return result
+
+
+def why_not(case: dict[str, Any]) -> str | None:
+    """Why a case was not run, if it was meant to be."""
+    return case.get("not_built") or case.get("not_run")
+
+
+def _count(result: Summary, where: str, case: dict[str, Any]) -> None:
+    growing, sliding, rewritten, slid = counts(case)
+    result.growing += growing
+    result.sliding += sliding
+    result.rewritten += rewritten
+    result.rewritten_sliding += slid
+    if rewritten < growing:
+        for reason in reasons(case):
+            result.reasons[reason].append(where)
+    for check, title in CHECKS.items():
+        verdict = judge(case, check)
+        if verdict != "ok":
+            listed = {"crash": result.crashes, "not ours": result.not_ours}.get(
+                verdict, result.wrong
+            )
+            listed.append(f"{where}, {title}: {detail(case[check])}")
+    effect = case["pruned"].get("effect")
+    if effect is not None and effect < BLIND:
+        result.blind.append(where)
+
+
+def counts(case: dict[str, Any]) -> tuple[int, int, int, int]:
+    """Growing and sliding sites, and how many of each were rewritten at the real ratio."""
+    sites, compressed = case["sites"], set(case["pruned"].get("compressed", ()))
+    rewritten = (len(compressed & set(sites[kind])) for kind in ("growing", "sliding"))
+    return (len(sites["growing"]), len(sites["sliding"]), *rewritten)  # type: ignore[return-value]
+
+
+def reasons(case: dict[str, Any]) -> list[str]:
+    """Why sites were left alone."""
+    if case["pruned"]["status"] == "crash":
+        return ["the run crashed"]
+    return list(case["pruned"]["refusals"]) or [NOT_FOUND]
+
+
+def judge(case: dict[str, Any], check: str) -> str:
+    """``ok``, ``crash`` or ``wrong``, or ``not ours`` where plain torch.compile has that fault."""
+    status = case[check]["status"]
+    if status == "ok":
+        return "ok"
+    if case["plain"]["status"] != "ok":  # run wherever something fails
+        return "not ours"
+    return "crash" if status == "crash" else "wrong"
+
+
+def detail(result: dict[str, Any]) -> str:
+    """What happened in one check, in a few words."""
+    if result["status"] == "crash":
+        return str(result["crash"])
+    if result["status"] == "no oracle":
+        return f"the simulation lost the keys of layers {result['lost']}"
+    return f"relative error {result['error']:.0e} after {result['same_tokens']} equal tokens"
+
+
+def figures(summary: Summary) -> list[tuple[str, str]]:
+    """The summary in lines."""
+    share = summary.rewritten / max(summary.growing, 1)
+    return [
+        ("architectures", str(summary.architectures)),
+        ("of which generated eagerly", str(summary.ran)),
+        ("growing sites", str(summary.growing)),
+        ("of which rewritten", f"{summary.rewritten} ({share:.1%})"),
+        ("sliding sites", str(summary.sliding)),
+        ("of which rewritten", str(summary.rewritten_sliding)),
+        ("wrong results", str(len(summary.wrong))),
+        ("crashes that plain torch.compile has not", str(len(summary.crashes))),
+        ("faults of plain torch.compile", str(len(summary.not_ours))),
+    ]
+
+
+def summary_table(rows: dict[str, Any]) -> Table:
+    """The figures and the reasons for the screen."""
+    summary = summarize(rows)
+    table = Table(title="Coverage", title_justify="left", show_header=False)
+    table.add_column("")
+    table.add_column("", overflow="fold")
+    for line in figures(summary):
+        table.add_row(*line)
+    table.add_section()
+    for reason, where in by_frequency(summary.reasons):
+        table.add_row(reason, f"{len(where)}: {', '.join(where[:4])}{' ...' * (len(where) > 4)}")
+    table.add_section()
+    for title, found in (("wrong", summary.wrong), ("crash", summary.crashes)):
+        for line in found:
+            table.add_row(title, line)
+    return table
+
+
+def by_frequency(groups: dict[str, list[str]]) -> list[tuple[str, list[str]]]:
+    """Groups with the largest first, then by name."""
+    return sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))
+
+
+def markdown(header: dict[str, Any], rows: dict[str, Any]) -> str:
+    """The whole of ``docs/coverage.md``."""
+    summary = summarize(rows)
+    introduction = INTRODUCTION.format(**header, **header["settings"])
+    parts = (*_figures(summary), *_lists(summary), *_rows(rows))
+    return "\n".join([introduction, *parts, ""])
+
+
+INTRODUCTION = """# Coverage
+
+Every architecture that transformers {transformers} maps to a causal language model, tiny and with
+random weights, under torch {torch} with `inner="{inner}"`. Made by `make coverage`.
+
+A model continues a prompt of {prompt} tokens by {steps}, greedily, with its own `generate`:
+eagerly, under spark at key ratio 0, which must equal eager, and at {key_ratio:g} (window {window}),
+which must equal the method simulated on the eager model (`benchmarks/simulated.py`). What fails is
+run under plain `torch.compile` too, to see whose fault it is.
+
+A *growing site* is a layer of the eager model's cache that gets longer with every token; a
+*sliding* one drops its oldest tokens. Both are counted in the cache, whatever the passes find.
+"""
+
+
+def _figures(summary: Summary) -> Iterator[str]:
+    yield from ("| | |", "|---|---|")
+    yield from (f"| {name} | {value} |" for name, value in figures(summary))
+
+
+def _lists(summary: Summary) -> Iterator[str]:
+    yield from ("", "## Growing sites that were left alone", "")
+    yield from ("| reason | cases | where |", "|---|---|---|")
+    for reason, where in by_frequency(summary.reasons):
+        yield f"| {_cell(reason)} | {len(where)} | {', '.join(where)} |"
+    yield from ("", "## Not run", "", "| why | architectures |", "|---|---|")
+    for why, names in by_frequency(summary.without):
+        yield f"| {_cell(why)} | {', '.join(names)} |"
+    lists = {
+        "Wrong results": summary.wrong,
+        "Crashes that plain torch.compile has not": summary.crashes,
+        "Faults that plain torch.compile has too": summary.not_ours,
+        "Cases in which pruning changes too little to tell": summary.blind,
+    }
+    for title, found in lists.items():
+        yield from ("", f"## {title}", "", *([f"- {_cell(line)}" for line in found] or ["None."]))
+
+
+def _rows(rows: dict[str, Any]) -> Iterator[str]:
+    yield from (
+        "",
+        "## Architectures",
+        "",
+        "Rewritten / growing sites, `+` sliding ones; `-`: no such attention in transformers.",
+        "",
+        "| architecture | sdpa | eager | results | left alone because |",
+        "|---|---|---|---|---|",
+    )
+    for name, row in sorted(rows.items()):
+        cases = [row.get(attention, {}) for attention in ATTENTIONS]
+        ran = [case for case in cases if "sites" in case]
+        verdicts = {judge(case, check) for case in ran for check in CHECKS}
+        why = {r for case in ran if counts(case)[2] < counts(case)[0] for r in reasons(case)}
+        cells = (name, *map(_sites, cases), _result(verdicts), _cell("; ".join(sorted(why))))
+        yield f"| {' | '.join(cells)} |"
+
+
+def _sites(case: dict[str, Any]) -> str:
+    if case.get("supported") is False:
+        return "-"
+    if "sites" not in case:
+        return "not run"
+    growing, sliding, rewritten, slid = counts(case)
+    extra = f" + {slid}/{sliding}" if sliding else ""
+    return f"{rewritten}/{growing}{extra}" if growing or sliding else "no cache that grows"
+
+
+def _result(verdicts: set[str]) -> str:
+    order = ("crash", "wrong", "not ours", "ok")
+    return next((verdict for verdict in order if verdict in verdicts), "")
+
+
+def _cell(text: str) -> str:
+    """Text inside a table."""
+    return text.replace("|", "\\|").replace("<", "&lt;")

@@ -1,0 +1,62 @@
+"""Many architectures, chosen for how differently they write attention, masks and caches.
+
+All of transformers' are run by ``make coverage``; these take a few seconds each.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from benchmarks.coverage_case import Case, Settings
+from benchmarks.coverage_models import tiny_model
+
+SETTINGS = Settings(steps=12)
+BOTH = (
+    "bamba", "bart", "bert", "biogpt", "cohere2", "ctrl", "deepseek_v2", "diffllama", "doge",
+    "falcon", "falcon_h1", "gemma3_text", "gemma4_text", "gpt2", "gpt_bigcode", "gpt_neox",
+    "granite", "jamba", "lfm2", "llama", "llama4_text", "mistral",
+    "opt", "phi", "phi3", "qwen3", "qwen3_next", "recurrent_gemma", "stablelm", "whisper", "zamba2",
+)  # fmt: skip
+"""Those with two implementations of attention take turns."""
+EAGER = (
+    "bloom", "codegen", "gemma2", "gpt_neo", "gpt_oss", "gptj", "granite_swa", "mpt", "roformer",
+    "xglm",
+)  # fmt: skip
+"""Those whose attention is written out in the model alone."""
+LEFT_ALONE = {
+    "deepseek_v2": "latent attention",
+    "diffllama": "other heads",
+    "doge": "the cache is also read by",
+    "granite_swa": "weights are also used elsewhere",
+}
+"""Architectures with sites that may be left as they were, and what the reasons may say."""
+
+
+def cases() -> Iterator[Any]:
+    for number, name in enumerate(BOTH):
+        attention = ("sdpa", "eager")[number % 2]
+        yield pytest.param(name, attention, id=f"{name}-{attention}")
+    for name in EAGER:
+        yield pytest.param(name, "eager", id=f"{name}-eager")
+
+
+@pytest.mark.parametrize(("name", "attention"), list(cases()))
+def test_an_architecture(name: str, attention: str) -> None:
+    case = Case(tiny_model(name, attention, least_layers=1), SETTINGS)
+    exact = case.spark(0.0)
+    assert exact["status"] == "ok", exact
+    pruned = case.spark(0.5)
+    assert pruned["status"] == "ok", pruned
+    assert pruned["compressed"] == exact["compressed"]
+    assert not pruned["compressed"] or pruned["effect"] > 1e-3, "the simulation is blind"
+    sites = {*case.sites["growing"], *case.sites["sliding"]}
+    allowed = LEFT_ALONE.get(name)
+    if allowed is None:
+        assert set(pruned["compressed"]) == sites, pruned["refusals"]
+    elif sites - set(pruned["compressed"]):
+        assert pruned["refusals"]
+        assert all(re.search(allowed, reason) for reason in pruned["refusals"]), pruned["refusals"]
