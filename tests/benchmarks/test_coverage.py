@@ -16,7 +16,7 @@ from benchmarks.coverage_models import tiny_model
 
 SETTINGS = Settings(steps=12)
 BOTH = (
-    "bamba", "bart", "bert", "biogpt", "cohere2", "ctrl", "deepseek_v2", "diffllama", "doge",
+    "bart", "bert", "biogpt", "cohere2", "ctrl", "deepseek_v2", "diffllama", "doge",
     "falcon", "falcon_h1", "gemma3_text", "gemma4_text", "gpt2", "gpt_bigcode", "gpt_neox",
     "granite", "jamba", "lfm2", "llama", "llama4_text", "mistral",
     "opt", "phi", "phi3", "qwen3", "qwen3_next", "recurrent_gemma", "stablelm", "whisper", "zamba2",
