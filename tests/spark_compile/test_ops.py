@@ -56,6 +56,10 @@ def samples(dtype: torch.dtype) -> dict[str, list[tuple[Any, tuple[Any, ...]]]]:
             for how in grown
             for lse in (False, True)
         ],
+        "sliding_append_attend": [
+            (s.query, torch.tensor(0), torch.tensor(0), *new, *s.buffers(), *how, *s.method)
+            for how in grown
+        ],
         "pack_values": [
             (s.value, None, 7, True), (s.value, bias_of, 3, False), (s.value, bias_of, 3, True)
         ],
