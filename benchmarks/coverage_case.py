@@ -26,6 +26,9 @@ from .simulated import Simulated, cache_layers
 TOLERANCE = 1e-4
 """Largest relative error (root mean squares) of float32 logits, as in the tests' table."""
 ATTENTIONS = ("sdpa", "eager")
+RECOMPILE_LIMIT = 64
+"""Instead of 8, at which Dynamo gives up on functions that models with graph breaks share among
+their layers: what is counted here are patterns."""
 NOT_FOUND = "no site was found for the layer"
 
 
@@ -118,7 +121,8 @@ def attempt(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     torch._dynamo.reset()
     start_s = time.perf_counter()
     try:
-        result = work()
+        with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
+            result = work()
     except Exception as error:
         last = "".join(traceback.format_exception(error)).strip().splitlines()[-14:]
         result = {"status": "crash", "crash": first_line(error), "traceback": last}

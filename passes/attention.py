@@ -47,6 +47,8 @@ class Attention:
     """[B, Hkv, S, Dv]."""
     heads: int
     """Hq."""
+    tiled: bool
+    """Whether query head h meets key head h % Hkv; the canonical operator groups neighbours."""
     scale: float
     scores: fx.Node
     """First node whose value nobody else may need: the scores, or the output itself."""
@@ -77,7 +79,8 @@ def match_sdpa(node: fx.Node, kept: Collection[fx.Node]) -> Attention | None:
         scale = 1 / math.sqrt(tensor(query).shape[-1])  # type: ignore[arg-type]
     return _bound(
         source(query), key, value, (2, 3), kept,  # type: ignore[arg-type]
-        scale=float(scale), scores=node, output=node, attn_mask=argument(node, "attn_mask"),
+        scale=float(scale), scores=node, mixed=node, output=node,
+        attn_mask=argument(node, "attn_mask"),
         causal_offset=0 if argument(node, "is_causal") else None,
     )  # fmt: skip
 
@@ -89,15 +92,17 @@ def match_softmax(node: fx.Node, kept: Collection[fx.Node]) -> Attention | None:
     if not depends_on_product(node.args[0]) or not _reaches_product(node):
         return None
     scores = Scores(node.args[0])  # type: ignore[arg-type]
-    output = _weighted_sum(node, scores)
-    if output is None:
+    mixed = _weighted_sum(node, scores)
+    if mixed is None:
         raise Refused("the attention weights are changed before they meet the values", node)
     query, key = _factors(scores.node)
+    output, sinks = _gated(node, mixed)
+    if scores.sinks is not None:
+        output, sinks = mixed, (scores.sinks, -3)
     return _bound(
-        behind_cast(query), key, _factors(output)[1], (3, 2), kept,
+        behind_cast(query), key, _factors(mixed)[1], (3, 2), kept, mixed=mixed, sinks=sinks,
         scale=scores.scale, scores=scores.node, output=output, biases=scores.biases,
-        factors=scores.factors, softcap=scores.softcap, sinks=scores.sinks,
-        floored=scores.floored,
+        factors=scores.factors, softcap=scores.softcap, floored=scores.floored,
     )  # fmt: skip
 
 
@@ -115,27 +120,32 @@ def _factors(product: fx.Node) -> tuple[fx.Node, fx.Node]:
 
 def _bound(
     query: fx.Node, key: Any, value: Any, key_axes: tuple[int, int],
-    kept: Collection[fx.Node], *, scores: fx.Node, output: fx.Node, sinks: fx.Node | None = None,
-    **rest: Any,
+    kept: Collection[fx.Node], *, scores: fx.Node, mixed: fx.Node, output: fx.Node,
+    sinks: tuple[fx.Node, int] | None = None, **rest: Any,
 ) -> Attention:  # fmt: skip
-    """Find the caches behind what the queries and the weights meet."""
+    """Find the caches behind what the queries and the weights meet.
+
+    ``mixed`` is the product of weights and values, ``output`` that or what is made of it. ``sinks``
+    broadcasts to the scores, with the dimension of its heads.
+    """
     batch = tuple(tensor(scores).shape[:-2])
-    key_base = cached(key, _batch(scores, key), key_axes, kept)
-    value_base = cached(value, _batch(output, value), (2, 3), kept)
-    if key_base is None or value_base is None:
-        name = "keys" if key_base is None else "values"
+    keys = cached(key, _batch(scores, key), key_axes, kept)
+    values = cached(value, _batch(mixed, value), (2, 3), kept)
+    if keys is None or values is None:
+        name = "keys" if keys is None else "values"
         raise Refused(f"the {name} do not come as [B, H, S, D] or a view of it", output)
-    key_sizes, value_sizes = tensor(key_base).shape, tensor(value_base).shape
-    if not same_shape(key_sizes[:2], value_sizes[:2]):
+    key_sizes, value_sizes = tensor(keys.base).shape, tensor(values.base).shape
+    if not same_shape(key_sizes[:2], value_sizes[:2]) or keys.tiled != values.tiled:
         raise Refused("keys and values come with other heads or batch entries", output)
     heads = _heads(batch, key_sizes[0])
     whole = same_shape([math.prod(tensor(query).shape[:-2])], [math.prod(batch)])
     if heads is None or not whole or tensor(query).shape[-1] != key_sizes[3]:
         raise Refused("the queries do not come as [B, H, L, D] or a view of it", output)
-    sinks = _sinks(sinks, heads, output)
+    logits = None if sinks is None else _per_head(*sinks, heads, output)
     return Attention(
-        query, key_base, value_base, heads, scores=scores, output=output, sinks=sinks, **rest
-    )
+        query, keys.base, values.base, heads, tiled=keys.tiled, scores=scores, output=output,
+        sinks=logits, **rest,
+    )  # fmt: skip
 
 
 def _batch(product: fx.Node, operand: fx.Node) -> tuple[Size, ...]:
@@ -168,16 +178,55 @@ def _heads(batch: tuple[Size, ...], entries: Size) -> int | None:
     return heads if known else None
 
 
-def _sinks(column: fx.Node | None, heads: int, output: fx.Node) -> fx.Node | None:
-    """The logits [Hq] behind a column [B, Hq, L, 1] of them."""
-    if column is None:
-        return None
-    for base, dims in viewed(column):
+def _per_head(sinks: fx.Node, axis: int, heads: int, output: fx.Node) -> fx.Node:
+    """The logits [Hq] behind a view of them that has the heads in dimension ``axis`` (negative)."""
+    for base, dims in viewed(sinks):
         own = [index for index, dim in enumerate(dims) if any(a.origin is not None for a in dim)]
-        per_head = [] if heads == 1 else [len(dims) - 3]
+        per_head = [] if heads == 1 else [len(dims) + axis]
         if rank(base) == 1 and tensor(base).shape[0] == heads and own == per_head:
             return base
-    raise Refused("a column beside the scores is not a logit per head", output)
+    raise Refused("a sink beside the scores is not a logit per head", output)
+
+
+def _gated(softmax: fx.Node, mixed: fx.Node) -> tuple[fx.Node, tuple[fx.Node, int] | None]:
+    """``mixed * sigmoid(logsumexp(scores) - sinks)`` is attention with sinks: that, and these.
+
+    A softmax that has one more logit s in its denominator is the plain one times
+    e^lse / (e^lse + e^s). Without such a gate: ``mixed`` alone.
+    """
+    scores, node = behind_cast(softmax.args[0]), mixed  # type: ignore[arg-type]
+    while True:
+        for user in node.users:
+            for gate in user.args if user.target is _aten.mul.Tensor else ():
+                sinks = _sink_gate(gate, scores, rank(node)) if is_tensor(gate) else None  # type: ignore[arg-type]
+                if sinks is not None:
+                    return user, sinks
+        following = next((user for user in node.users if _keeps_rows(user)), None)
+        if following is None:
+            return mixed, None
+        node = following
+
+
+def _sink_gate(gate: fx.Node, scores: fx.Node, dims: int) -> tuple[fx.Node, int] | None:
+    """The sinks of a gate [*batch, L, 1] that is the same for every channel of the output."""
+    *_, (base, kept) = viewed(gate)
+    if base.target is not _aten.sigmoid.default:
+        return None
+    aligned = all([axis.origin for axis in dim] in ([], [index]) for index, dim in enumerate(kept))
+    difference = behind_cast(base.args[0])  # type: ignore[arg-type]
+    if len(kept) != dims or kept[-1] or not aligned or difference.target is not _aten.sub.Tensor:
+        return None
+    total, sinks = difference.args[:2]
+    if not is_tensor(sinks) or not is_tensor(total) or argument(difference, "alpha") != 1:
+        return None
+    total = behind_cast(total)  # type: ignore[arg-type]
+    if total.target is not _aten.logsumexp.default:
+        return None
+    over: Any = argument(total, "dim")
+    over_keys = [dim % rank(scores) for dim in over] == [rank(scores) - 1]
+    if not over_keys or behind_cast(total.args[0]) is not scores:  # type: ignore[arg-type]
+        return None
+    return sinks, -3 if argument(total, "keepdim") else -2  # type: ignore[return-value]
 
 
 def _weighted_sum(softmax: fx.Node, scores: Scores) -> fx.Node | None:
@@ -191,14 +240,14 @@ def _weighted_sum(softmax: fx.Node, scores: Scores) -> fx.Node | None:
             if not dropped and _drops_last(user):
                 weights, dropped = user, True
                 break
-            if _keeps_weights(user):
+            if _keeps_rows(user):
                 weights = user
                 break
         else:
             return None
 
 
-def _keeps_weights(user: fx.Node) -> bool:
+def _keeps_rows(user: fx.Node) -> bool:
     """Whether a node is its operand up to copies, a cast, and batch dimensions merged or split."""
     operand: Any = user.args[0] if user.args else None
     if not isinstance(operand, fx.Node) or not is_tensor(user):

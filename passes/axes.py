@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import SymInt, fx
@@ -137,39 +137,61 @@ def viewed(node: fx.Node) -> Iterator[tuple[fx.Node, Dims]]:
         node = node.args[0]  # type: ignore[assignment]
 
 
+class Cached(NamedTuple):
+    """The cache behind an operand, and how it repeats heads."""
+
+    base: fx.Node
+    """[B, Hkv, S, D]."""
+    tiled: bool
+    """Whether query head h meets key head h % Hkv, in place of h // group."""
+
+
 def cached(
     operand: fx.Node, batch: Sequence[Size], last: tuple[int, int], kept: Collection[fx.Node]
-) -> fx.Node | None:
-    """The cache [B, Hkv, S, D] that an operand of a product is a view of.
+) -> Cached | None:
+    """The cache that an operand of a product is a view of.
 
     Args:
         operand: [*batch, n, m], its batch dimensions possibly of size 1.
-        batch: batch dimensions of the product, which are B, Hkv and the group in this order.
+        batch: batch dimensions of the product, which are B, Hkv and the group, or B, group, Hkv.
         last: axes of the cache that the operand's last two dimensions are.
         kept: nodes to prefer: those that may be a cache.
 
     Returns:
         The tensor furthest behind that has the form, None if there is none.
     """
-    found = [base for base, dims in viewed(operand) if _is_cache(base, dims, batch, last)]
-    preferred = [base for base in found if base in kept or base.op == "placeholder"]
+    found = [
+        Cached(base, tiled)
+        for base, dims in viewed(operand)
+        if (tiled := _tiling(base, dims, batch, last)) is not None
+    ]
+    preferred = [one for one in found if one.base in kept or one.base.op == "placeholder"]
     candidates = preferred or found
     return candidates[-1] if candidates else None
 
 
-def _is_cache(base: fx.Node, dims: Dims, batch: Sequence[Size], last: tuple[int, int]) -> bool:
+def _tiling(base: fx.Node, dims: Dims, batch: Sequence[Size], last: tuple[int, int]) -> bool | None:
+    """Whether a view of a cache tiles its heads; None where it is not a view of the form."""
     if rank(base) != 4 or len(dims) != len(batch) + 2:
-        return False
+        return None
     sizes = tensor(base).shape
     for dim, axis in zip(dims[-2:], last, strict=True):
         if [a.origin for a in dim] != ([] if equal(sizes[axis], 1) else [axis]):
-            return False
+            return None
     axes = [
-        axis
-        for dim, size in zip(dims[:-2], batch, strict=True)
+        (index, axis.origin)
+        for index, (dim, size) in enumerate(zip(dims[:-2], batch, strict=True))
         for axis in (dim or (() if equal(size, 1) else (Axis(None, size),)))
     ]
+    origins = [origin for _, origin in axes]
     own = [index for index in (0, 1) if not equal(sizes[index], 1)]
-    return [axis.origin for axis in axes][: len(own)] == own and all(
-        axis.origin is None for axis in axes[len(own) :]
-    )
+    repeats: list[int | None] = [None] * (len(axes) - len(own))
+    if origins == [*own, *repeats]:
+        return False
+    if own[-1:] == [1] and origins == [*own[:-1], *repeats, 1]:
+        # Not in the first of several dimensions: there it is the batch that is repeated.
+        heads = axes[-1][0]
+        places = [index for index, origin in axes if origin is None]
+        if all(index == heads or index == heads - 1 > 0 for index in places):
+            return True
+    return None

@@ -15,7 +15,7 @@ from .. import ops as _registered  # noqa: F401  (torch.ops.spark)
 from ..report import Refusal, Site
 from .attention import MATCHERS, Attention
 from .dataflow import call, live_nodes, readers_inside
-from .operands import as_output, mask_of, query_of
+from .operands import as_output, mask_of, query_of, sinks_of
 from .patterns import Refused
 from .program import Program
 
@@ -64,17 +64,18 @@ def _replace(program: Program, attention: Attention) -> None:
     original = attention.output
     with program.graph.inserting_before(original):
         query, mask = query_of(program, attention), mask_of(program, attention)
+        sinks = sinks_of(program, attention)
     with program.graph.inserting_after(original):
         canonical = call(
             program,
             CANONICAL,
             (
                 query, attention.key, attention.value, mask, attention.causal_offset,
-                attention.scale, attention.softcap, attention.sinks,
+                attention.scale, attention.softcap, sinks,
             ),
         )  # fmt: skip
     with program.graph.inserting_before(canonical.next):
-        result = as_output(program, canonical, original)
+        result = as_output(program, canonical, attention)
     original.replace_all_uses_with(result, lambda user: user is not result)
     canonical.meta = {
         **original.meta, "val": canonical.meta["val"], ORIGINAL: original, RESULT: result,

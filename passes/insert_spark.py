@@ -35,6 +35,9 @@ from .states import stored_tensors
 
 ATTENTIONS = {ATTENTION, torch.ops.aten.scaled_dot_product_attention.default, *SOFTMAXES}
 """Where what a layer computes from its cache ends."""
+LATENT = "are computed from what is cached, as in latent attention"
+"""The reason of a refusal, behind what it is about."""
+_INPUTS = {"placeholder", "get_attr"}
 _OPERATORS = {
     False: torch.ops.spark.append_attend.default,
     True: torch.ops.spark.sliding_append_attend.default,
@@ -159,12 +162,20 @@ def _why_not_returned(name: str, node: fx.Node, returned: set[fx.Node]) -> str:
         return f"the cache keeps the {name} in another layout than [B, H, S, D]"
     if behind:
         return f"the cache keeps the {name} changed by {behind[0].target}"
-    if _computed_from(node, returned):
-        return f"the {name} are computed from what is cached, as in latent attention"
-    written = next((source for source in moved(node) if source.target in WRITES), None)
+    written = next((write for write in moved(node) if _fills_a_buffer(write, returned)), None)
     if written is not None:
         return f"the {name} are written into a buffer by {written.target}, not appended by cat"
+    if _computed_from(node, returned):
+        return f"the {name} {LATENT}"
     return f"the {name} are not returned by the graph: no cache is kept"
+
+
+def _fills_a_buffer(node: fx.Node, returned: set[fx.Node]) -> bool:
+    """Whether a node writes into a tensor that the graph gets or returns, no passing one."""
+    if node.target not in WRITES:
+        return False
+    into: Any = node.args[0]
+    return node in returned or any(of.op in _INPUTS for of in moved(into))
 
 
 def _computed_from(node: fx.Node, returned: set[fx.Node]) -> bool:
@@ -172,7 +183,7 @@ def _computed_from(node: fx.Node, returned: set[fx.Node]) -> bool:
     seen, stack = {node}, [node]
     while stack:
         for operand in stack.pop().all_input_nodes:
-            if operand in returned and is_tensor(operand) and rank(operand) == 4:
+            if is_tensor(operand) and rank(operand) == 4 and _kept(operand, returned) is not None:
                 return True
             if operand not in seen and operand.target not in ATTENTIONS:
                 seen.add(operand)
@@ -206,7 +217,7 @@ def _check_past(program: Program, site: _Site) -> None:
         if any(moved_from(part, program.states) for part in parts):  # type: ignore[arg-type]
             raise Refused("a compressed cache is continued in an unknown way", node)
         before: Any = node.args[0] if node.target is APPEND else None
-        if before is not None and source(before).op not in ("placeholder", "get_attr"):
+        if before is not None and source(before).op not in _INPUTS:
             raise Refused("the cache is changed before it is appended to", node)
 
 

@@ -30,11 +30,26 @@ def query_of(program: Program, attention: Attention) -> fx.Node:
         by = _four_dimensional(program, attention, factor.node, factor.shape)
         operator = _aten.div.Tensor if factor.divides else _aten.mul.Tensor
         query = call(program, operator, (query, by))
-    return _cast(program, query, key.dtype)
+    return _cast(program, _grouped(program, attention, query, 1), key.dtype)
 
 
 def mask_of(program: Program, attention: Attention) -> fx.Node | None:
     """What is added to the scores, broadcasting to [B, Hq, L, S]; None where that is nothing."""
+    mask = _mask(program, attention)
+    if mask is None or rank(mask) < 3 or tensor(mask).shape[-3] == 1:
+        return mask
+    return _grouped(program, attention, mask, rank(mask) - 3)
+
+
+def sinks_of(program: Program, attention: Attention) -> fx.Node | None:
+    """The sink logits [Hq], or None."""
+    if attention.sinks is None:
+        return None
+    return _grouped(program, attention, attention.sinks, 0)
+
+
+def _mask(program: Program, attention: Attention) -> fx.Node | None:
+    """What is added to the scores, with the heads as the model has them."""
     if not attention.biases:
         return attention.attn_mask
     added = [_bias(program, attention, bias) for bias in attention.biases]
@@ -44,15 +59,30 @@ def mask_of(program: Program, attention: Attention) -> fx.Node | None:
     return mask
 
 
-def as_output(program: Program, canonical: fx.Node, original: fx.Node) -> fx.Node:
+def as_output(program: Program, canonical: fx.Node, attention: Attention) -> fx.Node:
     """The canonical output [B, Hq, L, Dv] with the dtype and the dimensions of the model's own."""
-    node = _cast(program, canonical, tensor(original).dtype)
-    shape = tensor(original).shape
+    node = _cast(program, canonical, tensor(attention.output).dtype)
+    node = _grouped(program, attention, node, 1, back=True)
+    shape = tensor(attention.output).shape
     if not same_shape(tensor(node).shape, shape):
         # Not sizes of the original: it is to go.
         length = _size(program, canonical.args[0], 2)  # type: ignore[arg-type]
         node = call(program, _aten.reshape.default, (node, [-1, *shape[1:-2], length, shape[-1]]))
     return node
+
+
+def _grouped(
+    program: Program, attention: Attention, node: fx.Node, dim: int, back: bool = False
+) -> fx.Node:
+    """Put query heads that share a key head next to each other, or ``back``, if they are tiled."""
+    if not attention.tiled:
+        return node
+    kv_heads = int(tensor(attention.key).shape[1])
+    group = attention.heads // kv_heads
+    sizes = [kv_heads, group] if back else [group, kv_heads]
+    node = call(program, _aten.unflatten.int, (node, dim, sizes))
+    node = call(program, _aten.transpose.int, (node, dim, dim + 1))
+    return call(program, _aten.flatten.using_ints, (node, dim, dim + 1))
 
 
 def _bias(program: Program, attention: Attention, bias: Bias) -> fx.Node:

@@ -42,7 +42,8 @@ ELEMENTWISE = {
 }  # fmt: skip
 """What scores may go through before the softmax, and weights behind it."""
 MOVES = COPIES | RESHAPES | {
-    _aten.cat.default, _aten.permute.default, _aten.transpose.int, _aten.index_select.default,
+    _aten.cat.default, _aten.stack.default, _aten.permute.default, _aten.transpose.int,
+    _aten.index_select.default,
     _aten.index.Tensor, _aten.select.int, _aten.unsqueeze.default, _aten.squeeze.dim,
     _aten.narrow.default, _aten.gather.default, _aten.flip.default, _aten.roll.default,
     _aten.repeat_interleave.self_int, _aten.repeat.default, _aten.split.Tensor,

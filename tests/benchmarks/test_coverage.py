@@ -31,7 +31,6 @@ LEFT_ALONE = {
     "deepseek_v2": "latent attention",
     "diffllama": "other heads",
     "doge": "the cache is also read by",
-    "granite_swa": "weights are also used elsewhere",
 }
 """Architectures with sites that may be left as they were, and what the reasons may say."""
 

@@ -9,7 +9,8 @@ import pytest
 from benchmarks import coverage, coverage_process
 from benchmarks.coverage_case import NOT_FOUND, Settings
 from benchmarks.coverage_models import MOST_LAYERS, architectures, chosen_layers, tiny_config
-from benchmarks.coverage_report import judge, markdown, summarize
+from benchmarks.coverage_report import figures, judge, markdown, summarize
+from spark_compile.passes.insert_spark import LATENT
 
 HEADER = {"torch": "2.0", "transformers": "5.0", "settings": {
     "inner": "eager", "prompt": 16, "steps": 24, "window": 4, "key_ratio": 0.5}}  # fmt: skip
@@ -32,21 +33,27 @@ def case(growing: int, rewritten: int, sliding: int = 0, **changed: Any) -> dict
 def rows() -> dict[str, Any]:
     refused = case(2, 1, sliding=1)
     refused["pruned"]["refusals"] = {"an odd mask": 1}
+    latent = case(5, 2)
+    latent["pruned"]["refusals"] = {f"the keys {LATENT}": 3}
     return {
         "b": {"sdpa": case(2, 2), "eager": refused},
         "a": {"sdpa": {"supported": False}, "eager": case(3, 0)},
         "c": {"sdpa": {"supported": True, "not_built": "ImportError: timm"}},
         "d": {"sdpa": case(1, 0, pruned=CRASH), "error": "stopped after 300 s"},
+        "f": {"eager": latent},
         "e": {"sdpa": case(1, 1, plain=CRASH, exact=CRASH)},
     }
 
 
 def test_figures() -> None:
     summary = summarize(rows())
-    assert (summary.architectures, summary.ran) == (5, 4)
-    assert (summary.growing, summary.rewritten, summary.sliding) == (9, 4, 1)
+    assert (summary.architectures, summary.ran) == (6, 5)
+    assert (summary.growing, summary.rewritten, summary.sliding) == (14, 6, 1)
+    assert summary.latent == 3
+    assert ("rewritten of the others", "54.5%") in figures(summary)
     assert summary.reasons == {
         "an odd mask": ["b (eager)"], NOT_FOUND: ["a (eager)"], "the run crashed": ["d (sdpa)"],
+        f"the keys {LATENT}": ["f (eager)"],
     }  # fmt: skip
     assert summary.without == {"ImportError: timm": ["c"], "stopped after 300 s": ["d"]}
     assert (len(summary.crashes), len(summary.not_ours), summary.wrong) == (1, 1, [])

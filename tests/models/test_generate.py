@@ -14,6 +14,7 @@ from torch._dynamo.utils import counters
 from zoo import ARCHITECTURES, tiny
 
 from spark_compile import PrunedKeys, StoredValues, kv_bytes, optimize
+from spark_compile.report import collect_report
 
 OPTIONS: dict[str, Any] = {"window": 4, "inner": "eager", "strict": True}
 
@@ -234,6 +235,9 @@ def test_few_graphs_for_two_thousand_tokens() -> None:
     assert cache.layers[0].keys.packed_tokens() >= 2050 - 64
 
 
+STATIC = "written into a buffer by aten.index_copy"
+
+
 def test_transformers_compile_config_knows_the_backend() -> None:
     """A static cache is compiled by transformers itself; its sites are refused for now, aloud."""
     model, ids = tiny("llama", "sdpa"), prompts(1, 12)
@@ -242,7 +246,7 @@ def test_transformers_compile_config_knows_the_backend() -> None:
     config._compile_all_devices = True
     arguments = {"max_new_tokens": 8, "do_sample": False, "cache_implementation": "static"}
     expected = model.generate(ids, **arguments)
-    with pytest.warns(UserWarning, match="written into a buffer by aten.index_copy"):
+    with pytest.warns(UserWarning, match=STATIC):
         actual = tiny("llama", "sdpa").generate(ids, compile_config=config, **arguments)
     assert torch.equal(actual, expected)
 
@@ -252,8 +256,11 @@ def test_a_static_cache_is_left_alone_with_a_reason() -> None:
     compiled = optimize(copy.deepcopy(model), **{**OPTIONS, "strict": False})
     arguments = {"max_new_tokens": 8, "do_sample": False, "cache_implementation": "static"}
     expected = model.generate(ids, **arguments)
-    with pytest.warns(UserWarning, match="written into a buffer by aten.index_copy"):
+    with collect_report() as report, pytest.warns(UserWarning, match=STATIC):
         assert torch.equal(compiled.generate(ids, **arguments), expected)
+    reasons = {str(site.refusal) for graph in report.graphs for site in graph.sites}
+    assert len(report.graphs) >= 2, "no graph for decoding"
+    assert all(STATIC in reason for reason in reasons), reasons
 
 
 TRANSLATORS: dict[str, tuple[type, dict[str, Any]]] = {

@@ -50,7 +50,7 @@ EXPECTED = {
     "tokens_first": OTHER_LAYOUT,
     "einsum_over_tokens_first": OTHER_LAYOUT,
     "late_rotary": "the keys are computed from what is cached",
-    "stacked": "no cache is kept",
+    "stacked": "the cache keeps the keys changed by aten.stack",
     "keys_transposed": OTHER_LAYOUT,
     "multi_query": OTHER_LAYOUT,
     "flat_cache": OTHER_LAYOUT,

@@ -108,6 +108,42 @@ def with_sinks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return F.softmax(scores, dim=-1)[..., :-1] @ expanded(v, 2)
 
 
+def tiled(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Head h of four reads key head h % 2, with a bias and a sink for each head."""
+    k, v = k.repeat(1, 2, 1, 1), v.repeat(1, 2, 1, 1)
+    slopes = torch.arange(4.0).reshape(4, 1, 1) * torch.arange(7.0)
+    scores = (q @ k.mT * SCALE + mask + slopes) / (torch.arange(4.0).reshape(4, 1, 1) + 1)
+    return weighted(scores, v) * sink_gate(scores, torch.arange(4.0))
+
+
+def tiled_in_five_dimensions(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    scores = q.unflatten(1, (2, 2)) @ k.unsqueeze(1).mT * SCALE + mask.unsqueeze(1)
+    return (F.softmax(scores, dim=-1) @ v.unsqueeze(1)).flatten(1, 2)
+
+
+def tiled_and_flat(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    key, value = (x.repeat(1, 2, 1, 1).flatten(0, 1) for x in (k, v))
+    scores = torch.bmm(q.flatten(0, 1), key.mT) * SCALE + mask[0]
+    return torch.bmm(F.softmax(scores, dim=-1), value).unflatten(0, q.shape[:2])
+
+
+def sink_gate(scores: Tensor, sinks: Tensor) -> Tensor:
+    """What a softmax loses to one more logit per head, as Granite SWA writes it: [B, H, L, 1]."""
+    total = torch.logsumexp(scores, dim=-1)
+    return (total - sinks.reshape(1, -1, 1)).to(torch.float32).sigmoid().unsqueeze(-1)
+
+
+def gated_by_sinks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    scores = product(q, k) * SCALE + mask
+    return weighted(scores, expanded(v, 2)) * sink_gate(scores, torch.arange(4.0)).to(q.dtype)
+
+
+def gated_by_sinks_as_columns(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    scores, sinks = product(q, k) * SCALE + mask, torch.arange(4.0).reshape(4, 1, 1)
+    gate = torch.sigmoid(scores.logsumexp(-1, keepdim=True) - sinks)
+    return gate * weighted(scores, expanded(v, 2))
+
+
 FORMS: dict[str, tuple[Form, int | None, bool, float, float]] = {
     # name: form, causal offset, has a mask, scale, softcap
     "gqa": (lambda q, k, v, m: SDPA(q, k, v, m, enable_gqa=True), None, True, SCALE, 0.0),
@@ -149,6 +185,15 @@ FORMS: dict[str, tuple[Form, int | None, bool, float, float]] = {
     "einsum": (summed, None, True, SCALE, 0.0),
     "grouped_einsum": (grouped_sums, None, True, SCALE, 0.0),
     "sinks": (with_sinks, None, True, SCALE, 0.0),
+    "sinks_gate": (gated_by_sinks, None, True, SCALE, 0.0),
+    "sinks_columns": (gated_by_sinks_as_columns, None, True, SCALE, 0.0),
+    "sinks_tiled": (tiled, None, True, SCALE, 0.0),
+    "tiled_sdpa": (
+        lambda q, k, v, m: SDPA(q, k.repeat(1, 2, 1, 1), v.repeat(1, 2, 1, 1), m),
+        None, True, SCALE, 0.0,
+    ),
+    "tiled_in_five_dimensions": (tiled_in_five_dimensions, None, True, SCALE, 0.0),
+    "tiled_and_flat": (tiled_and_flat, None, True, SCALE, 0.0),
     "bare": (lambda q, k, v, m: weighted(product(q, k), expanded(v, 2)), None, False, 1.0, 0.0),
 }  # fmt: skip
 
@@ -168,24 +213,11 @@ def test_every_form_becomes_one_canonical_attention(capture: Any, count: Any, na
     assert shapes == [(1, 4, 5, 8), (1, 2, 7, 8), (1, 2, 7, 8)]
     assert key.op == value.op == "placeholder"
     assert (mask is not None) == has_mask
-    assert (offset, sinks is not None) == (causal_offset, name == "sinks")
+    assert (offset, sinks is not None) == (causal_offset, name.startswith("sinks"))
     assert found_scale == pytest.approx(scale)
     assert found_softcap == pytest.approx(softcap)
     actual = program.module(*program.examples)[0]
     torch.testing.assert_close(actual.to(torch.float32), form(*inputs).to(torch.float32))
-
-
-def test_tiled_heads_are_no_groups(capture: Any) -> None:
-    """Head h of two reads key head h % 2: no group of neighbours, so each head has its own keys."""
-
-    def tiled(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        return weighted(q @ k.repeat(1, 2, 1, 1).mT * SCALE + mask, v.repeat(1, 2, 1, 1))
-
-    inputs = operands()
-    program = capture(tiled, *inputs, passes=PASSES)
-    (node,) = program.graph.find_nodes(op="call_function", target=CANONICAL)
-    assert node.args[1].meta["val"].shape[1] == 4
-    torch.testing.assert_close(program.module(*program.examples)[0], tiled(*inputs))
 
 
 def test_causal_with_a_past_is_aligned_to_the_first_key(capture: Any) -> None:
@@ -242,12 +274,45 @@ def gated_weights(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return (F.softmax(product(q, k), dim=-1) * mask) @ expanded(v, 2)
 
 
+def gate_of_other_scores(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    scores = product(q, k) * SCALE
+    return weighted(scores + mask, expanded(v, 2)) * sink_gate(scores, torch.arange(4.0))
+
+
+def gate_per_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    scores = product(q, k) * SCALE
+    gate = torch.sigmoid(scores.logsumexp(-1) - torch.arange(5.0))
+    return weighted(scores, expanded(v, 2)) * gate.unsqueeze(-1)
+
+
+def gate_the_other_way(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    scores, sinks = product(q, k) * SCALE, torch.arange(4.0).reshape(4, 1)
+    gate = torch.sigmoid(sinks - scores.logsumexp(-1))
+    return weighted(scores, expanded(v, 2)) * gate.unsqueeze(-1)
+
+
+def gate_over_queries(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """As many queries as keys: only the dimension tells."""
+    k, v = k[:, :, :5], v[:, :, :5]
+    scores, sinks = product(q, k) * SCALE, torch.arange(4.0).reshape(4, 1)
+    gate = torch.sigmoid(scores.logsumexp(-2) - sinks)
+    return weighted(scores, expanded(v, 2)) * gate.unsqueeze(-1)
+
+
 REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
     "dropout": (lambda q, k, v, m: SDPA(q, k, v, m, dropout_p=0.1, enable_gqa=True), "dropout_p"),
     "weights": (weights_returned, "the attention weights are also used elsewhere"),
     "flat": (lambda q, k, v, m: SDPA(q[0], expanded(k, 2)[0], expanded(v, 2)[0]), "3 dimensions"),
     "sink_per_query": (sink_per_query, "not a logit per head"),
     "wrong_column_dropped": (wrong_column_dropped, "the attention weights are changed"),
+    "tiled_keys_alone": (
+        lambda q, k, v, m: SDPA(q, k.repeat(1, 2, 1, 1), expanded(v, 2), m),
+        "other heads",
+    ),
+    "gate_of_other_scores": (gate_of_other_scores, "the attention weights are also used elsewhere"),
+    "gate_per_query": (gate_per_query, "not a logit per head"),
+    "gate_the_other_way": (gate_the_other_way, "the attention weights are also used elsewhere"),
+    "gate_over_queries": (gate_over_queries, "the attention weights are also used elsewhere"),
     "scaled_per_key": (scaled_per_key, "aten.mul.Tensor between queries, keys and softmax"),
     "faintly_filled": (faintly_filled, "masked_fill"),
     "gated_weights": (gated_weights, ""),

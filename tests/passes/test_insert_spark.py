@@ -139,6 +139,24 @@ def test_cross_attention_without_a_cache_is_refused(capture: Any) -> None:
     assert refusals(program) == ["the keys are not returned by the graph: no cache is kept"]
 
 
+@pytest.mark.parametrize("window", [0, 4])
+def test_latents_written_into_a_passing_tensor_are_no_buffer(capture: Any, window: int) -> None:
+    """Latent attention as DeepSeek has it: keys are put together of parts, in no cache."""
+
+    def latent(query: Tensor, past: Tensor, new: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        cache = torch.cat((past, new), dim=2)
+        key = query.new_empty(1, 2, cache.shape[2], 8)
+        key[..., :6].copy_(cache @ up)
+        key[..., 6:].copy_(cache[..., :2].expand(-1, 2, -1, -1))
+        output = F.scaled_dot_product_attention(query, key, cache @ up)
+        return output, cache[:, :, -window:] if window else cache
+
+    inputs = (torch.randn(1, 2, 3, 8), torch.randn(1, 1, 5, 4), torch.randn(1, 1, 3, 4))
+    program = capture(latent, *inputs, torch.randn(1, 2, 4, 6), passes=PASSES)
+    (reason,) = refusals(program)
+    assert "computed from what is cached" in reason
+
+
 def test_a_cache_of_other_options_is_refused(capture: Any, compressed: Any) -> None:
     model = decoder()
     past = compressed(model, prompt(LENGTH))

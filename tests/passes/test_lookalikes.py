@@ -642,6 +642,15 @@ CHANCES: dict[str, Form] = {
         q.flatten(0, 1) @ k.flatten(0, 1).mT,
         torch.arange(2.0).repeat_interleave(2).reshape(4, 1, 1).expand(4, 8, 1)), dim=-1),
         dim=-1)[..., :-1] @ v.flatten(0, 1),
+    "one_entry_repeated": lambda q, k, v: F.softmax(
+        product(q, k[:1].repeat(2, 1, 1, 1)), dim=-1) @ v[:1].repeat(2, 1, 1, 1),
+    "one_entry_repeated_flat": lambda q, k, v: F.softmax(
+        q.flatten(0, 1) @ k[:1].repeat(2, 1, 1, 1).flatten(0, 1).mT, dim=-1)
+        @ v[:1].repeat(2, 1, 1, 1).flatten(0, 1),
+    "one_entry_tiled": lambda q, k, v: F.softmax(
+        product(q, k[:1].repeat(2, 1, 1, 1)), dim=-1) @ v[:1].repeat_interleave(2, dim=0),
+    "entries_and_heads_tiled": lambda q, k, v: F.softmax(
+        q.repeat(1, 2, 1, 1) @ k[:1].repeat(2, 2, 1, 1).mT, dim=-1) @ v.repeat(1, 2, 1, 1),
     "sinks_of_entries": lambda q, k, v: F.softmax(torch.cat((
         product(q, k), torch.arange(2.0).reshape(2, 1, 1, 1).expand(2, 2, 8, 1)), dim=-1),
         dim=-1)[..., :-1] @ v,

@@ -38,9 +38,9 @@ def expand(states: Tensor, program: Program) -> Tensor:
     groups = program.heads // states.shape[1]
     if groups == 1 and program.groups > 1:
         return states
-    if "tile" in program.hostile:
-        return states.repeat(1, groups, 1, 1)
     match program.expansion:
+        case "tile":
+            return states.repeat(1, groups, 1, 1)
         case "expand":
             return expanded(states, groups)
         case "stack":
@@ -74,7 +74,7 @@ class Attend(nn.Module):
         for step in self._steps():
             scores = STEPS[step](self, scores, operands)
         weights = self._weights(scores)
-        output = self._mix(weights, operands.value)
+        output = self._mix(weights, operands.value, scores)
         return output, [weights] if "weights_returned" in self.program.hostile else []
 
     def _steps(self) -> list[str]:
@@ -154,10 +154,10 @@ class Attend(nn.Module):
 
     def _weights(self, scores: Tensor) -> Tensor:
         hostile, sinks = self.program.hostile, self.program.sinks
-        if sinks != "none":
+        if sinks not in ("none", "gate"):
             scores = self._with_sinks(scores)
         weights = self._softmax(scores)
-        if sinks != "none":
+        if sinks not in ("none", "gate"):
             front = (sinks == "first") is not ("wrong_column" in hostile)
             weights = weights[..., 1:] if front else weights[..., :-1]
         for name in self.program.weights:
@@ -189,7 +189,7 @@ class Attend(nn.Module):
             dim = 1
         return SOFTMAXES[self.program.softmax](scores, dim)
 
-    def _mix(self, weights: Tensor, value: Tensor) -> Tensor:
+    def _mix(self, weights: Tensor, value: Tensor, scores: Tensor) -> Tensor:
         """Weights times values, [B, L, Hq * Dv]."""
         program, dtype = self.program, value.dtype
         if program.softmax == "float32_kept":
@@ -204,6 +204,9 @@ class Attend(nn.Module):
             output = output.flatten(1, 2)
         else:
             output = self._flat_mix(weights, expand(value, program))
+        if program.sinks == "gate":
+            total = torch.logsumexp(scores, dim=-1).reshape(output.shape[:3])
+            output = output * torch.sigmoid(total - self.sinks.view(1, -1, 1)).unsqueeze(-1)
         return output.transpose(1, 2).flatten(2).to(dtype)
 
     def _flat_mix(self, weights: Tensor, value: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ PRODUCTS = (
 """How queries meet keys. ``rows`` has the queries of a group as rows of one product."""
 MIXES = ("matmul", "bmm", "einsum", "einsum_tokens", *GROUPED, "sum")
 """How weights meet values; each with every product but SDPA."""
-EXPANSIONS = ("repeat", "expand", "stack", "index")
+EXPANSIONS = ("repeat", "expand", "tile", "stack", "index")
 """How Hkv heads become Hq heads where product or mix wants that."""
 QUERIES = ("plain", "scaled", "scaled_by_tensor")
 TENSOR_SCALES = ("tensor", "head_tensor", "row_tensor")
@@ -46,7 +46,7 @@ SOFTMAXES = (
     "plain", "last", "method", "float32", "float32_kept", "upcast", "shifted", "shifted_max",
     "written", "log",
 )  # fmt: skip
-SINKS = ("none", "last", "last_shifted", "first", "zero")
+SINKS = ("none", "last", "last_shifted", "gate", "first", "zero")
 LAYOUTS = (
     "heads_first", "negative_dim", "concat", "expanded",
     "tokens_first", "keys_transposed", "merged", "folded",
@@ -70,7 +70,7 @@ HOSTILE_CACHE = (
     "cast_cache",
 )  # fmt: skip
 HOSTILE_WEIGHTS = ("weights_returned", "weights_gain", "difference", "softmax_twice")
-HOSTILE_REST = ("small_mask", "over_queries", "over_heads", "wrong_column", "tile", "key_query")
+HOSTILE_REST = ("small_mask", "over_queries", "over_heads", "wrong_column", "key_query")
 HOSTILE = (*HOSTILE_STEPS, *HOSTILE_CACHE, *HOSTILE_WEIGHTS, *HOSTILE_REST)
 
 MAY_BE_REFUSED: Mapping[str, tuple[str, ...]] = {
@@ -150,7 +150,7 @@ class Program:
             mask = self.mask if self.mask not in ("none", "flag") else "masked_fill"
             steps = self.steps if "mask" in self.steps else (*self.steps, "mask")
             program = replace(program, steps=steps, mask=mask)
-        if "wrong_column" in self.hostile and self.sinks == "none":
+        if "wrong_column" in self.hostile and self.sinks in ("none", "gate"):
             program = replace(program, sinks="last")
         return program
 
@@ -192,6 +192,12 @@ TOGETHER: Mapping[str, Callable[[Program], bool]] = {
         and (p.product in GROUPED, p.product in FOLDED) != (p.mix in GROUPED, p.mix in FOLDED)
     ),
     "sinks in five dimensions": lambda p: p.sinks != "none" and p.mix in GROUPED,
+    "a gate of other scores or another layout": lambda p: (
+        p.sinks == "gate" and (p.softmax.startswith("shifted") or p.mix == "einsum_tokens")
+    ),
+    "tiled heads meet neighbours": lambda p: (
+        p.expansion == "tile" and (p.product == "rows" or p.product in GROUPED or p.mix in GROUPED)
+    ),
 }
 """The same for choices that are harmless one by one."""
 
@@ -225,7 +231,7 @@ FAMILY: dict[str, st.SearchStrategy[object]] = {
     "dtype": _some("float32", "float32", "float32", "bfloat16"),
     "product": _some(*PRODUCTS),
     "mix": _some(*MIXES[:-1]),
-    "expansion": _some("repeat", "expand"),
+    "expansion": _some("repeat", "expand", "tile"),
     "query": _some(*QUERIES),
     "steps": _steps().map(lambda steps: tuple(s for s in steps if s != "constant")),
     "mask": _some(*(mask for mask in MASKS if mask != "gpt2")),
