@@ -55,10 +55,10 @@ def main(
 ) -> None:
     """Count what is rewritten, and check that nothing is wrong."""
     console, settings, path = wide_console(), Settings(inner=inner), results / "coverage.json"
-    header = {
+    header: dict[str, Any] = {
         "torch": torch.__version__.partition("+")[0],
         "transformers": transformers.__version__,
-        "settings": dataclasses.asdict(settings),
+        "settings": json.loads(json.dumps(dataclasses.asdict(settings))),  # as it is read
     }
     wanted = only.split(",") if only else architectures()
     if unknown := sorted(set(wanted) - set(architectures())):

@@ -8,7 +8,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -41,6 +41,16 @@ class Settings:
     steps: int = 24
     window: int = 4
     key_ratio: float = 0.5
+    batch: int = 1
+    again: tuple[int, int, int] | None = (2, 11, 8)
+    """Batch size, prompt and steps of another generation with the same compiled model."""
+
+    def other(self) -> Settings | None:
+        """The settings of that."""
+        if self.again is None:
+            return None
+        batch, prompt, steps = self.again
+        return replace(self, batch=batch, prompt=prompt, steps=steps)
 
 
 @dataclass
@@ -55,8 +65,9 @@ class Run:
 
 
 def generate(model: Any, settings: Settings) -> Run:
-    """Generate greedily from a prompt that is the same for every architecture."""
-    ids = torch.randint(3, 90, (1, settings.prompt), generator=torch.Generator().manual_seed(5))
+    """Generate greedily from prompts that are the same for every architecture."""
+    shape, seed = (settings.batch, settings.prompt), torch.Generator().manual_seed(5)
+    ids = torch.randint(3, 90, shape, generator=seed)
     config = transformers.GenerationConfig(
         max_new_tokens=settings.steps, do_sample=False, use_cache=True, pad_token_id=0,
         decoder_start_token_id=1, guidance_scale=1.0, num_return_sequences=1,
@@ -141,6 +152,8 @@ class Case:
     def __init__(self, model: Any, settings: Settings) -> None:
         self._model, self._settings = model, settings
         self._eager = generate(model, settings)
+        other = settings.other()
+        self._again = None if other is None else (other, generate(model, other))
         self.sites = count_sites(self._eager.cache, settings.prompt)
 
     def rows(self) -> dict[str, Any]:
@@ -172,9 +185,24 @@ class Case:
             "compressed": layers, "graphs": len(report.graphs), "refusals": refusals(report),
             "sites": [len(graph.sites) for graph in report.graphs],
         }  # fmt: skip
-        if not key_ratio or not layers:
+        if not layers:
             return {**facts, **compare(run, self._eager)}
+        if not key_ratio:
+            again = self._other_sizes(model, layers)
+            return {**facts, **compare(run, self._eager), **again}
         return {**facts, **self._simulated(SparkConfig(**options), layers, run)}
+
+    def _other_sizes(self, model: Any, layers: list[str]) -> dict[str, Any]:
+        """What is wrong at another batch size and length, if anything is."""
+        if self._again is None:
+            return {}
+        settings, expected = self._again
+        with warnings.catch_warnings(action="ignore"):
+            run = generate(model, settings)
+        found = compare(run, expected)
+        if compressed_layers(run.cache) != layers:
+            return {"status": "left alone", "again": compressed_layers(run.cache)}
+        return found if found["status"] != "ok" else {}
 
     def _simulated(self, config: SparkConfig, layers: list[str], run: Run) -> dict[str, Any]:
         """Compare with the method done to the eager model."""

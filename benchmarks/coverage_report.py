@@ -111,6 +111,8 @@ def detail(result: dict[str, Any]) -> str:
     """What happened in one check, in a few words."""
     if result["status"] == "crash":
         return str(result["crash"])
+    if result["status"] == "left alone":
+        return f"at other sizes only layers {result['again']} are rewritten"
     if result["status"] == "no oracle":
         return f"the simulation lost the keys of layers {result['lost']}"
     return f"relative error {result['error']:.0e} after {result['same_tokens']} equal tokens"
@@ -175,7 +177,8 @@ random weights, under torch {torch} with `inner="{inner}"`. Made by `make covera
 
 A model continues a prompt of {prompt} tokens by {steps}, greedily, with its own `generate`:
 eagerly, under spark at key ratio 0, which must equal eager, and at {key_ratio:g} (window {window}),
-which must equal the method simulated on the eager model (`benchmarks/simulated.py`). What fails is
+which must equal the method simulated on the eager model (`benchmarks/simulated.py`). At ratio 0 the
+compiled model then continues {again[0]} prompts of {again[1]} tokens by {again[2]}. What fails is
 run under plain `torch.compile` too, to see whose fault it is. Dynamo may recompile a function
 {recompile_limit} times, as models with graph breaks need it; with its own limit of 8 it would leave
 their last layers uncompiled, with spark and without.

@@ -1,7 +1,8 @@
 """ATen variants to few forms, none of which changes a value.
 
 - assertions on metadata go: fake shapes prove them, and they would keep a rewritten value alive
-- aliases that do nothing (``alias``, ``detach``, ``lift_fresh_copy``, dropout that is off) go
+- what does nothing (``alias``, ``detach``, ``lift_fresh_copy``, dropout that is off, slices of
+  everything, as ``x[:, :, -8:]`` has them for sizes that are not constant) goes
 - ``view`` becomes ``reshape``: a rewritten value may have other strides than the model's own
 - ``concat`` and ``concatenate`` become ``cat``
 - ``einsum`` of two tensors becomes ``matmul``
@@ -10,6 +11,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -62,7 +64,7 @@ def _normalize(node: fx.Node) -> bool:
         node.target = _aten.cat.default
         _count_from_front(node, "dim")
         return True
-    if node.target in _NOTHING or _is_dropout_off(node):
+    if node.target in _NOTHING or _is_dropout_off(node) or _is_whole(node):
         node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
         node.graph.erase_node(node)
         return True
@@ -74,6 +76,14 @@ def _is_dropout_off(node: fx.Node) -> bool:
     if node.target is not _aten.dropout.default:
         return False
     return argument(node, "p") == 0 or not argument(node, "train")
+
+
+def _is_whole(node: fx.Node) -> bool:
+    """Whether a slice takes everything, of whatever size."""
+    if node.target is not _aten.slice.Tensor:
+        return False
+    start, end, step = (argument(node, name) for name in ("start", "end", "step"))
+    return start in (None, 0) and step == 1 and (end is None or end == sys.maxsize)
 
 
 def _count_from_front(node: fx.Node, name: str) -> bool:

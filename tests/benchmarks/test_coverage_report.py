@@ -13,7 +13,8 @@ from benchmarks.coverage_report import figures, judge, markdown, summarize
 from spark_compile.passes.insert_spark import LATENT
 
 HEADER = {"torch": "2.0", "transformers": "5.0", "settings": {
-    "inner": "eager", "prompt": 16, "steps": 24, "window": 4, "key_ratio": 0.5}}  # fmt: skip
+    "inner": "eager", "prompt": 16, "steps": 24, "window": 4, "key_ratio": 0.5,
+    "again": [2, 11, 8]}}  # fmt: skip
 GOOD = {"status": "ok", "error": 1e-7, "same_tokens": 24}
 CRASH = {"status": "crash", "crash": "ValueError: a | b"}
 

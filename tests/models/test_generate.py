@@ -318,10 +318,13 @@ def test_sliding_layers_and_full_ones_are_rewritten() -> None:
     kind, fields = ARCHITECTURES["gemma3"]
     layers = ["sliding_attention", "full_attention"]
     config = kind(**{**fields, "layer_types": layers, "sliding_window": 16})
-    model, ids = transformers.AutoModelForCausalLM.from_config(config).eval(), prompts(1, 30)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
     arguments = {"max_new_tokens": 20, "do_sample": False, "return_dict_in_generate": True}
-    expected = model.generate(ids, **arguments)
-    actual = exact(model).generate(ids, **arguments)
-    assert torch.equal(actual.sequences, expected.sequences)
-    kinds = [type(layer.keys).__name__ for layer in actual.past_key_values.layers]
-    assert kinds == ["SlidingKeys", "PrunedKeys"]
+    compiled = exact(model)
+    for batch, length in ((1, 30), (2, 23)):
+        ids = prompts(batch, length)
+        expected = model.generate(ids, **arguments)
+        actual = compiled.generate(ids, **arguments)
+        assert torch.equal(actual.sequences, expected.sequences)
+        kinds = [type(layer.keys).__name__ for layer in actual.past_key_values.layers]
+        assert kinds == ["SlidingKeys", "PrunedKeys"]

@@ -56,6 +56,15 @@ def test_aliases_and_dropout_that_is_off_go(capture: Any, calls: Any) -> None:
     assert set(calls(program)) == {"aten.add.Tensor"}
 
 
+@pytest.mark.parametrize(("cut", "slices"), [(slice(None), 0), (slice(1, None), 1), (slice(2), 1)])
+def test_slices_of_everything_go(capture: Any, calls: Any, cut: slice, slices: int) -> None:
+    def cropped(x: Tensor) -> Tensor:
+        return torch.ops.aten.slice.Tensor(x, 0)[:, :, cut] + 1
+
+    program = capture(cropped, X, passes=[Normalize()])
+    assert calls(program)["aten.slice.Tensor"] == slices
+
+
 def test_dropout_that_is_on_stays(capture: Any, calls: Any) -> None:
     program = capture(lambda x: F.dropout(x, 0.5, training=True), X, passes=[Normalize()])
     assert sum(n for name, n in calls(program).items() if "dropout" in name or "bernoulli" in name)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from compiled import compiled, is_compressed
+from compiled import EXACT, compiled, is_compressed
 from decoders import decode, decoder, prompt
 
 from spark_compile import SparkWarning, kv_bytes
@@ -93,3 +93,20 @@ def test_few_graphs_for_many_steps() -> None:
         tokens = logits[:, -1:].argmax(-1)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
     assert past[0][0].shape[2] == 21 + 199
+
+
+@pytest.mark.parametrize("name", ["manual", "empty_first", "sdpa_masked", "sliding"])
+def test_lengths_and_batches_cost_no_more_graphs_than_without_spark(name: str) -> None:
+    """Three lengths times two batch sizes; the lengths are such that there is something to pack."""
+    model, graphs = decoder(name, layers=1), {}
+    for backend, options in (("eager", None), ("spark", {**EXACT, "strict": True})):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        model_c = torch.compile(model, backend=backend, options=options)
+        for batch in (1, 2):
+            for length in (12, 30, 17):
+                tokens = prompt(length, batch)
+                logits, _ = decode(model_c, tokens, None, 6)
+                torch.testing.assert_close(logits, decode(model, tokens, None, 6)[0], **CLOSE)
+        graphs[backend] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs["spark"] <= graphs["eager"], graphs
