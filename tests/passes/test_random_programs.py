@@ -1,5 +1,8 @@
 """Random attention programs behind the backend: rewritten or refused, and equal.
 
+At ratio 0 to the eager program; at another ratio each step to the eager program over what the cache
+before it recovers to.
+
 ``make fuzz`` runs thousands (``SPARK_FUZZ_EXAMPLES``) and others each time.
 """
 
@@ -12,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 from oracle import TOLERANCE
 from program_model import Model, build, calls
 from programs import Program, family, programs
@@ -21,37 +25,49 @@ from spark_compile import SparkWarning, backend
 from spark_compile.report import GraphReport, collect_report
 from spark_compile.state import SparkTensor
 
-OPTIONS = {"key_ratio": 0.0, "window": 4, "inner": "eager"}
+OPTIONS = {"window": 4, "inner": "eager"}
+RATIOS = (0.0, 0.5)
 # Without shrinking, which takes minutes: `make fuzz` shrinks.
 GENERATED = (Phase.explicit, Phase.generate)
 QUICK = settings(derandomize=True, deadline=None, database=None, phases=GENERATED)
 FUZZ = int(os.environ.get("SPARK_FUZZ_EXAMPLES", "0"))
 
 
-def outputs(model: Any, program: Program, nothing: Any) -> list[Tensor]:
-    """Everything that the program returns, call for call, with the last caches made dense."""
-    collected = []
+Pair = tuple[Tensor, Tensor]
+
+
+def run_exact(model: Model, spark: Any, program: Program) -> list[Pair]:
+    """Everything that both return, call for call, with the last caches made dense."""
+    pairs: list[Pair] = []
     for inputs in calls(program):
-        past = nothing(inputs[0].shape[0])
+        past, exact_past = (model.nothing(inputs[0].shape[0]) for _ in range(2))
         for x in inputs:
-            output, past, more = model(x, past)
-            collected += [output, *more]
-        collected += [state for states in past for state in states]
-    return [_dense(value) for value in collected]
+            output, past, more = spark(x, past)
+            exact, exact_past, exact_more = model(x, exact_past)
+            pairs += zip((output, *more), (exact, *exact_more), strict=True)
+        pairs += zip(map(_dense, flat(past)), flat(exact_past), strict=True)
+    return pairs
+
+
+def run_pruned(model: Model, spark: Any, program: Program) -> list[Pair]:
+    """The same step by step, the model over a dense copy of the cache."""
+    pairs: list[Pair] = []
+    for inputs in calls(program):
+        past = model.nothing(inputs[0].shape[0])
+        for x in inputs:
+            dense = past and [tuple(_dense(state).clone() for state in states) for states in past]
+            output, past, more = spark(x, past)
+            exact, _, exact_more = model(x, dense)
+            pairs += zip((output, *more), (exact, *exact_more), strict=True)
+    return pairs
+
+
+def flat(past: Any) -> list[Tensor]:
+    return [state for states in past for state in states]
 
 
 def _dense(value: Tensor) -> Tensor:
     return value.dense() if isinstance(value, SparkTensor) else value
-
-
-def compiled_outputs(model: Model, program: Program) -> tuple[list[Tensor], list[GraphReport]]:
-    """The same behind the backend, and what it did to each graph."""
-    torch._dynamo.reset()
-    backend._warned.clear()
-    spark = torch.compile(model, backend="spark", options=OPTIONS, fullgraph=True)
-    with collect_report() as report, warnings.catch_warnings():
-        warnings.simplefilter("ignore", SparkWarning)
-        return outputs(spark, program, model.nothing), report.graphs
 
 
 def difference(actual: Tensor, expected: Tensor) -> float:
@@ -66,18 +82,23 @@ def difference(actual: Tensor, expected: Tensor) -> float:
 
 
 @torch.no_grad()
-def check(program: Program) -> list[GraphReport]:
+def check(program: Program, key_ratio: float) -> list[GraphReport]:
     """Assert that the backend changes nothing that can be seen, and that no pass failed."""
-    model = build(program)
-    expected = outputs(model, program, model.nothing)
-    actual, graphs = compiled_outputs(model, program)
-    failed = [graph.left_alone for graph in graphs if graph.left_alone]
+    torch._dynamo.reset()
+    backend._warned.clear()
+    model, options = build(program), {**OPTIONS, "key_ratio": key_ratio}
+    spark = torch.compile(model, backend="spark", options=options, fullgraph=True)
+    run = run_pruned if key_ratio else run_exact
+    with collect_report() as report, warnings.catch_warnings():
+        warnings.simplefilter("ignore", SparkWarning)
+        pairs = run(model, spark, program)
+    failed = [graph.left_alone for graph in report.graphs if graph.left_alone]
     assert not failed, failed
     allowed = TOLERANCE.get(getattr(torch, program.dtype), 1e-4)
-    for position, (ours, theirs) in enumerate(zip(actual, expected, strict=True)):
+    for position, (ours, theirs) in enumerate(pairs):
         error = difference(ours, theirs)
         assert error <= allowed, f"output {position} is off by {error:.1e}, allowed {allowed:.0e}"
-    return graphs
+    return report.graphs
 
 
 def refusals(program: Program, graphs: list[GraphReport]) -> list[str]:
@@ -91,34 +112,34 @@ def refusals(program: Program, graphs: list[GraphReport]) -> list[str]:
 
 
 @settings(QUICK, max_examples=20)
-@given(family())
-def test_what_has_to_be_rewritten_is(program: Program) -> None:
+@given(family(), st.sampled_from(RATIOS))
+def test_what_has_to_be_rewritten_is(program: Program, key_ratio: float) -> None:
     """The property cannot pass by refusing everything: here nothing may be refused."""
-    assert not refusals(program, check(program))
+    assert not refusals(program, check(program, key_ratio))
 
 
 @settings(QUICK, max_examples=20)
-@given(programs())
-def test_rewritten_and_equal_or_refused_and_equal(program: Program) -> None:
-    check_all(program)
+@given(programs(), st.sampled_from(RATIOS))
+def test_rewritten_and_equal_or_refused_and_equal(program: Program, key_ratio: float) -> None:
+    check_all(program, key_ratio)
 
 
 @pytest.mark.slow
 @settings(QUICK, max_examples=500)
-@given(programs())
-def test_many_programs(program: Program) -> None:
-    check_all(program)
+@given(programs(), st.sampled_from(RATIOS))
+def test_many_programs(program: Program, key_ratio: float) -> None:
+    check_all(program, key_ratio)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not FUZZ, reason="needs SPARK_FUZZ_EXAMPLES, as `make fuzz` sets it")
 @settings(max_examples=FUZZ or 1, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(programs())
-def test_other_programs_each_time(program: Program) -> None:
+@given(programs(), st.sampled_from(RATIOS))
+def test_other_programs_each_time(program: Program, key_ratio: float) -> None:
     """Not the same ones each time; hypothesis's database keeps those that failed."""
-    check_all(program)
+    check_all(program, key_ratio)
 
 
-def check_all(program: Program) -> None:
-    graphs = check(program)
+def check_all(program: Program, key_ratio: float) -> None:
+    graphs = check(program, key_ratio)
     assert program.excuses() or not refusals(program, graphs)
