@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import networkx as nx
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import disable_fake_tensor_cache
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
@@ -63,9 +65,20 @@ def value_of(argument: Any) -> Any:
 def call(program: Program, target: Callable[..., Any], args: tuple[Any, ...]) -> fx.Node:
     """Add a call at the graph's insertion point and compute its fake value."""
     node = program.graph.call_function(target, args)
-    with program.fake_mode:
-        node.meta["val"] = target(*fx.map_arg(args, value_of))
+    node.meta["val"] = fake_value(program, node)
     return node
+
+
+def fake_value(program: Program, node: fx.Node) -> Any:
+    """What the target of a call computes of the fake values of its operands."""
+    args, kwargs = fx.map_arg((node.args, node.kwargs), value_of)
+    with ExitStack() as stack:
+        if program.states:
+            # Every state has symbols of its own: making keys of them takes long, and finds nothing.
+            stack.enter_context(disable_fake_tensor_cache(program.fake_mode))
+        stack.enter_context(program.fake_mode)
+        stack.enter_context(torch.no_grad())
+        return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def inline(

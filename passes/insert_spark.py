@@ -164,7 +164,8 @@ def _why_not_returned(name: str, node: fx.Node, returned: set[fx.Node]) -> str:
         return f"the cache keeps the {name} changed by {behind[0].target}"
     written = next((write for write in moved(node) if _fills_a_buffer(write, returned)), None)
     if written is not None:
-        return f"the {name} are written into a buffer by {written.target}, not appended by cat"
+        how = "as in a static cache, not appended by cat"
+        return f"the {name} are written into a buffer by {written.target}, {how}"
     if _computed_from(node, returned):
         return f"the {name} {LATENT}"
     return f"the {name} are not returned by the graph: no cache is kept"

@@ -107,7 +107,10 @@ def attention(
 
 
 def _joined(past, new):  # type: ignore[no-untyped-def]
-    return torch.empty_like(new) if past is None else torch.cat((past, new), dim=2)
+    if past is None:
+        return torch.empty_like(new)
+    shape = (*new.shape[:2], past.shape[2] + new.shape[2], new.shape[3])
+    return new.new_empty(shape, dtype=torch.promote_types(past.dtype, new.dtype))
 
 
 @_operator("(Tensor? past, Tensor new) -> Tensor", _joined)
