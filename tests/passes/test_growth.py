@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from spark_compile.passes.pipeline import run_passes
 from spark_compile.passes.program import Program
 
-FEW, MANY = 10, 40
+FEW, MANY = 20, 100
 ALLOWED = 1.1
 """How much more work per node the larger graph may take."""
 
