@@ -162,7 +162,8 @@ def _why_not_returned(name: str, node: fx.Node, returned: set[fx.Node]) -> str:
         return f"the cache keeps the {name} in another layout than [B, H, S, D]"
     if behind:
         return f"the cache keeps the {name} changed by {behind[0].target}"
-    written = next((write for write in moved(node) if _fills_a_buffer(write, returned)), None)
+    writes = [*moved(node), *(user for value in moved(node, forwards=True) for user in value.users)]
+    written = next((write for write in writes if _fills_a_buffer(write, returned)), None)
     if written is not None:
         how = "as in a static cache, not appended by cat"
         return f"the {name} are written into a buffer by {written.target}, {how}"
@@ -173,7 +174,7 @@ def _why_not_returned(name: str, node: fx.Node, returned: set[fx.Node]) -> str:
 
 def _fills_a_buffer(node: fx.Node, returned: set[fx.Node]) -> bool:
     """Whether a node writes into a tensor that the graph gets or returns, no passing one."""
-    if node.target not in WRITES:
+    if node.target not in WRITES | {torch.ops.aten.copy_.default}:
         return False
     into: Any = node.args[0]
     return node in returned or any(of.op in _INPUTS for of in moved(into))
