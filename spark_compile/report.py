@@ -103,7 +103,7 @@ class Report:
         table = Table(title="Attention sites")
         for column in ("phase", "layer", "heads", "Dk/Dv", "bytes/token", "spark", "result"):
             right = column in ("bytes/token", "spark")
-            table.add_column(column, justify="right" if right else "left")
+            table.add_column(column, justify="right" if right else "left", overflow="fold")
         for graph in self.graphs:
             for site in graph.sites:
                 done = site.refusal is None

@@ -86,6 +86,13 @@ def test_table_shows_module_paths_as_they_are() -> None:
     assert "L['self'][/x].layers[last]" in rendered(Report([GraphReport("decode", (odd,))]))
 
 
+def test_a_narrow_table_shows_names_whole() -> None:
+    site = Site("model.decoder.layers.17.self_attention", 1, 1, 8, 8, 32, 20)
+    lines = rendered(Report([GraphReport("decode", (site,))]), width=80).splitlines()
+    cells = [line.split("│")[2].strip() for line in lines if "│" in line]
+    assert "".join(cells) == site.layer
+
+
 def test_table_tells_of_graphs_without_sites() -> None:
     text = rendered(Report([LEFT]))
     assert "no cache" in text
