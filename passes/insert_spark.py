@@ -246,7 +246,8 @@ def _check_readers(program: Program, group: list[_Site], live: set[fx.Node]) -> 
         assert kept is not None
         _refuse_others(append, attentions | {program.output, kept}, live)
         _refuse_others(kept, attentions | {program.output}, live)
-        if past in program.states:
+        if past is not None:
+            # A dense past too: this step would compress the cache, and the next one make it dense.
             _refuse_others(past, {append}, live)
 
 

@@ -89,6 +89,7 @@ EXPECTED = {  # for a prefill and a decode; None: either way will do, "": for an
     "scaled_late": ("computed from what is cached", "computed from what is cached"),
     "one_tensor": ("same tensor", "keys and values"),
     "key_norms": (None, "the cache is also read by"),
+    "past_reader": (None, "the cache is also read by"),
     "three_parts": (None, ""),
 }
 
@@ -198,7 +199,7 @@ def test_store_keeps_sinks_and_recent_tokens_dense(length: int, packed: int) -> 
     torch.testing.assert_close(store_values(key, config)[0][:, :, :length], key)
 
 
-@pytest.mark.parametrize("name", ["sliding", "key_norms", "shared_cache"])
+@pytest.mark.parametrize("name", ["sliding", "key_norms", "past_reader", "shared_cache"])
 @pytest.mark.filterwarnings("ignore::spark_compile.SparkWarning")
 def test_a_cache_never_goes_back_and_forth(name: str) -> None:
     """Once it is refused it stays dense: recovering and pruning again each step adds up errors."""

@@ -144,6 +144,15 @@ class KeyNorms(SdpaMasked):
         return output + key.norm(dim=-1).mean() * 0.01
 
 
+class PastReader(SdpaMasked):
+    """Something reads the cache as it was before the step."""
+
+    def append(self, past: KeyValue | None, key: Tensor, value: Tensor) -> KeyValue:
+        if past is not None:
+            value = value + past[0].mean() * 0.1
+        return super().append(past, key, value)
+
+
 class OneTensor(SdpaMasked):
     """Keys serve as values too."""
 
@@ -187,6 +196,7 @@ UNUSUAL: dict[str, type[SdpaCausal]] = {
     "tokens_first": TokensFirst,
     "scaled_late": ScaledLate,
     "key_norms": KeyNorms,
+    "past_reader": PastReader,
     "one_tensor": OneTensor,
     "concatenated": Concatenated,
     "three_parts": ThreeParts,
