@@ -8,8 +8,10 @@ before it recovers to.
 
 from __future__ import annotations
 
+import itertools
 import os
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -53,13 +55,23 @@ def run_pruned(model: Model, spark: Any, program: Program) -> list[Pair]:
     """The same step by step, the model over a dense copy of the cache."""
     pairs: list[Pair] = []
     for inputs in calls(program):
-        past = model.nothing(inputs[0].shape[0])
+        past, kinds = model.nothing(inputs[0].shape[0]), []
         for x in inputs:
             dense = past and [tuple(_dense(state).clone() for state in states) for states in past]
             output, past, more = spark(x, past)
             exact, _, exact_more = model(x, dense)
-            pairs += zip((output, *more), (exact, *exact_more), strict=True)
+            both = zip((output, *more), (exact, *exact_more), strict=True)
+            # What is returned as a state is the cache once more.
+            pairs += ((ours, theirs) for ours, theirs in both if type(ours) is Tensor)
+            kinds.append([type(state).__name__ for state in flat(past)])
+        assert all(map(settles, zip(*kinds, strict=True))), kinds
     return pairs
+
+
+def settles(kinds: Iterable[str]) -> bool:
+    """Whether a cache does not go back and forth: each time it would lose something."""
+    runs = [kind for kind, _ in itertools.groupby(kinds)]
+    return len(runs) <= 2 + (runs[0] == "Tensor")
 
 
 def flat(past: Any) -> list[Tensor]:
