@@ -6,11 +6,12 @@ import dataclasses
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import SymInt, Tensor, fx, nn
+from torch._inductor.utils import fresh_cache
 
 from .backend import compile_graph, inner_compiler
 from .config import SparkConfig
@@ -47,7 +48,9 @@ def explain(
     if "use_cache" in inspect.signature(model.forward).parameters:
         call.setdefault("use_cache", True)
     quiet = warnings.catch_warnings(action="ignore", category=SparkWarning)  # the report says it
-    with _weights_off_meta(model), torch.no_grad(), quiet, collect_report() as report:
+    # A graph that Inductor has compiled before would take no time.
+    cache = fresh_cache() if compile else nullcontext()
+    with _weights_off_meta(model), torch.no_grad(), quiet, cache, collect_report() as report:
         output = compiled(**call)
         past = getattr(output, "past_key_values", None)
         if past is not None and "input_ids" in call:

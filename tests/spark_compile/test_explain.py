@@ -10,6 +10,7 @@ import torch
 from decoders import ATTENTIONS, UNUSUAL, Decoder, Past, prompt
 from rich.console import Console
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from spark_compile import SparkError, explain
 
@@ -127,3 +128,14 @@ def test_times_are_told_and_the_share_of_compiling_where_it_was_asked_for() -> N
     assert traced.passes_ms > 0 < traced.lower_ms
     assert traced.compile_ms is None
     assert compiled.compile_ms is not None
+
+
+@pytest.mark.slow
+def test_the_share_is_of_compiling_and_not_of_finding_in_a_cache() -> None:
+    for _ in range(2):
+        torch._dynamo.reset()
+        counters["inductor"].clear()
+        report = explain(named("manual"), {"input_ids": prompt(13)}, window=4, compile=True)
+        assert len(report.graphs) == 2
+        assert not counters["inductor"]["fxgraph_cache_hit"]
+        assert counters["inductor"]["fxgraph_cache_miss"] == 2
