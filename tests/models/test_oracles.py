@@ -43,11 +43,15 @@ def teacher_forced(model: Any, ids: Tensor, padding: int, mode: Any = None) -> t
     return torch.stack(logits), cache
 
 
+LONG = {"gemma3_sliding"}
+"""Half a minute each; sliding layers alone, and full ones alone, are fast."""
+
+
 def cases() -> Iterator[Any]:
     """Every architecture in every combination; a quarter of them is fast.
 
-    In that quarter every value of a factor meets every architecture, and any two values of two
-    factors meet on some architecture.
+    In that quarter every value of a factor meets every architecture but those of ``LONG``, and any
+    two values of two factors meet on some architecture.
     """
     for number, name in enumerate(sorted(ARCHITECTURES)):
         for attention, padding, dtype in itertools.product(
@@ -58,7 +62,7 @@ def cases() -> Iterator[Any]:
             yield pytest.param(
                 name, attention, padding, dtype,
                 id=f"{name}-{attention}-{'padded' if padding else 'single'}-{dtype}",
-                marks=[] if both and same else [pytest.mark.slow],
+                marks=[] if both and same and name not in LONG else [pytest.mark.slow],
             )  # fmt: skip
 
 
