@@ -96,9 +96,8 @@ def match_softmax(node: fx.Node, kept: Collection[fx.Node]) -> Attention | None:
     if mixed is None:
         raise Refused("the attention weights are changed before they meet the values", node)
     query, key = _factors(scores.node)
-    output, sinks = _gated(node, mixed)
-    if scores.sinks is not None:
-        output, sinks = mixed, (scores.sinks, -3)
+    column = None if scores.sinks is None else (scores.sinks, -3)
+    output, sinks = _gated(node, mixed) if column is None else (mixed, column)
     return _bound(
         behind_cast(query), key, _factors(mixed)[1], (3, 2), kept, mixed=mixed, sinks=sinks,
         scale=scores.scale, scores=scores.node, output=output, biases=scores.biases,

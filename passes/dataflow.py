@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import nullcontext
 from typing import Any
 
 import networkx as nx
@@ -62,9 +62,11 @@ def value_of(argument: Any) -> Any:
     return argument.meta["val"] if isinstance(argument, fx.Node) else argument
 
 
-def call(program: Program, target: Callable[..., Any], args: tuple[Any, ...]) -> fx.Node:
+def call(
+    program: Program, target: Callable[..., Any], args: tuple[Any, ...], **kwargs: Any
+) -> fx.Node:
     """Add a call at the graph's insertion point and compute its fake value."""
-    node = program.graph.call_function(target, args)
+    node = program.graph.call_function(target, args, kwargs)
     node.meta["val"] = fake_value(program, node)
     return node
 
@@ -72,12 +74,9 @@ def call(program: Program, target: Callable[..., Any], args: tuple[Any, ...]) ->
 def fake_value(program: Program, node: fx.Node) -> Any:
     """What the target of a call computes of the fake values of its operands."""
     args, kwargs = fx.map_arg((node.args, node.kwargs), value_of)
-    with ExitStack() as stack:
-        if program.states:
-            # Every state has symbols of its own: making keys of them takes long, and finds nothing.
-            stack.enter_context(disable_fake_tensor_cache(program.fake_mode))
-        stack.enter_context(program.fake_mode)
-        stack.enter_context(torch.no_grad())
+    # Every state has symbols of its own: making keys of them takes long, and finds nothing.
+    cache = disable_fake_tensor_cache(program.fake_mode) if program.states else nullcontext()
+    with cache, program.fake_mode, torch.no_grad():
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
 

@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import operator
-import sys
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any, NamedTuple
@@ -28,7 +27,18 @@ from .dataflow import call, inline, live_nodes
 from .find_attention import CANONICAL as ATTENTION
 from .find_attention import layer_name, restore
 from .find_kv_append import CANONICAL as APPEND
-from .patterns import SOFTMAXES, WRITES, Refused, argument, moved, moved_from, rank, source, tensor
+from .patterns import (
+    SOFTMAXES,
+    WRITES,
+    Refused,
+    argument,
+    is_open_ended,
+    moved,
+    moved_from,
+    rank,
+    source,
+    tensor,
+)
 from .program import Program, Replacement
 from .scores import is_tensor
 from .states import stored_tensors
@@ -128,9 +138,8 @@ def _cuts_front(node: fx.Node) -> bool:
     """Whether a node is what its operand ends with along the sequence."""
     if node.target is not torch.ops.aten.slice.Tensor or argument(node, "dim") not in (2, -2):
         return False
-    end: Any = argument(node, "end")
     size = tensor(node.args[0]).shape[2]  # type: ignore[arg-type]
-    to_the_end = end is None or (isinstance(end, int) and end >= sys.maxsize) or end is size
+    to_the_end = is_open_ended(node) or argument(node, "end") is size
     return to_the_end and argument(node, "step") == 1
 
 
@@ -174,7 +183,7 @@ def _why_not_returned(name: str, node: fx.Node, returned: set[fx.Node]) -> str:
 
 def _fills_a_buffer(node: fx.Node, returned: set[fx.Node]) -> bool:
     """Whether a node writes into a tensor that the graph gets or returns, no passing one."""
-    if node.target not in WRITES | {torch.ops.aten.copy_.default}:
+    if node.target not in WRITES:
         return False
     into: Any = node.args[0]
     return node in returned or any(of.op in _INPUTS for of in moved(into))

@@ -11,14 +11,13 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
 from .einsum import as_matmul
-from .patterns import argument, rank
+from .patterns import argument, is_open_ended, rank
 from .program import Program
 
 _aten = torch.ops.aten
@@ -82,8 +81,8 @@ def _is_whole(node: fx.Node) -> bool:
     """Whether a slice takes everything, of whatever size."""
     if node.target is not _aten.slice.Tensor:
         return False
-    start, end, step = (argument(node, name) for name in ("start", "end", "step"))
-    return start in (None, 0) and step == 1 and (end is None or end == sys.maxsize)
+    first = argument(node, "start") in (None, 0) and argument(node, "step") == 1
+    return first and is_open_ended(node)
 
 
 def _count_from_front(node: fx.Node, name: str) -> bool:

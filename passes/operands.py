@@ -104,11 +104,7 @@ def _hidden(program: Program, bias: Bias) -> fx.Node:
     mask = bias.node
     if bias.visible:
         mask = call(program, _aten.logical_not.default, (mask,))
-    with program.fake_mode:
-        zeros = program.graph.call_function(
-            _aten.zeros_like.default, (mask,), {"dtype": torch.float32}
-        )
-        zeros.meta["val"] = torch.zeros_like(tensor(mask), dtype=torch.float32)
+    zeros = call(program, _aten.zeros_like.default, (mask,), dtype=torch.float32)
     # A score that this is added to becomes it, as if it had been filled in its place.
     fill = LEAST if bias.fill != -math.inf else -math.inf
     return call(program, _aten.masked_fill.Scalar, (zeros, mask, fill))

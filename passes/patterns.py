@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -53,9 +54,9 @@ MOVES = COPIES | RESHAPES | {
 SOFTMAXES = {_aten.softmax.int, _aten._softmax.default, _aten._safe_softmax.default}
 WRITES = {
     _aten.index_copy.default, _aten.index_put.default, _aten.slice_scatter.default,
-    _aten.select_scatter.default, _aten.scatter.src, _aten.copy.default,
+    _aten.select_scatter.default, _aten.scatter.src, _aten.copy.default, _aten.copy_.default,
 }  # fmt: skip
-"""Functional forms of writing into a part of a buffer."""
+"""Functional forms of writing into a part of a buffer, and what writes the result back."""
 
 
 class Refused(Exception):
@@ -74,6 +75,12 @@ def argument(node: fx.Node, name: str) -> Any:
                 return node.args[position]
             return node.kwargs.get(name, parameter.default_value)
     raise KeyError(f"{node.target} has no argument {name!r}")
+
+
+def is_open_ended(node: fx.Node) -> bool:
+    """Whether a slice goes to the end, of whatever size its operand is."""
+    end = argument(node, "end")
+    return end is None or (isinstance(end, int) and end >= sys.maxsize)
 
 
 def tensor(node: fx.Node) -> torch.Tensor:

@@ -73,7 +73,28 @@ class LitGpt(GptFast):
         return F.softmax(scores, dim=-1, dtype=torch.float).to(q.dtype) @ v
 
 
-class PositionDecoder(Blocks):
+class KeepingDecoder(Blocks):
+    """The attentions keep their caches."""
+
+    def places(self, start: int, end: int) -> tuple[Any, ...]:
+        """What a forward is told of where its tokens are."""
+        return ()
+
+    def feed(self, chunks: Sequence[Tensor], call: Compiled | None = None) -> tuple[Tensor, Any]:
+        """As ``handwritten.Decoder.feed``."""
+        call = self if call is None else call
+        for attention in self.attentions:
+            attention.reset()
+        logits, start = [], 0
+        with torch.no_grad():
+            for tokens in chunks:
+                end = start + tokens.shape[1]
+                logits.append(call(tokens, *self.places(start, end)))
+                start = end
+        return torch.cat(logits, dim=1), [(a.k_cache, a.v_cache) for a in self.attentions]
+
+
+class PositionDecoder(KeepingDecoder):
     """Caches in the attentions' buffers, written at ``input_pos``; the mask is a buffer too."""
 
     def __init__(self, attention: type[GptFast], layers: int, twin: bool = False) -> None:
@@ -88,43 +109,33 @@ class PositionDecoder(Blocks):
             x = self.feed_forward(x + attention(self.norms[layer](x), input_pos, mask), layer)
         return self.head(x)
 
-    def feed(self, chunks: Sequence[Tensor], call: Compiled | None = None) -> tuple[Tensor, Any]:
-        """As ``handwritten.Decoder.feed``."""
-        call = self if call is None else call
-        for attention in self.attentions:
-            attention.reset()
-        logits, start = [], 0
-        with torch.no_grad():
-            for tokens in chunks:
-                end = start + tokens.shape[1]
-                logits.append(call(tokens, torch.arange(start, end)))
-                start = end
-        return torch.cat(logits, dim=1), [(a.k_cache, a.v_cache) for a in self.attentions]
+    def places(self, start: int, end: int) -> tuple[Any, ...]:
+        return (torch.arange(start, end),)
 
 
 class SliceWrites(Attention):
     """Preallocated [B, max, H, D] written at a slice from ``start_pos``, as Llama's first code."""
 
     def reset(self) -> None:
-        self.cache_k = torch.zeros(BATCH, LONGEST, HEADS, DIM)
-        self.cache_v = torch.zeros(BATCH, LONGEST, HEADS, DIM)
+        self.k_cache = torch.zeros(BATCH, LONGEST, HEADS, DIM)
+        self.v_cache = torch.zeros(BATCH, LONGEST, HEADS, DIM)
 
     def forward(self, x: Tensor, start_pos: int) -> Tensor:  # type: ignore[override]
         bsz, seqlen, _ = x.shape
         xq = self.q_proj(x).view(bsz, seqlen, HEADS, DIM)
         xk = self.k_proj(x).view(bsz, seqlen, HEADS, DIM)
         xv = self.v_proj(x).view(bsz, seqlen, HEADS, DIM)
-        self.cache_k[:bsz, start_pos : start_pos + seqlen] = xk
-        self.cache_v[:bsz, start_pos : start_pos + seqlen] = xv
-        keys = self.cache_k[:bsz, : start_pos + seqlen].transpose(1, 2)
-        values = self.cache_v[:bsz, : start_pos + seqlen].transpose(1, 2)
+        self.k_cache[:bsz, start_pos : start_pos + seqlen] = xk
+        self.v_cache[:bsz, start_pos : start_pos + seqlen] = xv
+        keys = self.k_cache[:bsz, : start_pos + seqlen].transpose(1, 2)
+        values = self.v_cache[:bsz, : start_pos + seqlen].transpose(1, 2)
         xq = xq.transpose(1, 2)
         scores = torch.matmul(xq, keys.transpose(2, 3)) / math.sqrt(DIM) + hidden_bias(xq, keys)
         scores = F.softmax(scores.float(), dim=-1).type_as(xq)
         return self.o_proj(merge_heads(torch.matmul(scores, values)))
 
 
-class SliceDecoder(Blocks):
+class SliceDecoder(KeepingDecoder):
     """Takes the number of tokens before these as an int; the caches are attributes."""
 
     def __init__(self, layers: int, twin: bool = False) -> None:
@@ -136,17 +147,8 @@ class SliceDecoder(Blocks):
             x = self.feed_forward(x + attention(self.norms[layer](x), start_pos), layer)
         return self.head(x)
 
-    def feed(self, chunks: Sequence[Tensor], call: Compiled | None = None) -> tuple[Tensor, Any]:
-        """As ``handwritten.Decoder.feed``."""
-        call = self if call is None else call
-        for attention in self.attentions:
-            attention.reset()
-        logits, start = [], 0
-        with torch.no_grad():
-            for tokens in chunks:
-                logits.append(call(tokens, start))
-                start += tokens.shape[1]
-        return torch.cat(logits, dim=1), [(a.cache_k, a.cache_v) for a in self.attentions]
+    def places(self, start: int, end: int) -> tuple[Any, ...]:
+        return (start,)
 
 
 class InAttribute(Attention):
@@ -178,7 +180,7 @@ class InBuffer(InAttribute):
             self.register_buffer(name, torch.zeros(BATCH, HEADS, 0, DIM), persistent=False)
 
 
-class StatefulDecoder(Blocks):
+class StatefulDecoder(KeepingDecoder):
     """Takes tokens alone: the caches live in the attentions."""
 
     def __init__(self, attention: type[InAttribute], layers: int, twin: bool = False) -> None:
@@ -189,15 +191,6 @@ class StatefulDecoder(Blocks):
         for layer, attention in enumerate(self.attentions):
             x = self.feed_forward(x + attention(self.norms[layer](x)), layer)
         return self.head(x)
-
-    def feed(self, chunks: Sequence[Tensor], call: Compiled | None = None) -> tuple[Tensor, Any]:
-        """As ``handwritten.Decoder.feed``."""
-        call = self if call is None else call
-        for attention in self.attentions:
-            attention.reset()
-        with torch.no_grad():
-            logits = [call(tokens) for tokens in chunks]
-        return torch.cat(logits, dim=1), [(a.k_cache, a.v_cache) for a in self.attentions]
 
 
 class TokensFirst(Attention):
