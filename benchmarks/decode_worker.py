@@ -22,7 +22,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 import spark_compile
-from spark_compile.demo_worker import memory_bytes, reset_peak
+from spark_compile.demo.worker import memory_bytes, reset_peak
 
 from . import decode_models
 from .decode_models import STATIC, Competitor

@@ -112,8 +112,8 @@ def demo(
     if dtype not in ("auto", "float32", "bfloat16"):
         _fail(f"option 'dtype' is {dtype!r}: allowed is one of 'auto', 'float32', 'bfloat16'")
     _config({"inner": inner})
-    from .demo import run_demo
-    from .demo_setup import DemoError
+    from .demo.assets import DemoError
+    from .demo.comparison import run_demo
 
     try:
         results = run_demo(Console(), context, new_tokens, dtype, inner)

