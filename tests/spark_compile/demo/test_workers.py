@@ -46,7 +46,7 @@ def tiny_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("tiny_demo")
 def test_every_configuration_is_measured_in_its_worker() -> None:
     console = Console(file=io.StringIO(), width=120)
-    results = comparison.run_demo(console, 600, 8, "float32", "eager")
+    results = comparison.run_demo(console, 600, 8, "float32", {"inner": "eager", "strict": True})
     assert [result.name for result in results] == ["dense", "spark 0.5", "spark 0.8"]
     assert all(590 <= result.prompt_tokens <= 600 for result in results)
     dense, half, most = (result.kv_bytes for result in results)
@@ -57,4 +57,4 @@ def test_every_configuration_is_measured_in_its_worker() -> None:
 @pytest.mark.usefixtures("tiny_demo")
 def test_a_worker_that_fails_says_why() -> None:
     with pytest.raises(DemoError, match=r"worker for 'dense' ended.*\ncontext is 10 tokens"):
-        comparison.run_demo(Console(file=io.StringIO()), 10, 8, "float32", "eager")
+        comparison.run_demo(Console(file=io.StringIO()), 10, 8, "float32", {"inner": "eager"})
