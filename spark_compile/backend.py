@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -16,14 +15,13 @@ from .config import SparkConfig
 from .passes.lower import as_dense, fake_inputs, lower
 from .passes.pipeline import run_passes
 from .passes.program import PassFailed, Program
-from .report import GraphReport, SparkError, SparkWarning, record
+from .report import GraphReport, SparkError, record, warn_once
 from .runtime import SparkGraph
 from .state import SparkTensor
 
 Compiled = Callable[..., Any]
 InnerCompiler = Callable[[fx.GraphModule, list[Any]], Compiled]
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
-_warned: set[str] = set()
 
 
 def spark(
@@ -172,6 +170,4 @@ def _complain(message: str, config: SparkConfig) -> None:
     """Warn once per message, or raise under ``strict``."""
     if config.strict:
         raise SparkError(message)
-    if message not in _warned:
-        _warned.add(message)
-        warnings.warn(message, SparkWarning, stacklevel=2)
+    warn_once(message, stacklevel=2)

@@ -1,8 +1,13 @@
-"""What a compile did: every attention site, rewritten or refused, as data and as a table."""
+"""What a compile did: every attention site, rewritten or refused, as data and as a table.
+
+Also the package's warnings: each is given once in a process.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import threading
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +25,29 @@ class SparkWarning(UserWarning):
 
 class SparkError(RuntimeError):
     """Raised under ``strict=True`` where a SparkWarning would have been given."""
+
+
+_given: set[str] = set()
+_given_lock = threading.Lock()
+
+
+def warn_once(message: str, category: type[Warning] = SparkWarning, *, stacklevel: int = 1) -> None:
+    """Give a warning, unless one with this message has been given in this process.
+
+    Args:
+        stacklevel: as that of ``warnings.warn``, 1 being the caller of this function.
+    """
+    with _given_lock:
+        if message in _given:
+            return
+        _given.add(message)
+    warnings.warn(message, category, stacklevel=stacklevel + 1)
+
+
+def forget_warnings() -> None:
+    """Let every warning be given again; for tests."""
+    with _given_lock:
+        _given.clear()
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ sys.path[:] = [entry for entry in sys.path if entry and Path(entry).resolve() !=
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from spark_compile.report import forget_warnings  # noqa: E402
+
 # Two workers of two threads each, all waiting for one another, take many times longer.
 torch.set_num_threads(1)
 
@@ -21,6 +23,6 @@ torch.set_num_threads(1)
 def fresh_compiler_and_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forget compiled graphs and given warnings, and seed the random numbers, before each test."""
     torch._dynamo.reset()
-    monkeypatch.setattr("spark_compile.backend._warned", set())
+    forget_warnings()
     monkeypatch.setattr("spark_compile.state._warned", set())
     torch.manual_seed(0)

@@ -23,8 +23,8 @@ from program_model import Model, build, calls
 from programs import Program, family, programs
 from torch import Tensor
 
-from spark_compile import SparkWarning, backend
-from spark_compile.report import GraphReport, collect_report
+from spark_compile import SparkWarning
+from spark_compile.report import GraphReport, collect_report, forget_warnings
 from spark_compile.state import SparkTensor
 
 OPTIONS = {"window": 4, "inner": "eager"}
@@ -97,7 +97,7 @@ def difference(actual: Tensor, expected: Tensor) -> float:
 def check(program: Program, key_ratio: float) -> list[GraphReport]:
     """Assert that the backend changes nothing that can be seen, and that no pass failed."""
     torch._dynamo.reset()
-    backend._warned.clear()
+    forget_warnings()
     model, options = build(program), {**OPTIONS, "key_ratio": key_ratio}
     spark = torch.compile(model, backend="spark", options=options, fullgraph=True)
     run = run_pruned if key_ratio else run_exact

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import io
 import json
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 from rich.console import Console
 
-from spark_compile import Report
-from spark_compile.report import GraphReport, Refusal, Site, collect_report, record
+from spark_compile import Report, SparkWarning
+from spark_compile.report import (
+    GraphReport,
+    Refusal,
+    Site,
+    collect_report,
+    forget_warnings,
+    record,
+    warn_once,
+)
 
 REWRITTEN = Site("layers.0.attn", 9, 3, 64, 32, dense_token_bytes=400, stored_token_bytes=300)
 REFUSED = Site("layers.1.attn", 8, 8, 16, 16, 256, 200, Refusal("the mask is [b, h, l]", "add_3"))
@@ -109,3 +120,21 @@ def test_collecting_is_nested_and_ends() -> None:
     record(EMPTY)
     assert outer.graphs == [PREFILL, LEFT]
     assert inner.graphs == [DECODE]
+
+
+def test_a_warning_is_given_once_until_it_is_forgotten() -> None:
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always")
+        with ThreadPoolExecutor(8) as threads:
+            list(threads.map(warn_once, ["one"] * 200))
+        warn_once("another", RuntimeWarning)
+        forget_warnings()
+        warn_once("one")
+    expected = [("one", SparkWarning), ("another", RuntimeWarning), ("one", SparkWarning)]
+    assert [(str(warning.message), warning.category) for warning in given] == expected
+
+
+def test_a_warning_points_at_the_code_that_gave_it() -> None:
+    with pytest.warns(SparkWarning, match="here") as given:
+        warn_once("here")
+    assert given[0].filename == __file__
