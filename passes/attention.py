@@ -17,9 +17,7 @@ from torch import SymInt, fx
 from .axes import Size, cached, equal, same_shape, viewed
 from .patterns import (
     CASTS,
-    ELEMENTWISE,
     LIKE_PRODUCTS,
-    MOVES,
     PRODUCTS,
     SOFTMAXES,
     VIEWS,
@@ -30,7 +28,7 @@ from .patterns import (
     source,
     tensor,
 )
-from .scores import Bias, Factor, Scores, depends_on_product, is_tensor
+from .scores import PASSABLE, Bias, Factor, Scores, depends_on_product, is_tensor
 
 _aten = torch.ops.aten
 
@@ -273,7 +271,7 @@ def _reaches_product(softmax: fx.Node) -> bool:
         for user in stack.pop().users:
             if user.target in LIKE_PRODUCTS:
                 return True
-            if user.target in ELEMENTWISE | CASTS | MOVES and user not in seen:
+            if user.target in CASTS | PASSABLE and user not in seen:
                 seen.add(user)
                 stack.append(user)
     return False

@@ -35,13 +35,6 @@ CASTS = {_aten._to_copy.default, _aten.to.dtype, _aten.type_as.default}
 PRODUCTS = {_aten.matmul.default, _aten.bmm.default, _aten.baddbmm.default}
 LIKE_PRODUCTS = PRODUCTS | {_aten.einsum.default}
 """Products as far as telling an attention from another softmax goes; not all can be bound."""
-ELEMENTWISE = {
-    _aten.add.Tensor, _aten.sub.Tensor, _aten.mul.Tensor, _aten.div.Tensor, _aten.mul.Scalar,
-    _aten.div.Scalar, _aten.tanh.default, _aten.where.self, _aten.masked_fill.Scalar,
-    _aten.masked_fill.Tensor, _aten.clamp.default, _aten.clamp_min.default, _aten.dropout.default,
-    _aten.where.ScalarOther, _aten.where.ScalarSelf, _aten.max.other, _aten.maximum.default,
-}  # fmt: skip
-"""What scores may go through before the softmax, and weights behind it."""
 MOVES = COPIES | RESHAPES | {
     _aten.cat.default, _aten.stack.default, _aten.permute.default, _aten.transpose.int,
     _aten.index_select.default,

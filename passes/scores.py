@@ -18,7 +18,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from .axes import Size, equal, same_shape
 from .patterns import (
-    ELEMENTWISE,
     LIKE_PRODUCTS,
     MOVES,
     PRODUCTS,
@@ -246,13 +245,16 @@ STEPS: dict[Any, Callable[[Scores], bool]] = {
     _aten.tanh.default: Scores._tanh,
     **dict.fromkeys((_aten.masked_fill.Scalar, _aten.masked_fill.Tensor), Scores._masked_fill),
     **dict.fromkeys((_aten.where.self, _aten.where.ScalarOther), Scores._where),
-    **dict.fromkeys((_aten.where.ScalarSelf, _aten.where.Scalar), Scores._where),
+    _aten.where.ScalarSelf: Scores._where,
     **dict.fromkeys((_aten.clamp.default, _aten.clamp_min.default), Scores._floor),
     **dict.fromkeys((_aten.maximum.default, _aten.max.other), Scores._floor),
     **dict.fromkeys(VIEWS, Scores._view),
     _aten.cat.default: Scores._sinks,
 }
 """What may stand between the product and the softmax."""
+PASSABLE = STEPS.keys() | MOVES | {_aten.dropout.default}
+"""What scores before the softmax and weights after it may go through and still be an attention's,
+if only one that is refused."""
 
 
 def constant(node: object) -> float | None:
@@ -292,7 +294,7 @@ def depends_on_product(node: object) -> bool:
         current = behind_cast(current)
         if current.target in LIKE_PRODUCTS and tensor(current).dim() >= 3:
             return True
-        if current.target in ELEMENTWISE | MOVES and current not in seen:
+        if current.target in PASSABLE and current not in seen:
             seen.add(current)
             stack += current.all_input_nodes
     return False

@@ -89,6 +89,11 @@ def five_dimensional(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return (F.softmax(scores, dim=-1) @ v.unsqueeze(2)).flatten(1, 2)
 
 
+def squeezed(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    scores = (q[None, None] @ expanded(k, 2)[None, None].mT).squeeze((0, 1)) * SCALE + mask
+    return weighted(scores, expanded(v, 2))
+
+
 def summed(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     scores = torch.einsum("blhd,bshd->bhls", q.transpose(1, 2), expanded(k, 2).transpose(1, 2))
     weights = F.softmax(scores * SCALE + mask, dim=-1)
@@ -182,6 +187,7 @@ FORMS: dict[str, tuple[Form, int | None, bool, float, float]] = {
     "several_biases": (several_biases, None, True, SCALE, 0.0),
     "flat": (flat, None, True, SCALE, 0.0),
     "five_dimensional": (five_dimensional, None, True, SCALE, 0.0),
+    "squeezed": (squeezed, None, True, SCALE, 0.0),
     "einsum": (summed, None, True, SCALE, 0.0),
     "grouped_einsum": (grouped_sums, None, True, SCALE, 0.0),
     "sinks": (with_sinks, None, True, SCALE, 0.0),
