@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 from torch import Tensor, fx
 
 from .cleanup import Cleanup
 from .dataflow import fake_value, same_size, value_of
+from .debug import GraphDump
 from .find_attention import FindAttention
 from .find_kv_append import FindKVAppend
 from .insert_spark import InsertSpark
@@ -37,14 +39,20 @@ def run_passes(program: Program, passes: tuple[Pass, ...] = PIPELINE) -> dict[st
     matches: dict[str, int] = {}
     checked = {node: node.all_input_nodes for node in program.graph.nodes}
     promised = [value_of(value) for value in program.returned()]
+    dump = GraphDump.open(program)
     for step in passes:
-        name = type(step).__name__
+        name, start_s = type(step).__name__, time.perf_counter()
         try:
             matches[name] = step(program)
             check(program, checked)
             _check_outputs(program, promised)
         except Exception as error:
-            raise PassFailed(f"pass {name} failed: {type(error).__name__}: {error}") from error
+            reason = f"failed: {type(error).__name__}: {error}"
+            if dump is not None:
+                dump.write(name, time.perf_counter() - start_s, reason)
+            raise PassFailed(f"pass {name} {reason}") from error
+        if dump is not None:
+            dump.write(name, time.perf_counter() - start_s, str(matches[name]))
     program.module.recompile()
     return matches
 
