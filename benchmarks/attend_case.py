@@ -21,7 +21,7 @@ from spark_compile.kernels.layout import kept_channels
 from .measure import Contender, available_bytes
 
 DENSE_ROWS = 48
-"""Keys that are still dense: 32 recent tokens and, on average, half a window that waits."""
+"""Keys that are still dense: 32 recent tokens and, on average, half a window of waiting tokens."""
 SPARE_ROWS = 16
 DRAWN_TOKENS = 4096
 """Tokens drawn at random per case; longer contexts and further layers repeat them."""
@@ -143,9 +143,9 @@ class Case:
         kept, bits, scale = (
             self.filled(rows[name], packed, SPARE_ROWS) for name in ("kept", "bits", "scale")
         )
-        # The tail holds the tokens behind the packed ones, so that each key has its own value.
+        # The tail holds the tokens after the packed ones, so that each key has its own value.
         tail = self.filled(self.key.roll(-packed, dims=2), DENSE_ROWS, SPARE_ROWS)
-        # Values that are stored dense are the very ones that dense attention reads.
+        # Values that are stored dense are the same tensors that dense attention reads.
         values, value_scale = dense_value, None
         if "values" in rows:
             values, value_scale = self.filled(rows["values"]), self.filled(rows["value_scale"])

@@ -1,9 +1,9 @@
 """``make bench-decode``: whole models decoding, dense caches against ours.
 
 Every competitor has a process of its own, set up in the same way. All compile first; then they
-prefill and decode in turns, so that a busy machine troubles all of them. Peak memory is the highest
-resident memory (VmHWM) from prefill to the last step less the resident memory (VmRSS) just before
-the prefill, with weights and compiled code already there.
+prefill and decode in turns, so that other load on the machine affects all of them. Peak memory is
+the highest resident memory (VmHWM) from prefill to the last step less the resident memory (VmRSS)
+just before the prefill, with weights and compiled code already there.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def main(
     if quick:
         contexts, repeats, steps, layers, name = contexts or "512,1024", 1, 4, 1, f"{name}-quick"
     settings = Settings(repeats, steps, layers, dtype, threads, side_by_side)
-    torch.set_num_threads(threads or os.cpu_count() or 1)  # what the facts say; workers do so too
+    torch.set_num_threads(threads or os.cpu_count() or 1)  # recorded; workers do the same
     console, machine = wide_console(), machine_facts()
     console.print(busy_warning(machine))
     asked = [int(t) for t in contexts.split(",")] if contexts else []
@@ -138,7 +138,7 @@ def main(
             rows += measured
             smollm2 = [row for row in rows if row["model"] == model_title(SMOLLM2, layers)]
             slopes = growth(smollm2, asked or GROWTH_CONTEXTS)
-            # After each context: a run of an hour that is cut off keeps what it has measured.
+            # After each context, so that a long run that is interrupted keeps its results.
             result = write_json(
                 name, machine, dataclasses.asdict(settings), rows=rows, growth=slopes
             )

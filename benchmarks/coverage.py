@@ -58,7 +58,7 @@ def main(
     header: dict[str, Any] = {
         "torch": torch.__version__.partition("+")[0],
         "transformers": transformers.__version__,
-        "settings": json.loads(json.dumps(dataclasses.asdict(settings))),  # as it is read
+        "settings": json.loads(json.dumps(dataclasses.asdict(settings))),  # as the file is read
     }
     wanted = only.split(",") if only else architectures()
     if unknown := sorted(set(wanted) - set(architectures())):

@@ -94,7 +94,7 @@ def compare(actual: Run, expected: Run) -> dict[str, Any]:
 def count_sites(cache: Any, prompt: int) -> dict[str, list[str]]:
     """The layers that have grown beyond ``prompt`` tokens, and those that slide.
 
-    Counted in the eager model's cache: knows nothing of what the passes find.
+    Counted in the eager model's cache: independent of what the passes find.
     """
     found: dict[str, list[str]] = {"growing": [], "sliding": []}
     for name, layer in cache_layers(cache).items():
@@ -128,7 +128,7 @@ def refusals(report: Report) -> dict[str, int]:
 
 
 def attempt(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What ``work`` returns, or its exception; with the seconds it took."""
+    """The result of ``work`` or its exception, and the seconds it took."""
     torch._dynamo.reset()
     start_s = time.perf_counter()
     try:
@@ -160,7 +160,7 @@ class Case:
         """Every comparison, and what was rewritten."""
         row: dict[str, Any] = {"sites": self.sites}
         row["pruned"] = pruned = attempt(lambda: self.spark(self._settings.key_ratio))
-        # With nothing compressed the ratio is of no consequence.
+        # With nothing compressed the ratio makes no difference.
         same = pruned["status"] == "ok" and not pruned["compressed"]
         row["exact"] = pruned if same else attempt(lambda: self.spark(0.0))
         if row["exact"]["status"] != "ok" or pruned["status"] != "ok":
@@ -174,7 +174,7 @@ class Case:
         return compare(generate(model, self._settings), self._eager)
 
     def spark(self, key_ratio: float) -> dict[str, Any]:
-        """Compare spark at a ratio with what it must equal, and tell what it rewrote."""
+        """Compare spark at a ratio with what it must equal, and report what it rewrote."""
         settings = self._settings
         options = {"key_ratio": key_ratio, "window": settings.window, "inner": settings.inner}
         model = spark_compile.optimize(copy.deepcopy(self._model), **options)
@@ -205,7 +205,7 @@ class Case:
         return found if found["status"] != "ok" else {}
 
     def _simulated(self, config: SparkConfig, layers: list[str], run: Run) -> dict[str, Any]:
-        """Compare with the method done to the eager model."""
+        """Compare with the method simulated on the eager model."""
         with Simulated(config, layers) as simulated:
             expected = generate(self._model, self._settings)
         if simulated.lost():

@@ -44,7 +44,7 @@ AT_MOST: tuple[tuple[str, int], ...] = (
     (r"(mamba_)?(d_state|state_size|ssm_state_size|chunk_size)", 8),
     (r"num_nextn_predict_layers|num_mem_blocks", 1),
 )  # fmt: skip
-"""What a field of a configuration is made at most, by the first pattern of its whole name."""
+"""Upper limit of a configuration's field, by the first pattern that matches its whole name."""
 
 DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers",
           "encoder_layers", "num_decoder_layers", "num_encoder_layers", "depth")  # fmt: skip
@@ -74,7 +74,7 @@ def tiny_config(name: str, least_layers: int = 2) -> PreTrainedConfig:
     config = shrunk(CONFIG_MAPPING[name](), SPECIAL.get(name, {}), least)
     wanted = getattr(transformers, class_name(name)).config_class
     parts = [part for part in vars(config).values() if isinstance(part, PreTrainedConfig)]
-    # A decoder that is named by the model it belongs to has one part of that one's configuration.
+    # A decoder registered under its whole model's name has a part of that model's configuration.
     inside = [part for part in parts if type(part) is wanted]
     return inside[0] if inside and not isinstance(config, wanted) else config
 
@@ -144,7 +144,7 @@ def tiny_model(name: str, attention: str, least_layers: int = 2) -> Any:
     model = kind._from_config(config, attn_implementation=attention, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
-            if not parameter.any():  # it would hide what it is added to or multiplied with
+            if not parameter.any():  # it would make errors in the other operand invisible
                 parameter.normal_(std=0.2)
     model.generation_config = transformers.GenerationConfig(pad_token_id=0)
     return model.eval()

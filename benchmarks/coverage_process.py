@@ -42,7 +42,7 @@ def run_all(
 def run_one(
     context: Any, name: str, settings: Settings, limit_s: float, alive: set[Any]
 ) -> dict[str, Any]:
-    """The row of one architecture; what is missing when its time is up says so."""
+    """The row of one architecture; rows missing at the time limit say so."""
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(name, settings, theirs), daemon=True)
     start_s = time.monotonic()

@@ -15,7 +15,7 @@ from .coverage_case import ATTENTIONS, NOT_FOUND, RECOMPILE_LIMIT
 
 CHECKS = {"exact": "ratio 0", "pruned": "ratio 0.5"}
 BLIND = 1e-3
-"""Pruning that changes the logits by less leaves nothing to compare."""
+"""Where pruning changes the logits by less, the comparison has no power."""
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Summary:
     latent: int = 0
     """Growing sites whose cache holds no keys."""
     reasons: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
-    """Why growing sites were left alone, with where."""
+    """Why growing sites were left alone, and in which models."""
     wrong: list[str] = field(default_factory=list)
     crashes: list[str] = field(default_factory=list)
     not_ours: list[str] = field(default_factory=list)
@@ -179,7 +179,7 @@ A model continues a prompt of {prompt} tokens by {steps}, greedily, with its own
 eagerly, under spark at key ratio 0, which must equal eager, and at {key_ratio:g} (window {window}),
 which must equal the method simulated on the eager model (`benchmarks/simulated.py`). At ratio 0 the
 compiled model then continues {again[0]} prompts of {again[1]} tokens by {again[2]}. What fails is
-run under plain `torch.compile` too, to see whose fault it is. Dynamo may recompile a function
+run under plain `torch.compile` too, to see whether spark causes it. Dynamo may recompile a function
 {recompile_limit} times, as models with graph breaks need it; with its own limit of 8 it would leave
 their last layers uncompiled, with spark and without.
 

@@ -17,7 +17,7 @@ from spark_compile.kernels.cache_dir import cache_dir
 DYNAMIC, STATIC, SPARK = "DynamicCache", "StaticCache", "spark"
 SMOLLM2, LLAMA = "smollm2", "llama"
 LLAMA_VOCABULARY = 4096
-"""Small, so that a few layers are not outweighed by an output layer made for 32 of them."""
+"""Small, so that the output layer does not dominate the time of a few layers."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def new_cache(model: Any, competitor: Competitor, room_tokens: int) -> Any:
     if competitor.family != STATIC:
         return transformers.DynamicCache(config=config)
     cache = transformers.StaticCache(config=config, max_cache_len=room_tokens)
-    # Made here, its buffers are inputs of the graphs, and are written in place.
+    # Initialized here, its buffers are inputs of the graphs, and are written in place.
     heads, head_dim = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
     cache.early_initialization(1, heads, head_dim, model.dtype, torch.device("cpu"))
     return cache

@@ -1,4 +1,4 @@
-"""Lets the workers of ``bench_decode`` take turns, and makes rows of their answers."""
+"""Runs the workers of ``bench_decode`` in turns, and makes rows of their answers."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Process:
             self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
-            pass  # answer tells why
+            pass  # answer reports the reason
 
     def answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None

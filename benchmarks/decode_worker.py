@@ -6,7 +6,7 @@ It reads commands from standard input, one JSON object a line, and answers each 
   room for M more.
 - ``{"do": "prefill"}``: the same prompt into a new cache, timed; memory is watched from here.
 - ``{"do": "steps", "count": K}``: decode K tokens greedily, each timed.
-- ``{"do": "finish"}``: what the cache and the process have grown to.
+- ``{"do": "finish"}``: the size of the cache and the peak of the process.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Worker:
         return {"warm_s": time.perf_counter() - start_s}
 
     def prefill(self) -> dict[str, Any]:
-        """Time the prompt; the resident memory before it is what the peak is compared with."""
+        """Time the prompt; the peak is counted from the resident memory before it."""
         self._graphs = _graphs()
         self._before_bytes = reset_peak()
         start_s = time.perf_counter()
@@ -65,7 +65,7 @@ class Worker:
         return {"prefill_s": time.perf_counter() - start_s}
 
     def steps(self, count: int) -> dict[str, Any]:
-        """Decode ``count`` tokens; they are told, to see that competitors compute the same."""
+        """Decode ``count`` tokens; they are reported, so that competitors can be compared."""
         times_ms, tokens, others = [], [], OtherLoad()
         for _ in range(count):
             start_s = time.perf_counter()
@@ -75,7 +75,7 @@ class Worker:
         return {"steps_ms": times_ms, "tokens": tokens, "others_share": others.share()}
 
     def finish(self) -> dict[str, Any]:
-        """Bytes since ``prefill``; the cache is let go."""
+        """Bytes since ``prefill``; the cache is freed."""
         peak_bytes = memory_bytes("VmHWM")
         kv_bytes = spark_compile.kv_bytes(self._cache)
         self._cache = None
@@ -105,7 +105,7 @@ def _graphs() -> int:
 
 def main() -> None:
     """Serve commands until standard input ends."""
-    # Answers have a channel of their own: libraries may print.
+    # Answers have a channel of their own, because libraries may print.
     answers, sys.stdout = sys.stdout, sys.stderr
     worker = Worker(json.loads(sys.argv[1]))
     with torch.no_grad():

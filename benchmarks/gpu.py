@@ -4,7 +4,7 @@
 
 Writes ``gpu-<device>.json``. Every time is the median of CUDA events with the cache flushed between
 calls; bytes are those that a call has to read, so that bytes / s over the bandwidth of a copy is
-how near a kernel is to what the memory allows. The kernels are measured through CUDA graphs, as
+how near a kernel is to the limit of the memory. The kernels are measured through CUDA graphs, as
 Inductor would run them: otherwise short contexts measure Python.
 """
 
@@ -45,7 +45,7 @@ class Shape(NamedTuple):
 
 
 def sweep() -> Iterator[Shape]:
-    """Around one usual decoder, one thing changed at a time, most telling first."""
+    """One typical decoder with one parameter changed at a time, most important first."""
     usual = Shape(1, 32768, 4, 128, torch.bfloat16, 0.8)
     for tokens in (4096, 32768, 131072):
         for ratio in (0.5, 0.8):
@@ -148,7 +148,7 @@ def dense(shape: Shape) -> dict[str, Callable[[], Any]]:
     runs = {
         "sdpa": lambda: scaled_dot_product_attention(query, key, value, enable_gqa=True),
     }
-    # A single query per head: as the group's rows of one head flash attention reads keys once.
+    # With a single query per head, as rows of one head, flash attention reads the keys once.
     rows = query.view(shape.batch, shape.kv_heads, shape.group, shape.dim)
     runs["sdpa, grouped rows"] = lambda: scaled_dot_product_attention(rows, key, value)
     for name, dtype in (("int8", torch.int8), ("fp8", torch.float8_e4m3fn)):

@@ -1,4 +1,4 @@
-"""Timing competitors in turns, a little statistics, and what a result file says of its machine."""
+"""Timing competitors in turns, summary statistics, and the machine's facts for result files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Contender:
 
     name: str
     calls: Sequence[Callable[[], object]]
-    """One per layer, called in turn, so that a layer's data has left the CPU's cache."""
+    """One per layer, called in turn, so that a layer's data is no longer in the CPU's cache."""
     moved_bytes: int
     """What one call has to read (and, where it stores something, write)."""
     times_ms: list[float] = field(default_factory=list)
@@ -69,8 +69,8 @@ def interleave(
 class OtherLoad:
     """Which share of the cores other processes took since this was made (Linux; else 0).
 
-    Threads that wait for each other suffer from a shared core far more than by its share, so that
-    figures of a run in which this is above a few percent are worth nothing.
+    Threads that wait for each other are slowed by a shared core far more than by its share, so that
+    figures of a run in which this is above a few percent are not valid.
     """
 
     def __init__(self) -> None:
@@ -131,7 +131,7 @@ def available_bytes() -> int:
 
 
 def busy_warning(facts: dict[str, Any]) -> str:
-    """What to say before a run on a machine that is doing something else, or nothing."""
+    """A warning before a run on a machine that is otherwise loaded, empty if it is not."""
     load = facts["load_average"]
     return f"load average {load:.1f}: others use these cores" if load and load > 0.5 else ""
 
@@ -164,7 +164,7 @@ def _last_level_cache() -> str:
 
 
 def _commit() -> str:
-    """The commit, with ``+`` behind it where the working tree differs."""
+    """The commit, followed by ``+`` where the working tree differs."""
     try:
         run = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--abbrev=12"]
         done = subprocess.run([*run, "--dirty=+"], capture_output=True, text=True, check=False)

@@ -31,7 +31,7 @@ MOVES = {
     "broadcast_to", "tile",
 }  # fmt: skip
 SCALINGS = {"mul", "__mul__", "__rmul__", "multiply", "div", "__truediv__", "true_divide"}
-"""By a number they change nothing of the method, which is invariant to the scale of queries."""
+"""By a number they do not change the method, which is invariant to the scale of queries."""
 PRODUCTS = {
     "scaled_dot_product_attention": (0, 1), "matmul": (0, 1), "__matmul__": (0, 1), "bmm": (0, 1),
     "mm": (0, 1), "__rmatmul__": (1, 0), "baddbmm": (1, 2), "einsum": (1, 2),
@@ -41,13 +41,13 @@ FACTORS = {
     "scaled_dot_product_attention": ("query", "key", "value"),
     "baddbmm": ("input", "batch1", "batch2"), "bmm": ("input", "mat2"), "mm": ("input", "mat2"),
 }  # fmt: skip
-"""What the arguments up to the second factor are called, where not input and other."""
+"""Names of the arguments up to the second factor, where not input and other."""
 _TRACE = "_simulated_trace"
 
 
 @dataclass
 class _Layer:
-    """What the method remembers of one layer, with dense keys in the place of packed ones."""
+    """The method's state of one layer, with dense keys in the place of packed ones."""
 
     sinks: int
     packed: Tensor | None = None
@@ -58,10 +58,10 @@ class _Layer:
     products: int = 0
     query_heads: int = 0
     waiting: Tensor | None = None
-    """The keys that the latest step's queries have met."""
+    """The keys that the latest step's queries have attended to."""
 
     def update(self, keys: Tensor, new_tokens: int) -> None:
-        """New tokens have come; those that a sliding window has let go of leave."""
+        """Follow an update of the cache: new tokens, and those that a sliding window evicts."""
         left = self.tokens - (keys.shape[2] - new_tokens)
         if self.packed is not None:
             self.packed = self.packed[:, :, left:]
@@ -69,7 +69,7 @@ class _Layer:
         self.updates += 1
 
     def seen(self, keys: Tensor) -> Tensor:
-        """The keys [B, Hkv, S, D] as the method sees them: sinks, recovered, recent."""
+        """The keys [B, Hkv, S, D] as the method attends to them: sinks, recovered, recent."""
         if self.packed is None:
             return keys
         end = self.sinks + self.packed.shape[2]
@@ -82,7 +82,7 @@ Move = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class _Trace:
-    """The keys of a layer [B, Hkv, S, D] and the moves they have gone through since."""
+    """The keys of a layer [B, Hkv, S, D] and the moves applied to them since."""
 
     layer: _Layer
     keys: Tensor
@@ -111,7 +111,7 @@ class _Trace:
 
 @dataclass
 class Simulated(TorchFunctionMode):
-    """To be entered around forwards of an eager model with one cache, which may have two parts.
+    """Context manager around forwards of an eager model with one cache, which may have two parts.
 
     Raises:
         ValueError: an option that is not simulated.
@@ -140,7 +140,7 @@ class Simulated(TorchFunctionMode):
         super().__exit__(*exception)
 
     def lost(self) -> list[str]:
-        """Layers whose keys were not seen to meet a query in every update."""
+        """Layers whose keys were not multiplied with queries after every update."""
         return [
             name
             for name in self.layers
@@ -164,7 +164,7 @@ class Simulated(TorchFunctionMode):
             cross = any(cache is other for other in self.crosses)
             name = layer_name(layer_idx, cross)
             if name in self.layers:
-                # What comes first into a sliding window leaves it first: nothing stays dense there.
+                # A sliding window evicts its first tokens, so it has no sinks.
                 sliding = getattr(cache.layers[layer_idx], "is_sliding", False)
                 fresh = _Layer(0 if sliding else self.config.sink_tokens)
                 layer = self.states.setdefault(name, fresh)
@@ -197,7 +197,7 @@ class Simulated(TorchFunctionMode):
         self, func: Any, args: tuple[Any, ...], kwargs: Any, factor: int, query: Tensor,
         trace: _Trace,
     ) -> Any:  # fmt: skip
-        """The product with the keys as the method sees them; then the method goes on."""
+        """The product with the keys as the method recovers them; then record the statistics."""
         recovered = trace.layer.seen(trace.keys)
         changed = (*args[:factor], trace.replay(recovered), *args[factor + 1 :])
         result = func(*changed, **kwargs)
@@ -207,7 +207,7 @@ class Simulated(TorchFunctionMode):
         if kwargs.get("enable_gqa"):
             heads = heads.repeat_interleave(query.shape[-3] // heads.shape[-1], dim=-1)
         layer, window = trace.layer, self.config.window
-        # Layers that read another one's cache may ask about the last token alone.
+        # Layers that read another one's cache may query with the last token alone.
         vectors = query.numel() // query.shape[-1] // trace.keys.shape[0]
         layer.query_heads = layer.query_heads or vectors // trace.new_tokens
         layer.products += 1
@@ -217,7 +217,7 @@ class Simulated(TorchFunctionMode):
         return result
 
     def _advance(self, layer: _Layer) -> None:
-        """Pack what waits once a step is done (layers may share a cache), if it is a window."""
+        """Pack waiting tokens after a step (layers may share a cache) if they fill a window."""
         config, key, layer.waiting = self.config, layer.waiting, None
         if key is None or layer.stats is None:
             return
@@ -240,7 +240,7 @@ class Simulated(TorchFunctionMode):
 
 
 def layer_name(index: int, cross: bool) -> str:
-    """What a layer of a cache is called; ``cross`` is the second part of an EncoderDecoderCache."""
+    """Name of a cache's layer; ``cross`` is the second part of an EncoderDecoderCache."""
     return f"cross {index}" if cross else str(index)
 
 
@@ -263,7 +263,7 @@ def grouped(query: Tensor, heads: Tensor, trace: _Trace) -> Tensor:
     Args:
         query: [..., rows, D], batch first, the rows of a matrix being heads times tokens.
         heads: the key head of each matrix; broadcast to the leading dimensions of ``query``.
-        trace: of the keys they meet.
+        trace: of the keys they are multiplied with.
     """
     batch, kv_heads, _, dim = trace.keys.shape
     rows = query.reshape(batch, trace.layer.query_heads, -1, dim).float()

@@ -93,7 +93,7 @@ def _value_rows(case: Case, stored: Stored) -> tuple[Tensor, Tensor | None]:
 
 
 def _append_call(case: Case, stored: Stored, dense_values: Tensor, new: tuple[Tensor, ...]):  # type: ignore[no-untyped-def]
-    """Append to the tail and to the values, as the operator that also attends does."""
+    """Append to the tail and to the values, as the fused append-and-attend operator does."""
     tail = case.filled(case.key, DENSE_ROWS, SPARE_ROWS)
     rows, scale = _value_rows(case, stored)
     values = dense_values

@@ -1,7 +1,7 @@
 """The ways to write attention: matchers that bind operands, or refuse.
 
-A matcher returns what it bound, None where there is nothing to match, or raises :class:`Refused`
-where there is an attention that it cannot bind faithfully.
+A matcher returns the bound operands, None where there is nothing to match, or raises
+:class:`Refused` for an attention that it cannot represent exactly.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Attention:
-    """One attention, its operands as the model has them."""
+    """One attention with the operands of the model's own graph."""
 
     query: fx.Node
     """[*batch, L, D], batch flattening to B and Hq."""
@@ -46,10 +46,10 @@ class Attention:
     heads: int
     """Hq."""
     tiled: bool
-    """Whether query head h meets key head h % Hkv; the canonical operator groups neighbours."""
+    """Whether query head h reads key head h % Hkv; the canonical operator has h // G."""
     scale: float
     scores: fx.Node
-    """First node whose value nobody else may need: the scores, or the output itself."""
+    """First node that may have no other readers: the scores, or the output itself."""
     output: fx.Node
     """[*batch, L, Dv]."""
     attn_mask: fx.Node | None = None
@@ -58,13 +58,13 @@ class Attention:
     factors: tuple[Factor, ...] = ()
     softcap: float = 0.0
     floored: bool = False
-    """Whether scores have a lower bound, so that a query that sees no key sees all alike."""
+    """Whether scores have a lower bound, which gives a fully masked query uniform weights."""
     sinks: fx.Node | None = None
     """[Hq]."""
 
 
 def match_sdpa(node: fx.Node, kept: Collection[fx.Node]) -> Attention | None:
-    """``scaled_dot_product_attention``, heads grouped by enable_gqa or expanded before."""
+    """``scaled_dot_product_attention``, heads grouped by enable_gqa or expanded beforehand."""
     if node.target is not _aten.scaled_dot_product_attention.default:
         return None
     query, key, value = node.args[:3]
@@ -84,7 +84,7 @@ def match_sdpa(node: fx.Node, kept: Collection[fx.Node]) -> Attention | None:
 
 
 def match_softmax(node: fx.Node, kept: Collection[fx.Node]) -> Attention | None:
-    """A product, what ``scores.STEPS`` knows, softmax, and a product with the values."""
+    """A product, steps of ``scores.STEPS``, a softmax, and a product with the values."""
     if node.target not in SOFTMAXES or rank(node) < 3 or argument(node, "dim") != rank(node) - 1:
         return None
     if not depends_on_product(node.args[0]) or not _reaches_product(node):
@@ -120,10 +120,10 @@ def _bound(
     kept: Collection[fx.Node], *, scores: fx.Node, mixed: fx.Node, output: fx.Node,
     sinks: tuple[fx.Node, int] | None = None, **rest: Any,
 ) -> Attention:  # fmt: skip
-    """Find the caches behind what the queries and the weights meet.
+    """Find the caches that the operands multiplied with queries and weights are views of.
 
-    ``mixed`` is the product of weights and values, ``output`` that or what is made of it. ``sinks``
-    broadcasts to the scores, with the dimension of its heads.
+    ``mixed`` is the product of weights and values, ``output`` that or a gated form of it. ``sinks``
+    is a tensor that broadcasts to the scores, and the dimension of its heads.
     """
     batch = tuple(tensor(scores).shape[:-2])
     keys = cached(key, _batch(scores, key), key_axes, kept)
@@ -176,7 +176,7 @@ def _heads(batch: tuple[Size, ...], entries: Size) -> int | None:
 
 
 def _per_head(sinks: fx.Node, axis: int, heads: int, output: fx.Node) -> fx.Node:
-    """The logits [Hq] behind a view of them that has the heads in dimension ``axis`` (negative)."""
+    """The logits [Hq] that ``sinks`` is a view of; ``axis`` (negative) is the one of heads."""
     for base, dims in viewed(sinks):
         own = [index for index, dim in enumerate(dims) if any(a.origin is not None for a in dim)]
         per_head = [] if heads == 1 else [len(dims) + axis]
@@ -186,10 +186,10 @@ def _per_head(sinks: fx.Node, axis: int, heads: int, output: fx.Node) -> fx.Node
 
 
 def _gated(softmax: fx.Node, mixed: fx.Node) -> tuple[fx.Node, tuple[fx.Node, int] | None]:
-    """``mixed * sigmoid(logsumexp(scores) - sinks)`` is attention with sinks: that, and these.
+    """The gated output and its sinks if ``mixed * sigmoid(logsumexp(scores) - sinks)`` follows.
 
-    A softmax that has one more logit s in its denominator is the plain one times
-    e^lse / (e^lse + e^s). Without such a gate: ``mixed`` alone.
+    That is attention with sinks: a softmax with one more logit s in its denominator is the plain
+    one times e^lse / (e^lse + e^s). Without such a gate: ``mixed`` and None.
     """
     scores, node = behind_cast(softmax.args[0]), mixed  # type: ignore[arg-type]
     while True:
@@ -227,7 +227,7 @@ def _sink_gate(gate: fx.Node, scores: fx.Node, dims: int) -> tuple[fx.Node, int]
 
 
 def _weighted_sum(softmax: fx.Node, scores: Scores) -> fx.Node | None:
-    """The product of the weights with the values; sinks have to be dropped on the way."""
+    """The product of the weights with the values; the columns of sinks are dropped before it."""
     weights, dropped = softmax, scores.sinks is None
     while True:
         products = [u for u in weights.users if u.target in PRODUCTS and _factors(u)[0] is weights]

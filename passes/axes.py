@@ -32,7 +32,7 @@ class Axis:
 
 
 Dims = tuple[tuple[Axis, ...], ...]
-"""For each dimension the axes that it is made of, outermost first; none where its size is 1."""
+"""For each dimension the axes that it consists of, outermost first; none where its size is 1."""
 
 
 def equal(left: Size, right: Size) -> bool:
@@ -116,7 +116,7 @@ STEPS: dict[Any, Callable[[fx.Node, Dims], Dims | None]] = {
     _aten.transpose.int: _transpose,
     _aten.permute.default: _permute,
 }
-"""What each view does to the dimensions of what it views."""
+"""How each view changes the dimensions of its operand."""
 
 
 def viewed(node: fx.Node) -> Iterator[tuple[fx.Node, Dims]]:
@@ -138,12 +138,12 @@ def viewed(node: fx.Node) -> Iterator[tuple[fx.Node, Dims]]:
 
 
 class Cached(NamedTuple):
-    """The cache behind an operand, and how it repeats heads."""
+    """The cache that an operand is a view of, and how it repeats heads."""
 
     base: fx.Node
     """[B, Hkv, S, D]."""
     tiled: bool
-    """Whether query head h meets key head h % Hkv, in place of h // group."""
+    """Whether query head h reads key head h % Hkv instead of h // G."""
 
 
 def cached(
@@ -158,7 +158,7 @@ def cached(
         kept: nodes to prefer: those that may be a cache.
 
     Returns:
-        The tensor furthest behind that has the form, None if there is none.
+        The earliest tensor of the required form, None if there is none.
     """
     found = [
         Cached(base, tiled)

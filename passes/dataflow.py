@@ -1,4 +1,4 @@
-"""Questions about what reaches what, answered by networkx, and small edits of a graph."""
+"""Reachability between nodes, by networkx, and small edits of a graph."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .program import Program
 
 
 def live_nodes(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes that the output or a side effect needs; passes leave dead alternatives behind."""
+    """Nodes that the output or a side effect needs; passes keep dead alternatives in the graph."""
     live = {node for node in graph.nodes if node.op == "output" or has_effect(node)}
     stack = list(live)
     while stack:
@@ -31,8 +31,8 @@ def live_nodes(graph: fx.Graph) -> set[fx.Node]:
 def has_effect(node: fx.Node) -> bool:
     """Whether a node does more than compute its value.
 
-    Random operators do not count, as they do for fx: scaled_dot_product_attention is one by its
-    tag, and one that nobody reads any more has to go.
+    Random operators do not count, as they do for fx: scaled_dot_product_attention is tagged as
+    one, and has to be removed once it has no reader.
     """
     return node.is_impure(impure_random=False)
 
@@ -41,7 +41,7 @@ def readers_inside(start: fx.Node, end: fx.Node) -> list[fx.Node]:
     """Nodes outside the region from ``start`` to ``end`` that read a value inside it.
 
     The region is every node on a path from ``start`` to ``end``; the value of ``end`` itself may
-    be read by anybody. An empty answer means that the region is convex and can be replaced.
+    have any readers. An empty answer means that the region is convex and can be replaced.
     """
     if start is end:
         return []
@@ -72,9 +72,9 @@ def call(
 
 
 def fake_value(program: Program, node: fx.Node) -> Any:
-    """What the target of a call computes of the fake values of its operands."""
+    """The result of a call's target on the fake values of its operands."""
     args, kwargs = fx.map_arg((node.args, node.kwargs), value_of)
-    # Every state has symbols of its own: making keys of them takes long, and finds nothing.
+    # Every state has symbols of its own: hashing them takes long, and no entry ever matches.
     cache = disable_fake_tensor_cache(program.fake_mode) if program.states else nullcontext()
     with cache, program.fake_mode, torch.no_grad():
         return node.target(*args, **kwargs)  # type: ignore[operator]
@@ -85,7 +85,7 @@ def inline(
 ) -> tuple[fx.Node, ...]:
     """Trace ``function(*values of args, *options)`` and add its operators to the graph.
 
-    Layers are alike: what was traced for one is used for all whose tensors look the same.
+    Layers are alike: a trace is reused for every layer whose tensors have the same metadata.
     """
     values = [value_of(arg) for arg in args]
     looks = [(str(v.shape), str(v.stride()), v.dtype, v.device) for v in values]

@@ -39,7 +39,7 @@ def as_matmul(program: Program, node: fx.Node) -> fx.Node | None:
 
 
 def _labels(equation: str, ranks: list[int]) -> tuple[str, str, str]:
-    """The labels of the two tensors and of the result; empty for what is not covered here."""
+    """The labels of the two tensors and of the result; empty for an unsupported equation."""
     sides = equation.replace(" ", "").split("->")
     inputs = sides[0].split(",")
     if len(sides) != 2 or len(inputs) != 2 or "." in equation:
@@ -51,7 +51,7 @@ def _labels(equation: str, ranks: list[int]) -> tuple[str, str, str]:
 
 
 def _arranged(program: Program, node: fx.Node, labels: str, order: list[str]) -> fx.Node:
-    """The tensor with its dimensions in an order, those that it has not of size 1."""
+    """The tensor with its dimensions in the given order; those it lacks get size 1."""
     node = _permuted(program, node, list(labels), "".join(c for c in order if c in labels))
     for position, label in enumerate(order):
         if label not in labels:

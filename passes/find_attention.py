@@ -1,7 +1,7 @@
 """Any way to write attention becomes one ``torch.ops.spark.attention``.
 
-The canonical node takes over the uses of the original output; the original nodes stay behind,
-dead, so that a site which is refused later gets back exactly what the model computed.
+The canonical node takes over the uses of the original output; the original nodes stay in the
+graph, dead, so that a site which is refused later gets back exactly what the model computed.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from .program import Program
 
 CANONICAL = torch.ops.spark.attention.default
 ORIGINAL = "spark_original"
-"""Key of ``node.meta`` under which a canonical node remembers what it stands for."""
+"""Key of ``node.meta`` under which a canonical node keeps the node that it replaces."""
 RESULT = "spark_result"
-"""Likewise, what has the uses of that: the node itself, or a cast or view of it."""
+"""Key for the node that took over those uses: the canonical node, or a cast or view of it."""
 
 
 @dataclass(frozen=True)
 class FindAttention:
-    """Returns the number of attentions that were made canonical; others are refused."""
+    """Returns the number of attentions that were made canonical; the others are refused."""
 
     def __call__(self, program: Program) -> int:
         live = live_nodes(program.graph)
@@ -53,7 +53,7 @@ class FindAttention:
 
 
 def _check(attention: Attention, live: set[fx.Node]) -> None:
-    """Refuse an attention whose scores or weights somebody else reads."""
+    """Refuse an attention whose scores or weights have other readers."""
     readers = readers_inside(attention.scores, attention.output)
     others = [reader for reader in readers if reader in live]
     if others:
@@ -83,7 +83,7 @@ def _replace(program: Program, attention: Attention) -> None:
 
 
 def restore(canonical: fx.Node) -> fx.Node:
-    """Give the node that a canonical one stands for its uses back, and return it."""
+    """Give the uses back to the node that a canonical one replaces, and return that node."""
     original: fx.Node = canonical.meta[ORIGINAL]
     canonical.meta.get(RESULT, canonical).replace_all_uses_with(original)
     return original

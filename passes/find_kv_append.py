@@ -1,7 +1,7 @@
 """Every way to append to a key/value cache becomes one ``torch.ops.spark.kv_append``.
 
 Alternatives: ``cat`` of past and new tokens along the sequence; ``cat`` of an empty tensor and the
-first tokens. A cache that hands its first tokens on as they are has no append to find.
+first tokens. A cache that returns its first tokens unchanged has no append to find.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class FindKVAppend:
 
 
 def _canonicalize(program: Program, node: fx.Node) -> bool:
-    """Replace a ``cat`` along dimension 2; the original stays behind, dead."""
+    """Replace a ``cat`` along dimension 2; the original stays in the graph, dead."""
     if node.target is not torch.ops.aten.cat.default or argument(node, "dim") != 2:
         return False
     if rank(node) != 4:

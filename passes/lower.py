@@ -2,7 +2,7 @@
 
 Pre-dispatch, so that scaled_dot_product_attention, softmax and linear stay whole; functional, so
 that a value is the same wherever it is read. Compressed states are traced as dense tensors of
-their logical shape: what the model's code computes with is what the matching has to see.
+their logical shape, because the patterns match what the model's code computes with.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def lower(
             module = without_vmaps(module)
             exported = aot_export_module(module, dense, trace_joint=False, pre_dispatch=True)
     except Exception as error:
-        # A transform that was entered and not left would stay on the caller's stack.
+        # A transform that was entered and not exited would stay on the caller's stack.
         torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(transforms)
         first_line = str(error).strip().partition("\n")[0]  # torch adds the model's own traceback
         raise PassFailed(f"pass Lower failed: {type(error).__name__}: {first_line}") from error
@@ -92,7 +92,7 @@ def lower(
 
 
 def _write_back_mutations(graph: fx.Graph, signature: Any) -> None:
-    """Replace the leading outputs that stand for mutated inputs by copies into the inputs."""
+    """Replace the leading outputs, which are new values of inputs, by copies into the inputs."""
     mutated = {**signature.user_inputs_to_mutate, **signature.buffers_to_mutate}
     if not mutated:
         return

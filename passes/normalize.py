@@ -1,8 +1,9 @@
-"""ATen variants to few forms, none of which changes a value.
+"""Reduce ATen variants to a few forms, without changing a value.
 
-- assertions on metadata go: fake shapes prove them, and they would keep a rewritten value alive
-- what does nothing (``alias``, ``detach``, ``lift_fresh_copy``, dropout that is off, slices of
-  everything, as ``x[:, :, -8:]`` has them for sizes that are not constant) goes
+- assertions on metadata are removed: fake shapes prove them, and as readers they would keep a
+  rewritten value alive
+- operators without effect are removed: ``alias``, ``detach``, ``lift_fresh_copy``, dropout that is
+  off, and slices of a whole dimension, which ``x[:, :, -8:]`` has where a size is not constant
 - ``view`` becomes ``reshape``: a rewritten value may have other strides than the model's own
 - ``concat`` and ``concatenate`` become ``cat``
 - ``einsum`` of two tensors becomes ``matmul``
@@ -78,7 +79,7 @@ def _is_dropout_off(node: fx.Node) -> bool:
 
 
 def _is_whole(node: fx.Node) -> bool:
-    """Whether a slice takes everything, of whatever size."""
+    """Whether a slice takes a whole dimension, whatever its size."""
     if node.target is not _aten.slice.Tensor:
         return False
     first = argument(node, "start") in (None, 0) and argument(node, "step") == 1

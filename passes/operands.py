@@ -34,7 +34,7 @@ def query_of(program: Program, attention: Attention) -> fx.Node:
 
 
 def mask_of(program: Program, attention: Attention) -> fx.Node | None:
-    """What is added to the scores, broadcasting to [B, Hq, L, S]; None where that is nothing."""
+    """The mask and biases, broadcasting to [B, Hq, L, S]; None if there are none."""
     mask = _mask(program, attention)
     if mask is None or rank(mask) < 3 or tensor(mask).shape[-3] == 1:
         return mask
@@ -49,7 +49,7 @@ def sinks_of(program: Program, attention: Attention) -> fx.Node | None:
 
 
 def _mask(program: Program, attention: Attention) -> fx.Node | None:
-    """What is added to the scores, with the heads as the model has them."""
+    """The sum of mask and biases, with the heads in the model's order."""
     if not attention.biases:
         return attention.attn_mask
     added = [_bias(program, attention, bias) for bias in attention.biases]
@@ -60,12 +60,12 @@ def _mask(program: Program, attention: Attention) -> fx.Node | None:
 
 
 def as_output(program: Program, canonical: fx.Node, attention: Attention) -> fx.Node:
-    """The canonical output [B, Hq, L, Dv] with the dtype and the dimensions of the model's own."""
+    """The canonical output [B, Hq, L, Dv] with the dtype and dimensions of the model's output."""
     node = _cast(program, canonical, tensor(attention.output).dtype)
     node = _grouped(program, attention, node, 1, back=True)
     shape = tensor(attention.output).shape
     if not same_shape(tensor(node).shape, shape):
-        # Not sizes of the original: it is to go.
+        # No sizes of the original node: they would keep it alive.
         length = _size(program, canonical.args[0], 2)  # type: ignore[arg-type]
         node = call(program, _aten.reshape.default, (node, [-1, *shape[1:-2], length, shape[-1]]))
     return node
@@ -100,12 +100,12 @@ def _bias(program: Program, attention: Attention, bias: Bias) -> fx.Node:
 
 
 def _hidden(program: Program, bias: Bias) -> fx.Node:
-    """Zeros, and the fill where the condition holds (or does not, if it tells what is visible)."""
+    """Zeros, and the fill where the condition holds (where it does not, if it is a visibility)."""
     mask = bias.node
     if bias.visible:
         mask = call(program, _aten.logical_not.default, (mask,))
     zeros = call(program, _aten.zeros_like.default, (mask,), dtype=torch.float32)
-    # A score that this is added to becomes it, as if it had been filled in its place.
+    # A score plus LEAST rounds to LEAST, so adding the fill is the same as filling.
     fill = LEAST if bias.fill != -math.inf else -math.inf
     return call(program, _aten.masked_fill.Scalar, (zeros, mask, fill))
 

@@ -1,4 +1,4 @@
-"""Families of ATen operators that the passes tell apart, and small questions about nodes."""
+"""Families of ATen operators, and small predicates and accessors for nodes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .dataflow import same_size
 _aten = torch.ops.aten
 
 COPIES = {_aten.clone.default, _aten.contiguous.default}
-"""Operators that change at most strides."""
+"""Operators that change nothing but strides."""
 RESHAPES = {
     _aten.reshape.default,
     _aten.expand.default,
@@ -24,7 +24,7 @@ RESHAPES = {
     _aten.flatten.using_ints,
     _aten.unflatten.int,
 }
-"""Operators that do nothing where input and output have the same shape."""
+"""Operators that are the identity where input and output have the same shape."""
 VIEWS = (RESHAPES - {_aten.slice.Tensor, _aten.expand.default}) | {
     _aten.unsqueeze.default,
     _aten.squeeze.dim,
@@ -34,7 +34,7 @@ VIEWS = (RESHAPES - {_aten.slice.Tensor, _aten.expand.default}) | {
 CASTS = {_aten._to_copy.default, _aten.to.dtype, _aten.type_as.default}
 PRODUCTS = {_aten.matmul.default, _aten.bmm.default, _aten.baddbmm.default}
 LIKE_PRODUCTS = PRODUCTS | {_aten.einsum.default}
-"""Products as far as telling an attention from another softmax goes; not all can be bound."""
+"""Products by which an attention is told from another softmax; not all of them can be bound."""
 MOVES = COPIES | RESHAPES | {
     _aten.cat.default, _aten.stack.default, _aten.permute.default, _aten.transpose.int,
     _aten.index_select.default,
@@ -43,13 +43,13 @@ MOVES = COPIES | RESHAPES | {
     _aten.repeat_interleave.self_int, _aten.repeat.default, _aten.split.Tensor,
     _aten.split_with_sizes.default, _aten.chunk.default, operator.getitem,
 }  # fmt: skip
-"""Operators that take values elsewhere without changing them."""
+"""Operators that move values without changing them."""
 SOFTMAXES = {_aten.softmax.int, _aten._softmax.default, _aten._safe_softmax.default}
 WRITES = {
     _aten.index_copy.default, _aten.index_put.default, _aten.slice_scatter.default,
     _aten.select_scatter.default, _aten.scatter.src, _aten.copy.default, _aten.copy_.default,
 }  # fmt: skip
-"""Functional forms of writing into a part of a buffer, and what writes the result back."""
+"""Functional forms of writing into a part of a buffer, and the copy into the buffer itself."""
 
 
 class Refused(Exception):
@@ -71,7 +71,7 @@ def argument(node: fx.Node, name: str) -> Any:
 
 
 def is_open_ended(node: fx.Node) -> bool:
-    """Whether a slice goes to the end, of whatever size its operand is."""
+    """Whether a slice goes to the end of its operand, whatever its size."""
     end = argument(node, "end")
     return end is None or (isinstance(end, int) and end >= sys.maxsize)
 
@@ -88,7 +88,7 @@ def rank(node: fx.Node) -> int:
 
 
 def source(node: fx.Node) -> fx.Node:
-    """The node behind copies and behind reshapes that keep the shape."""
+    """The node that copies, and reshapes that keep the shape, were applied to."""
     while node.op == "call_function":
         keeps = node.target in COPIES or (
             node.target in RESHAPES and same_size(tensor(node), tensor(node.args[0]))  # type: ignore[arg-type]
@@ -100,7 +100,7 @@ def source(node: fx.Node) -> fx.Node:
 
 
 def behind_cast(node: fx.Node) -> fx.Node:
-    """The node behind conversions of the dtype alone."""
+    """The node that conversions of the dtype, and what ``source`` skips, were applied to."""
     node = source(node)
     while node.target in CASTS and tensor(node).is_floating_point():
         node = source(node.args[0])  # type: ignore[arg-type]
@@ -108,7 +108,7 @@ def behind_cast(node: fx.Node) -> fx.Node:
 
 
 def moved_from(node: fx.Node, origins: Collection[fx.Node]) -> bool:
-    """Whether a value holds values of one of ``origins``, moved but not computed with."""
+    """Whether a value consists of values of one of ``origins``, moved but not changed."""
     return any(source in origins for source in moved(node))
 
 

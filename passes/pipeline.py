@@ -71,7 +71,7 @@ def check(program: Program, checked: dict[fx.Node, list[fx.Node]]) -> None:
 
 
 def _check_outputs(program: Program, promised: list[object]) -> None:
-    """The graph returns what it always did, but for keys and values that are now states."""
+    """The graph returns what it did before, except keys and values that are now states."""
     returned = program.returned()
     plans = program.outputs or [PlainOutput(position) for position in range(len(returned))]
     for plan, expected in zip(plans, promised, strict=True):

@@ -1,4 +1,4 @@
-"""The graph on its way through the passes, with what is known about its inputs and outputs."""
+"""The graph that the passes rewrite, with what is known about its inputs and outputs."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from ..state import SparkTensor
 
 
 class PassFailed(RuntimeError):
-    """A pass raised, or left a graph that does not hold together; the message names it."""
+    """A pass raised, or left an inconsistent graph; the message names the pass."""
 
 
 @dataclass(frozen=True)
 class PlainInput:
-    """An input that the rewritten graph takes as it comes."""
+    """An input that the rewritten graph takes unchanged."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class NewState:
     positions: tuple[int, ...]
     length: int | SymInt
     slides: bool = False
-    """Whether its first tokens will leave it."""
+    """Whether its first tokens will be evicted."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class GrownState:
     stats_position: int | None
     """Output with the new query statistics, None for values."""
     dropped: int | SymInt = 0
-    """Number of first tokens that leave it."""
+    """Number of first tokens that are evicted."""
 
 
 OutputPlan = PlainOutput | NewState | GrownState
@@ -77,12 +77,12 @@ class Replacement:
     slides: bool = False
     """Whether the cache keeps the last tokens only."""
     dropped: int | SymInt = 0
-    """Number of first tokens that leave the state which grew."""
+    """Number of first tokens that are evicted from the state that grew."""
 
 
 @dataclass
 class Program:
-    """A functional ATen graph; passes change ``module.graph`` and fill in the rest."""
+    """A functional ATen graph; passes change ``module.graph`` and set the other fields."""
 
     module: fx.GraphModule
     fake_mode: FakeTensorMode
@@ -92,7 +92,7 @@ class Program:
     states: dict[fx.Node, SparkTensor]
     """Those that stand for a compressed state: fake, with the stored tensors' shapes."""
     stored: dict[fx.Node, dict[str, Any]] = field(default_factory=dict)
-    """The placeholders of a state's stored tensors and its "length", once they are made."""
+    """The placeholders of a state's stored tensors and of its "length", once they exist."""
     extra: dict[fx.Node, int | SymInt] = field(default_factory=dict)
     """Number of tokens that the graph appends to a state."""
     replaced: dict[fx.Node, Replacement] = field(default_factory=dict)

@@ -1,8 +1,8 @@
-"""Scores on their way from the product of queries and keys to the softmax.
+"""The steps between the product of queries and keys and the softmax.
 
-Every step that is known is a line of ``STEPS``: it either changes what is bound so far (a factor,
-a bias, a cap) and goes on behind itself, or refuses. Walked from the softmax backwards, so that a
-factor met earlier applies to a bias met later.
+Every known step is a line of ``STEPS``: it either adds to what is bound so far (a factor, a bias, a
+cap) and continues with its operand, or refuses. The walk goes backwards from the softmax, so that a
+factor found earlier applies to a bias found later.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .patterns import (
 
 _aten = torch.ops.aten
 HIDDEN = -1e4
-"""Scores filled with this or less have no weight in any dtype; what is added then is the same."""
+"""Scores filled with this or less get no weight in any dtype, so the fill may be added instead."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Factor:
 
 @dataclass(frozen=True)
 class Bias:
-    """What is added to scores of a shape: a tensor, or a constant where a condition holds."""
+    """A term added to scores of a shape: a tensor, or a constant where a condition holds."""
 
     node: fx.Node
     shape: tuple[Size, ...]
@@ -56,10 +56,10 @@ class Bias:
 
 
 class Scores:
-    """What lies between a softmax and the product it is a softmax of.
+    """The operators between a product and its softmax.
 
     Raises:
-        Refused: a step is not known, or cannot be bound faithfully.
+        Refused: a step is not known, or cannot be represented exactly.
     """
 
     def __init__(self, node: fx.Node) -> None:
@@ -80,7 +80,7 @@ class Scores:
         if self.node.target is _aten.baddbmm.default:
             self._product_with_bias()
         if self.softcap:
-            # softcap * tanh(scale / softcap * qk): what was peeled since is the inner factor
+            # softcap * tanh(scale / softcap * qk): the factors found since tanh are the inner one
             self.scale *= self.softcap
 
     def _refused(self) -> Refused:
@@ -121,7 +121,7 @@ class Scores:
             raise self._refused()
         self.scale *= alpha
 
-    # The steps. Each returns whether it could bind ``node``, and goes on behind it.
+    # The steps. Each returns whether it could bind ``node``, and sets it to the operand.
 
     def _add(self) -> bool:
         left, right = self.node.args[:2]
@@ -139,7 +139,7 @@ class Scores:
         return True
 
     def _is_shift(self, scores: Any, shift: Any) -> bool:
-        """Whether the maximum over the keys is subtracted, which a softmax does not notice."""
+        """Whether the maximum over the keys is subtracted, which does not change a softmax."""
         if not isinstance(shift, fx.Node) or self.sinks is not None or self.softcap:
             return False
         if shift.target is _aten.amax.default:
@@ -192,7 +192,7 @@ class Scores:
         return True
 
     def _floor(self) -> bool:
-        """A lower bound that only scores which are hidden anyway can meet."""
+        """A lower bound that only masked scores can reach."""
         if argument_or_none(self.node, "max") is not None:
             return False
         bound = self.node.args[1] if len(self.node.args) > 1 else self.node.kwargs.get("min")
@@ -206,7 +206,7 @@ class Scores:
         return True
 
     def _view(self) -> bool:
-        """Batch and heads merged or split; queries and keys stay where they are."""
+        """Batch and heads merged or split; the dimensions of queries and keys stay."""
         before = tensor(self.node.args[0]).shape  # type: ignore[arg-type]
         if not same_shape(before[-2:], self.shape[-2:]):
             return False
@@ -214,7 +214,7 @@ class Scores:
         return True
 
     def _sinks(self) -> bool:
-        """A column per head beside the scores: a logit without a value."""
+        """A column per head concatenated to the scores: a logit without a value."""
         parts: Any = argument(self.node, "tensors")
         outermost = self.scale == 1 and not (self.factors or self.biases or self.softcap)
         last = argument(self.node, "dim") == len(self.shape) - 1
@@ -251,14 +251,14 @@ STEPS: dict[Any, Callable[[Scores], bool]] = {
     **dict.fromkeys(VIEWS, Scores._view),
     _aten.cat.default: Scores._sinks,
 }
-"""What may stand between the product and the softmax."""
+"""Operators between the product and the softmax that may be bound."""
 PASSABLE = STEPS.keys() | MOVES | {_aten.dropout.default}
-"""What scores before the softmax and weights after it may go through and still be an attention's,
-if only one that is refused."""
+"""Operators through which scores before the softmax, or weights after it, are followed to decide
+whether this is an attention at all; it may still be refused."""
 
 
 def constant(node: object) -> float | None:
-    """The one number that a tensor is full of, if the graph itself says so."""
+    """The number that a tensor is filled with, if the graph shows that it is constant."""
     while isinstance(node, fx.Node) and node.target in VIEWS | {_aten.expand.default}:
         node = node.args[0]
     if not isinstance(node, fx.Node):
@@ -274,7 +274,7 @@ def constant(node: object) -> float | None:
 
 
 def _traced_constant(node: fx.Node) -> float | None:
-    """The number in a tensor that tracing found being made of it, as by ``torch.tensor(8.0)``."""
+    """The number in a constant that tracing stored, as for ``torch.tensor(8.0)``."""
     if not str(node.target).startswith("_tensor_constant"):
         return None
     value = getattr(node.graph.owning_module, str(node.target))
@@ -284,7 +284,7 @@ def _traced_constant(node: fx.Node) -> float | None:
 
 
 def depends_on_product(node: object) -> bool:
-    """Whether a product of at least three dimensions is reached through what scores go through."""
+    """Whether a product of at least three dimensions is reached through ``PASSABLE`` operators."""
     seen: set[fx.Node] = set()
     stack = [node]
     while stack:

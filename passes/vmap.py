@@ -1,8 +1,8 @@
 """``torch.vmap`` in Dynamo's graph, replaced by what it computes.
 
-Dynamo leaves a vmap as calls that enter it, batch its inputs, and leave it. Pre-dispatch tracing
-sees operators before vmap does, so such a region is traced on its own, behind vmap, and put back as
-plain ATen.
+Dynamo represents a vmap as calls that enter it, batch its inputs, and exit it. Pre-dispatch tracing
+sees operators before vmap does, so such a region is traced on its own, with vmap applied, and
+inserted as plain ATen.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def without_vmaps(module: fx.GraphModule) -> fx.GraphModule:
 
 
 def _regions(graph: fx.Graph) -> Iterator[list[fx.Node]]:
-    """The nodes of each outermost vmap, from entering to leaving it."""
+    """The nodes of each outermost vmap, from entry to exit."""
     region: list[fx.Node] = []
     depth = 0
     for node in graph.nodes:

@@ -31,7 +31,7 @@ def spark(
     options: Mapping[str, Any] | None = None,
     mode: str | None = None,
 ) -> Compiled:
-    """The backend behind ``torch.compile(model, backend="spark", options={...})``.
+    """The backend of ``torch.compile(model, backend="spark", options={...})``.
 
     Args:
         module: Dynamo's graph.
@@ -88,7 +88,7 @@ def _compiled(
     fakes: Sequence[Any],
     inner: InnerCompiler,
 ) -> Compiled:
-    """The rewritten graph under the inner compiler, or Dynamo's own where nothing was rewritten."""
+    """The rewritten graph under the inner compiler, or Dynamo's graph if nothing was rewritten."""
     if not program.replaced and not program.states:
         return inner(module, list(example_inputs))
     placeholders = program.graph.find_nodes(op="placeholder")
@@ -145,7 +145,7 @@ def _unrewritten(
     fakes: Sequence[Any],
     inner: InnerCompiler,
 ) -> Compiled:
-    """The untouched graph under the inner compiler; states it gets are recovered before."""
+    """The untouched graph under the inner compiler; its states are recovered before each call."""
     if not any(isinstance(value, SparkTensor) for value in example_inputs):
         return inner(module, list(example_inputs))
     compiled = inner(module, [as_dense(fake_mode, fake) for fake in fakes])

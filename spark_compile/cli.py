@@ -90,7 +90,7 @@ def explain(
         bool,
         typer.Option(
             "--compile",
-            help="Compile too, with zeros for weights, and tell the passes' share of the time.",
+            help="Compile too, with zeros for weights, and report the passes' share of the time.",
         ),
     ] = False,
     *,

@@ -36,7 +36,7 @@ class SparkConfig:
         Stored, "How kept key channels are stored; int8 has one step per token and head."
     ] = "model"
     value_dtype: Annotated[
-        Stored, "How value channels are stored, those of every token, as soon as it is appended."
+        Stored, "How value channels are stored, for every token from the moment it is appended."
     ] = "model"
     window: Annotated[
         int,
@@ -91,11 +91,11 @@ class SparkConfig:
         return cls(**(options or {}))
 
     def stores_like(self, other: SparkConfig) -> bool:
-        """Whether a state stored under one of the two can be continued under the other."""
+        """Whether a state stored under one of the two can be appended to under the other."""
         return dataclasses.replace(self, inner=other.inner, strict=other.strict) == other
 
     def sliding(self) -> SparkConfig:
-        """The same for a cache that slides: what comes first leaves first, nothing stays."""
+        """The same for a cache that slides: it evicts its first tokens, so it has no sinks."""
         return dataclasses.replace(self, sink_tokens=0)
 
     @property

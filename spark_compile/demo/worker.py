@@ -57,13 +57,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Result:
-    """What one worker measured; speeds and peak are of a run with everything compiled before."""
+    """What one worker measured; speeds and peak are of a run after everything was compiled."""
 
     name: str
     dtype: str
     prompt_tokens: int
     kv_bytes: int
-    """Stored keys and values after the prefill, everything counted."""
+    """Bytes of the stored keys and values after the prefill, masks and scales included."""
     job_peak_bytes: int
     """Highest resident memory of prefill and decode, less what was resident before them."""
     process_peak_bytes: int
@@ -91,7 +91,7 @@ def measure(job: Job, emit: Callable[[dict[str, Any]], None], wait: Callable[[],
     """Run ``job`` in this process.
 
     Args:
-        emit: is told ``{"stage": name, "seconds": duration}`` at the end of each stage.
+        emit: called with ``{"stage": name, "seconds": duration}`` at the end of each stage.
         wait: called when everything is compiled; returns when the machine is free for timing.
 
     Raises:
@@ -108,7 +108,7 @@ def measure(job: Job, emit: Callable[[dict[str, Any]], None], wait: Callable[[],
         model = load(job.model, dtype=dtype).eval()
     with torch.no_grad():
         with _stage("perplexity", emit):
-            # Three graphs more, run once each: compiling them would take longer than the whole job.
+            # Three more graphs, run once each: compiling them would take longer than the whole job.
             _compile(model, job.options, "eager")
             perplexity = _perplexity(model, passage)
         with _stage("compile prefill and decode", emit):
@@ -233,7 +233,7 @@ def _until_end(tokens: list[int], end: int) -> list[int]:
 
 
 def reset_peak() -> int:
-    """Give free memory back and, on Linux, let the peak start anew; returns the resident bytes."""
+    """Release free memory and, on Linux, reset the peak; returns the resident bytes."""
     gc.collect()
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)

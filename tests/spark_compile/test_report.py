@@ -41,7 +41,7 @@ def test_summary_has_a_line_per_graph() -> None:
     assert Report().summary() == "no graph was compiled"
     assert Report([PREFILL, DECODE, LEFT, REFUSING, EMPTY]).summary().splitlines() == [
         "prefill: 2 of 2 sites rewritten, 800 bytes per token become 600 (75%); "
-        "passes 2 ms behind 0 ms of tracing",
+        "passes 2 ms after 0 ms of tracing",
         "decode: 1 of 4 sites rewritten, 400 bytes per token become 300 (75%); refused: "
         "2 x the mask is [b, h, l] (node add_3); 1 x dropout of 0.1 (node sdpa)",
         "no cache: left alone: pass Normalize failed: KeyError",
