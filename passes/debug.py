@@ -19,7 +19,7 @@ _numbers = itertools.count()
 
 
 class GraphDump:
-    """The files of one graph. Nothing raises: what cannot be written is told in one warning."""
+    """The files of one graph; one that cannot be written gives a warning, never an exception."""
 
     def __init__(self, program: Program, directory: Path) -> None:
         self._program, self._directory = program, directory
