@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensorMode
 
+from . import dynamo, reuse
 from .config import SparkConfig
 from .passes.lower import as_dense, fake_inputs, lower
 from .passes.pipeline import run_passes
 from .passes.program import PassFailed, Program
+from .regional import compile_blocks
 from .report import GraphReport, SparkError, record, warn_once
 from .runtime import SparkGraph
 from .state import SparkTensor
@@ -44,7 +46,20 @@ def spark(
         SparkError: under ``strict=True``, where otherwise a SparkWarning is given.
     """
     config = SparkConfig.from_options(options)
-    return compile_graph(module, example_inputs, config, inner_compiler(config, mode))
+    inner = inner_compiler(config, mode)
+    dynamo.compiling(lambda message: _complain(message, config))
+    # Modes of Inductor record CUDA graphs, and those the addresses of a layer's weights.
+    reuse_for = config if mode in (None, "default") else None
+    return compile_graph(module, example_inputs, config, inner, reuse_for)
+
+
+def _reset() -> None:
+    """Called by ``torch._dynamo.reset``."""
+    dynamo.forget()
+    reuse.forget()
+
+
+spark.reset = _reset  # type: ignore[attr-defined]
 
 
 def compile_graph(
@@ -52,11 +67,25 @@ def compile_graph(
     example_inputs: Sequence[Any],
     config: SparkConfig,
     inner: InnerCompiler,
+    reuse_for: Hashable = None,
 ) -> Compiled:
-    """Rewrite one graph and hand it to ``inner``; where that fails, the untouched graph."""
+    """Rewrite one graph and hand it to ``inner``; where that fails, the untouched graph.
+
+    Graphs compiled with equal ``reuse_for``, which stands for ``config`` and ``inner``, share what
+    was compiled if they are equal; None shares nothing.
+    """
     start = time.perf_counter()
     fake_mode, fakes = fake_inputs(example_inputs)
     reason = _reason_to_leave_alone(example_inputs)
+    described = None
+    if reason is None and reuse_for is not None:
+        described = reuse.signature(module, example_inputs, fakes, reuse_for)
+        found = None if described is None else described.find()
+        if found is not None:
+            compiled, report = found
+            record(report)
+            _complain_about_refusals(report, config)
+            return compiled
     if reason is None:
         try:
             program = lower(module, fake_mode, fakes, config)
@@ -75,6 +104,8 @@ def compile_graph(
         _complain_about_refusals(report, config)
         start = time.perf_counter()
         compiled = _compiled(module, example_inputs, program, fakes, inner)
+        if described is not None:
+            described.keep(compiled, replace(report, lower_ms=0.0, passes_ms=0.0))
         report = replace(report, compile_ms=_ms_since(start))
     finally:
         record(report)
@@ -100,7 +131,7 @@ def _ms_since(start_s: float) -> float:
     return (time.perf_counter() - start_s) * 1e3
 
 
-def optimize(model: ModuleT, **options: Any) -> ModuleT:
+def optimize(model: ModuleT, *, regional: bool = False, **options: Any) -> ModuleT:
     """Compile ``model`` in place with ``backend="spark"`` and return it, ready for ``generate``.
 
     ``torch.compile(model).generate`` runs the uncompiled original: ``torch.compile`` returns a
@@ -108,12 +139,18 @@ def optimize(model: ModuleT, **options: Any) -> ModuleT:
 
     Args:
         model: any decoder.
+        regional: compile the repeated blocks of the model, elements of an ``nn.ModuleList``, in
+            place of the whole; equal ones share a graph, so that compiling takes less time.
         options: fields of :class:`SparkConfig`.
 
     Raises:
         ValueError, TypeError: an option is wrong.
+        ValueError: ``regional`` is set and there are no such blocks.
     """
-    SparkConfig.from_options(options)
+    config = SparkConfig.from_options(options)
+    if regional:
+        compile_blocks(model, options, lambda message: _complain(message, config))
+        return model
     model.compile(backend="spark", options=options)
     return model
 

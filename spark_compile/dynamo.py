@@ -1,0 +1,84 @@
+"""Dynamo's cache of graphs: whose they count as, and a word when it takes no more.
+
+Dynamo keeps the graphs of all modules that run the same code in one list, and compiles no more
+once there are ``torch._dynamo.config.recompile_limit`` (8) of them. Layers of a decoder that are
+compiled one by one need two or three each: the graph of a layer reads its own part of the cache.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from types import CodeType
+from weakref import WeakKeyDictionary, WeakSet
+
+from torch import nn
+from torch._dynamo.guards import GuardBuilder
+from torch._dynamo.source import LocalSource
+from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._guards import TracingContext
+
+Complain = Callable[[str], None]
+_log = logging.getLogger("torch._dynamo.convert_frame")
+_modules: WeakKeyDictionary[CodeType, WeakSet[nn.Module]] = WeakKeyDictionary()
+_complaints: dict[str, Complain] = {}
+
+
+def compiling(complain: Complain) -> None:
+    """Called by the backend for each graph, while Dynamo traces the frame that it is from.
+
+    Args:
+        complain: is told when Dynamo refuses to compile the frame's code again.
+    """
+    context = TracingContext.try_get()
+    translator = getattr(InstructionTranslator, "current_tx", lambda: None)()
+    if context is None or translator is None:
+        return  # somebody calls the backend without Dynamo
+    root = translator.output.root_tx
+    _count_by_module(root.f_code, root.f_locals, context)
+    code = root.f_code
+    _complaints[f"'{code.co_name}' ({code.co_filename}:{code.co_firstlineno})"] = complain
+    if _watch not in _log.handlers:
+        _log.addHandler(_watch)
+
+
+def forget() -> None:
+    """Drop everything, as ``torch._dynamo.reset`` drops all graphs."""
+    _modules.clear()
+    _complaints.clear()
+
+
+def _count_by_module(code: CodeType, f_locals: dict[str, object], context: TracingContext) -> None:
+    """Let the limit count this graph for the module that it is from alone.
+
+    It does where a guard on the module's identity goes with the graph. That guard costs nothing if
+    the graphs of other modules did not fit: then something else guards on what tells them apart.
+    """
+    here = {name: value for name, value in f_locals.items() if isinstance(value, nn.Module)}
+    known = _modules.setdefault(code, WeakSet())
+    if any(module not in here.values() for module in known):
+        for name in here:
+            guard = LocalSource(name).make_guard(GuardBuilder.ID_MATCH)
+            context.guards_context.dynamo_guards.add(guard)
+    known.update(here.values())
+
+
+class _Watch(logging.Handler):
+    """Reads what Dynamo logs: there is no other sign of a limit that is met."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        if "recompile_limit" not in text:
+            return
+        for place, complain in _complaints.items():
+            if place in text:
+                complain(
+                    f"Dynamo compiles no more graphs of {place}: a limit of torch._dynamo.config, "
+                    "recompile_limit or accumulated_recompile_limit, is met. What it has not "
+                    "compiled runs as written, and the caches of layers it meets first now stay "
+                    "dense. Raise the limit; spark_compile.optimize(model, regional=True) gives "
+                    "each layer one of its own"
+                )
+
+
+_watch = _Watch()
