@@ -31,10 +31,9 @@ def compiling(complain: Complain) -> None:
         complain: is told when Dynamo refuses to compile the frame's code again.
     """
     context = TracingContext.try_get()
-    translator = getattr(InstructionTranslator, "current_tx", lambda: None)()
-    if context is None or translator is None:
+    if context is None:
         return  # somebody calls the backend without Dynamo
-    root = translator.output.root_tx
+    root = InstructionTranslator.current_tx().output.root_tx
     _count_by_module(root.f_code, root.f_locals, context)
     code = root.f_code
     _complaints[f"'{code.co_name}' ({code.co_filename}:{code.co_firstlineno})"] = complain

@@ -11,7 +11,7 @@ import pytest
 import torch
 from compiled import EXACT, compiled, is_compressed
 from decoders import decoder, prompt
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import spark_compile
 from spark_compile import SparkWarning
@@ -76,6 +76,12 @@ def test_the_backend_works_by_name_without_an_import(request: pytest.FixtureRequ
     code = BY_NAME.format(support=str(request.config.rootpath / "tests" / "support"))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.split() == ["PrunedKeys"] * 2, done.stderr[-2000:]
+
+
+@pytest.mark.filterwarnings("ignore:spark found no attention:spark_compile.SparkWarning")
+def test_the_backend_can_be_called_without_dynamo() -> None:
+    graph, x = fx.symbolic_trace(lambda x: (x + 1,)), torch.randn(3, 4)
+    torch.testing.assert_close(spark_compile.spark(graph, [x], options=EXACT)(x), (x + 1,))
 
 
 WRONG = [
