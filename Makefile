@@ -44,16 +44,17 @@ gpu: setup
 	$(BIN)/pytest -q tests/gpu tests/kernels/test_triton_numerics.py
 	$(BIN)/python -m benchmarks.gpu --out benchmarks/results
 
-# The CPU kernels' tests under AddressSanitizer and UBSan, for every level this machine can run.
+# The CPU kernels' tests under AddressSanitizer and UBSan, for every level this machine can run; "amx"
+# with emulated tiles: what is read and written is the same.
+SANITIZE := -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -DSPARK_EMULATED_TILES
 sanitize: setup
-	$(BIN)/python -c 'from spark_compile.kernels.cpu.build import supported; print(*supported())' \
+	SPARK_COMPILE_CXXFLAGS="$(SANITIZE)" $(BIN)/python -c \
+		'from spark_compile.kernels.cpu.build import supported; print(*supported())' \
 	| xargs -n 1 | while read -r level; do \
 		echo "level $$level"; \
-		SPARK_COMPILE_CPU=$$level \
-		SPARK_COMPILE_CXXFLAGS="-g -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined" \
-		ASAN_OPTIONS=detect_leaks=0 \
+		SPARK_COMPILE_CPU=$$level SPARK_COMPILE_CXXFLAGS="$(SANITIZE)" ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
-		$(BIN)/python -m pytest -q -p no:cacheprovider tests/kernels/test_cpu.py || exit 1; \
+		$(BIN)/python -m pytest -q -s -p no:cacheprovider tests/kernels/test_cpu.py || exit 1; \
 	done
 
 # Random attention programs, others each time; those that failed are tried first the next time.

@@ -29,12 +29,13 @@ from .measure import (
     wide_console,
     write_json,
 )
-from .store_case import CAT, COPY, append_contenders, prune_contenders
+from .store_case import CAT, COPY, build_contenders, step_contenders
 
-BASELINES = {"attend": PACKED, "prune": COPY, "append": CAT}
+BASELINES = {"attend": PACKED, "step": CAT, "build": COPY}
+MAKERS = {"attend": Case.contenders, "step": step_contenders, "build": build_contenders}
 CONTEXTS = "4096,8192,16384,32768,65536,131072"
-PRUNE_TOKENS = (32, 4096, 32768)
-"""A block that is packed while decoding, and prompts."""
+BUILD_TOKENS = (1024, 4096, 32768)
+"""Prompts."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,13 +56,8 @@ def measure_case(
 ) -> list[dict[str, Any]]:
     """Rows of the result for one operation on one case."""
     reader.times_ms.clear()
-    errors: dict[str, float] = {}
-    if operation == "attend":
-        contenders = case.contenders(settings.rotate_bytes)
-        errors = relative_errors(contenders)
-    else:
-        make = prune_contenders if operation == "prune" else append_contenders
-        contenders = make(case, settings.rotate_bytes)
+    contenders = MAKERS[operation](case, settings.rotate_bytes)
+    errors = relative_errors(contenders) if operation == "attend" else {}
     others = OtherLoad()
     interleave([reader, *contenders], settings.repeats)
     others_share = others.share()
@@ -124,11 +120,11 @@ def cases(settings: Settings) -> list[tuple[str, Case]]:
     found = []
     for operation in settings.operations:
         for shape in settings.shapes:
-            # Pruning happens per sequence: its work grows with the batch and nothing else changes.
-            prune = operation == "prune"
-            for batch in [1] if prune else settings.batches:
+            # Prompts are stored one by one: the work grows with the batch and nothing else changes.
+            build = operation == "build"
+            for batch in [1] if build else settings.batches:
                 limit = max(settings.contexts)
-                contexts = [t for t in PRUNE_TOKENS if t <= limit] if prune else settings.contexts
+                contexts = [t for t in BUILD_TOKENS if t <= limit] if build else settings.contexts
                 found += [(operation, Case(SHAPES[shape], batch, t, dtype)) for t in contexts]
     return found
 
@@ -147,7 +143,7 @@ def main(
     quick: Annotated[bool, typer.Option(help="a smoke run, no figures to report")] = False,
     name: Annotated[str, typer.Option(help="of the result files")] = "kernels",
 ) -> None:
-    """Time attend, prune and append against dense PyTorch and the read bandwidth."""
+    """Time attend, step and build against dense PyTorch and the read bandwidth."""
     if threads:
         torch.set_num_threads(threads)
     if quick:

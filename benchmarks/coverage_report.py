@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-from spark_compile.passes.insert_spark import LATENT
+from spark_compile.passes.eligibility import LATENT
 
 from .coverage_case import ATTENTIONS, NOT_FOUND, RECOMPILE_LIMIT
 

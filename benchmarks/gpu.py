@@ -4,8 +4,8 @@
 
 Writes ``gpu-<device>.json``. Every time is the median of CUDA events with the cache flushed between
 calls; bytes are those that a call has to read, so that bytes / s over the bandwidth of a copy is
-how near a kernel is to the limit of the memory. The kernels are measured through CUDA graphs, as
-Inductor would run them: otherwise short contexts measure Python.
+how near the attention is to the limit of the memory. The kernels are measured through CUDA graphs,
+as Inductor would run them: otherwise short contexts measure Python.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from spark_compile import ops as _ops  # noqa: F401  (defines the operators)
-from spark_compile.kernels.layout import kept_channels
+from spark_compile.kernels.formats import kept_channels, parse
+from spark_compile.kernels.reference.store import ALL
+from spark_compile.kernels.spec import Spec, parse_spec
 
-TAIL = 132
+WINDOW, RECENT, SINKS = 32, 96, 4
 BUDGET_S = 420.0
 
 
@@ -37,22 +39,32 @@ class Shape(NamedTuple):
     group: int
     dim: int
     dtype: torch.dtype
-    ratio: float
+    key: str
+    """Format of the keys, ``{0}`` being the kept channels at 80 % pruned and ``{1}`` at 50 %."""
+    value: str = "dense"
     kv_heads: int = 8
-    key_int8: bool = False
-    value_int8: bool = False
-    value_ratio: float = 0.0
+
+    def spec(self) -> Spec:
+        counts = [kept_channels(self.dim, ratio) for ratio in (0.8, 0.5)]
+        key, value = (
+            parse(text.format(*counts), self.dim, self.dtype) for text in (self.key, self.value)
+        )
+        return Spec(key, value, WINDOW, RECENT, SINKS, 0, self.dim**-0.5)
 
 
 def sweep() -> Iterator[Shape]:
     """One typical decoder with one parameter changed at a time, most important first."""
-    usual = Shape(1, 32768, 4, 128, torch.bfloat16, 0.8)
+    spark, half = "spark(kept={0})", "spark(kept={1})"
+    int8 = "spark(kept={0},stored=int8)"
+    usual = Shape(1, 32768, 4, 128, torch.bfloat16, spark)
     for tokens in (4096, 32768, 131072):
-        for ratio in (0.5, 0.8):
-            yield usual._replace(tokens=tokens, ratio=ratio)
-    yield usual._replace(key_int8=True, value_int8=True)
-    yield usual._replace(key_int8=True, value_int8=True, value_ratio=0.5)
-    yield usual._replace(value_ratio=0.5)
+        for key in (half, spark):
+            yield usual._replace(tokens=tokens, key=key)
+    for key, value in (
+        (int8, "int8"), (int8, "pruned(kept={1},stored=int8)"), (spark, "pruned(kept={1})"),
+        ("int8", "int8"), ("dense", "dense"),
+    ):  # fmt: skip
+        yield usual._replace(key=key, value=value)
     for batch, tokens in ((8, 4096), (8, 32768), (32, 4096)):
         yield usual._replace(batch=batch, tokens=tokens)
     for group in (1, 7, 8):
@@ -94,42 +106,39 @@ def copy_bandwidth(flush: Tensor) -> float:
 
 
 def arguments(shape: Shape) -> tuple[Any, ...]:
-    """What ``attend`` takes for one query per sequence; packed by the kernels themselves."""
-    batch, tokens, group, dim, dtype, ratio, heads = shape[:7]
-    packed = tokens - TAIL
-
-    def random(*sizes: int) -> Tensor:
-        return torch.randn(*sizes, dtype=dtype, device="cuda")
-
-    norms = torch.rand(batch, heads, dim, device="cuda") + 0.1
-    rows = torch.ops.spark_triton.prune(
-        random(batch, heads, packed, dim), norms, norms, kept_channels(dim, ratio),
-        "degenerate", "squared", shape.key_int8,
-    )  # fmt: skip
-    values, stored = random(batch, heads, tokens, dim), (None, None, None)
-    if shape.value_int8 or shape.value_ratio:
-        bias = torch.rand(batch, heads, dim, device="cuda") if shape.value_ratio else None
-        values, bits, scale = torch.ops.spark_triton.pack_values(
-            values, bias, kept_channels(dim, shape.value_ratio), shape.value_int8
-        )
-        stored = (bits if shape.value_ratio else None, scale, bias)  # type: ignore[assignment]
-    return (
-        random(batch, heads * group, 1, dim), *rows, norms, torch.tensor(packed),
-        random(batch, heads, TAIL, dim), values, tokens, None, None, dim**-0.5, 0.0, None, 4,
-        "degenerate", "squared", False, *stored,
-    )  # fmt: skip
+    """What ``step`` takes for one query per sequence; the cache is built by the kernels."""
+    query, key, value = dense_tensors(shape)
+    spec = shape.spec().text
+    stored = torch.ops.spark_triton.build(key, value, [query], spec, shape.tokens + WINDOW)
+    new = (rows[:, :, :1].contiguous() for rows in (key, value))
+    # The position makes every call begin with the same tokens.
+    position = torch.tensor([shape.tokens], device="cuda")
+    return query, *new, *stored, None, None, None, ALL, position, spec
 
 
-def nbytes(tensors: tuple[Any, ...]) -> int:
-    """Bytes of the tensors among the arguments."""
-    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
+def nbytes(given: tuple[Any, ...]) -> int:
+    """Bytes of what a step has to read."""
+    return sum(t.numel() * t.element_size() for t in given if isinstance(t, Tensor))
 
 
 def spark(given: tuple[Any, ...]) -> Callable[[], Any]:
-    """The kernels; without the two numbers that change at each step, a graph can be captured."""
+    """A whole step: attention, appending and what packing costs where no page is due."""
     from spark_compile.kernels.triton.ops import EAGER
 
-    return lambda: EAGER["attend"](*given)
+    return lambda: EAGER["step"](*given)
+
+
+def attention(given: tuple[Any, ...]) -> Callable[[], Any]:
+    """The attention alone."""
+    from spark_compile.kernels.triton import launch, sides
+
+    query, key, value, *stored = given[:7]
+    spec = parse_spec(given[-1])
+    operands = (
+        sides.operand(stored[0], stored[1], key, spec, "key"),
+        sides.operand(stored[2], stored[3], value, spec, "value"),
+    )
+    return lambda: launch.attend(query, *operands, None, None, None, spec)
 
 
 def dense_tensors(shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
@@ -181,19 +190,22 @@ def flex(shape: Shape) -> Callable[[], Any]:
 def numerics(shape: Shape) -> dict[str, float]:
     """The largest difference from the reference on the same tensors."""
     given = arguments(shape)
-    expected = torch.ops.spark_reference.attend(*given)[0].float()
-    difference = (spark(given)()[0].float() - expected).abs().max().item()
+    copies = (t.clone() if isinstance(t, Tensor) else t for t in given)
+    expected = torch.ops.spark_reference.step(*copies).float()
+    difference = (spark(given)().float() - expected).abs().max().item()
     return {"largest_difference": difference, "largest_output": expected.abs().max().item()}
 
 
 def measured(shape: Shape, flush: Tensor, bandwidth: float, baselines: bool) -> dict[str, Any]:
     """Times of one shape, ours and, if asked for, those of others."""
     given = arguments(shape)
-    ms, size = median_ms(spark(given), flush), nbytes(given)
+    ms, step_ms = (median_ms(run(given), flush) for run in (attention, spark))
+    size = nbytes(given)
     entry: dict[str, Any] = {
         **shape._asdict(),
         "dtype": str(shape.dtype).removeprefix("torch."),
         "spark_ms": ms,
+        "spark_step_ms": step_ms,
         "spark_bytes": size,
         "of_copy_bandwidth": size / ms * 1e3 / bandwidth,
         "dense_bytes": 2 * shape.batch * shape.kv_heads * shape.tokens * shape.dim
@@ -241,8 +253,7 @@ def main() -> None:
         if time.monotonic() - begin > options.seconds:
             result["left_out"] += 1
             continue
-        plain = not (shape.key_int8 or shape.value_int8 or shape.value_ratio)
-        entry = measured(shape, flush, bandwidth, baselines=plain)
+        entry = measured(shape, flush, bandwidth, baselines=shape.value == "dense")
         result["sweep"].append(entry)
         print(json.dumps(entry), flush=True)
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""Timing competitors in turns, summary statistics, and the machine's facts for result files."""
+"""Timing competitors in turns, a little statistics, and what a result file says of its machine."""
 
 from __future__ import annotations
 
@@ -29,9 +29,11 @@ class Contender:
 
     name: str
     calls: Sequence[Callable[[], object]]
-    """One per layer, called in turn, so that a layer's data is no longer in the CPU's cache."""
+    """One per layer, called in turn, so that a layer's data has left the CPU's cache."""
     moved_bytes: int
     """What one call has to read (and, where it stores something, write)."""
+    period: int = 1
+    """Calls that differ from one another, after which the same ones follow."""
     times_ms: list[float] = field(default_factory=list)
     _next: int = 0
 
@@ -50,14 +52,15 @@ def interleave(
 ) -> None:
     """Fill ``times_ms`` of all contenders, one after the other, ``repeats`` times over.
 
-    A short call is repeated over following layers for ``pass_ms``. A contender that has used up
-    ``budget_s`` sits out the rounds after its third.
+    A short call is repeated over following layers for ``pass_ms``, for whole periods. A contender
+    that has used up ``budget_s`` sits out the rounds after its third.
     """
     calls = {}
     for contender in contenders:
         contender.time_ms(1)  # builds, allocates, reads memory for the first time
         once_ms = contender.time_ms(1)
-        calls[contender.name] = max(1, min(round(pass_ms / max(once_ms, 1e-3)), 1000))
+        count = max(1, min(round(pass_ms / max(once_ms, 1e-3)), 1000))
+        calls[contender.name] = -(-count // contender.period) * contender.period
     for turn in range(repeats):
         for contender in contenders:
             count = calls[contender.name]
@@ -69,8 +72,8 @@ def interleave(
 class OtherLoad:
     """Which share of the cores other processes took since this was made (Linux; else 0).
 
-    Threads that wait for each other are slowed by a shared core far more than by its share, so that
-    figures of a run in which this is above a few percent are not valid.
+    Threads that wait for each other suffer from a shared core far more than by its share, so that
+    figures of a run in which this is above a few percent are worth nothing.
     """
 
     def __init__(self) -> None:
@@ -131,7 +134,7 @@ def available_bytes() -> int:
 
 
 def busy_warning(facts: dict[str, Any]) -> str:
-    """A warning before a run on a machine that is otherwise loaded, empty if it is not."""
+    """What to say before a run on a machine that is doing something else, or nothing."""
     load = facts["load_average"]
     return f"load average {load:.1f}: others use these cores" if load and load > 0.5 else ""
 
@@ -164,7 +167,7 @@ def _last_level_cache() -> str:
 
 
 def _commit() -> str:
-    """The commit, followed by ``+`` where the working tree differs."""
+    """The commit, with ``+`` after it where the working tree differs."""
     try:
         run = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--abbrev=12"]
         done = subprocess.run([*run, "--dirty=+"], capture_output=True, text=True, check=False)

@@ -3,8 +3,7 @@
 Around the unmodified model ``Simulated`` follows the keys that a cache returns through whatever
 only moves them (views, expansion to the query heads, casts) to the product with the queries. There
 the tokens that the method would have packed are replaced by what it would have recovered of them.
-It shares the formulas with the backend (``kernels/reference``), but neither patterns nor
-bookkeeping.
+It shares the formulas with the backend (``kernels/formats``), but neither patterns nor bookkeeping.
 """
 
 from __future__ import annotations
@@ -20,8 +19,9 @@ from torch.overrides import TorchFunctionMode
 from transformers import Cache, EncoderDecoderCache
 
 from spark_compile import SparkConfig
-from spark_compile.kernels.layout import kept_channels
-from spark_compile.kernels.reference.prune import prune, query_stats, recover
+from spark_compile.kernels.formats import Dense
+
+from .simulated_layer import SimulatedLayer
 
 MOVES = {
     "expand", "expand_as", "reshape", "reshape_as", "view", "view_as", "transpose", "permute",
@@ -31,7 +31,7 @@ MOVES = {
     "broadcast_to", "tile",
 }  # fmt: skip
 SCALINGS = {"mul", "__mul__", "__rmul__", "multiply", "div", "__truediv__", "true_divide"}
-"""By a number they do not change the method, which is invariant to the scale of queries."""
+"""By a number they change nothing of the method, which is invariant to the scale of queries."""
 PRODUCTS = {
     "scaled_dot_product_attention": (0, 1), "matmul": (0, 1), "__matmul__": (0, 1), "bmm": (0, 1),
     "mm": (0, 1), "__rmatmul__": (1, 0), "baddbmm": (1, 2), "einsum": (1, 2),
@@ -41,40 +41,8 @@ FACTORS = {
     "scaled_dot_product_attention": ("query", "key", "value"),
     "baddbmm": ("input", "batch1", "batch2"), "bmm": ("input", "mat2"), "mm": ("input", "mat2"),
 }  # fmt: skip
-"""Names of the arguments up to the second factor, where not input and other."""
+"""What the arguments up to the second factor are called, where not input and other."""
 _TRACE = "_simulated_trace"
-
-
-@dataclass
-class _Layer:
-    """The method's state of one layer, with dense keys in the place of packed ones."""
-
-    sinks: int
-    packed: Tensor | None = None
-    norms: Tensor | None = None
-    stats: Tensor | None = None
-    tokens: int = 0
-    updates: int = 0
-    products: int = 0
-    query_heads: int = 0
-    waiting: Tensor | None = None
-    """The keys that the latest step's queries have attended to."""
-
-    def update(self, keys: Tensor, new_tokens: int) -> None:
-        """Follow an update of the cache: new tokens, and those that a sliding window evicts."""
-        left = self.tokens - (keys.shape[2] - new_tokens)
-        if self.packed is not None:
-            self.packed = self.packed[:, :, left:]
-        self.tokens = keys.shape[2]
-        self.updates += 1
-
-    def seen(self, keys: Tensor) -> Tensor:
-        """The keys [B, Hkv, S, D] as the method attends to them: sinks, recovered, recent."""
-        if self.packed is None:
-            return keys
-        end = self.sinks + self.packed.shape[2]
-        parts = (keys[:, :, : self.sinks], self.packed.to(keys.dtype), keys[:, :, end:])
-        return torch.cat(parts, dim=2)
 
 
 Move = Callable[[Tensor], Tensor]
@@ -82,9 +50,9 @@ Move = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class _Trace:
-    """The keys of a layer [B, Hkv, S, D] and the moves applied to them since."""
+    """The keys of a layer [B, Hkv, S, D] and the moves they have gone through since."""
 
-    layer: _Layer
+    layer: SimulatedLayer
     keys: Tensor
     new_tokens: int
     moves: tuple[tuple[Move, bool], ...] = ()
@@ -111,7 +79,7 @@ class _Trace:
 
 @dataclass
 class Simulated(TorchFunctionMode):
-    """Context manager around forwards of an eager model with one cache, which may have two parts.
+    """To be entered around forwards of an eager model with one cache, which may have two parts.
 
     Raises:
         ValueError: an option that is not simulated.
@@ -120,12 +88,13 @@ class Simulated(TorchFunctionMode):
     config: SparkConfig
     layers: Collection[str]
     """The cache's layers that the method is applied to, as ``cache_layers`` names them."""
-    states: dict[str, _Layer] = field(default_factory=dict)
+    states: dict[str, SimulatedLayer] = field(default_factory=dict)
     crosses: list[Cache] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         super().__init__()
-        if self.config.value_fields != ("rows",) or self.config.recovery != "degenerate":
+        value = self.config.format_for("value", 64, torch.float32)
+        if not isinstance(value, Dense) or self.config.recovery != "degenerate":
             raise ValueError("only whole values and the degenerate recovery are simulated")
 
     def __enter__(self) -> Simulated:
@@ -140,7 +109,7 @@ class Simulated(TorchFunctionMode):
         super().__exit__(*exception)
 
     def lost(self) -> list[str]:
-        """Layers whose keys were not multiplied with queries after every update."""
+        """Layers whose keys were not seen to meet a query in every update."""
         return [
             name
             for name in self.layers
@@ -164,12 +133,12 @@ class Simulated(TorchFunctionMode):
             cross = any(cache is other for other in self.crosses)
             name = layer_name(layer_idx, cross)
             if name in self.layers:
-                # A sliding window evicts its first tokens, so it has no sinks.
-                sliding = getattr(cache.layers[layer_idx], "is_sliding", False)
-                fresh = _Layer(0 if sliding else self.config.sink_tokens)
+                # What comes first into a sliding window leaves it first: nothing stays dense there.
+                stored = cache.layers[layer_idx]
+                sliding = getattr(stored, "is_sliding", False)
+                fresh = SimulatedLayer(self.config, 0 if sliding else self.config.sink_tokens)
                 layer = self.states.setdefault(name, fresh)
-                self._advance(layer)
-                layer.update(keys, key.shape[2])
+                layer.update(keys, key.shape[2], stored.keys.shape[2])
                 setattr(keys, _TRACE, _Trace(layer, keys, key.shape[2]))
             return keys, values
 
@@ -197,7 +166,7 @@ class Simulated(TorchFunctionMode):
         self, func: Any, args: tuple[Any, ...], kwargs: Any, factor: int, query: Tensor,
         trace: _Trace,
     ) -> Any:  # fmt: skip
-        """The product with the keys as the method recovers them; then record the statistics."""
+        """The product with the keys as the method sees them; then the method goes on."""
         recovered = trace.layer.seen(trace.keys)
         changed = (*args[:factor], trace.replay(recovered), *args[factor + 1 :])
         result = func(*changed, **kwargs)
@@ -206,41 +175,16 @@ class Simulated(TorchFunctionMode):
         heads = trace.heads()
         if kwargs.get("enable_gqa"):
             heads = heads.repeat_interleave(query.shape[-3] // heads.shape[-1], dim=-1)
-        layer, window = trace.layer, self.config.window
-        # Layers that read another one's cache may query with the last token alone.
+        layer = trace.layer
+        # Layers that read another one's cache may ask about the last token alone.
         vectors = query.numel() // query.shape[-1] // trace.keys.shape[0]
         layer.query_heads = layer.query_heads or vectors // trace.new_tokens
-        layer.products += 1
-        stats = query_stats(grouped(query, heads, trace), trace.keys.shape[1], window)
-        layer.stats = stats if layer.stats is None else layer.stats + stats
-        layer.waiting = trace.keys
+        layer.note(trace.keys, grouped(query, heads, trace))
         return result
-
-    def _advance(self, layer: _Layer) -> None:
-        """Pack waiting tokens after a step (layers may share a cache) if they fill a window."""
-        config, key, layer.waiting = self.config, layer.waiting, None
-        if key is None or layer.stats is None:
-            return
-        length = key.shape[2]
-        first = layer.sinks + (0 if layer.packed is None else layer.packed.shape[2])
-        waiting = length - first - config.recent
-        if waiting < config.window or length < config.min_tokens:
-            return
-        select = layer.stats.sqrt()
-        layer.norms = select if layer.norms is None else layer.norms
-        how, kept = (
-            (config.recovery, config.saliency),
-            kept_channels(key.shape[3], config.key_ratio),
-        )
-        block = key[:, :, first : first + waiting]
-        rows = prune(block, select, layer.norms, kept, *how, config.key_dtype == "int8")
-        fresh = recover(*rows, layer.norms, *how)
-        layer.packed = fresh if layer.packed is None else torch.cat((layer.packed, fresh), dim=2)
-        layer.stats = torch.zeros_like(layer.stats)
 
 
 def layer_name(index: int, cross: bool) -> str:
-    """Name of a cache's layer; ``cross`` is the second part of an EncoderDecoderCache."""
+    """What a layer of a cache is called; ``cross`` is the second part of an EncoderDecoderCache."""
     return f"cross {index}" if cross else str(index)
 
 
@@ -263,7 +207,7 @@ def grouped(query: Tensor, heads: Tensor, trace: _Trace) -> Tensor:
     Args:
         query: [..., rows, D], batch first, the rows of a matrix being heads times tokens.
         heads: the key head of each matrix; broadcast to the leading dimensions of ``query``.
-        trace: of the keys they are multiplied with.
+        trace: of the keys they meet.
     """
     batch, kv_heads, _, dim = trace.keys.shape
     rows = query.reshape(batch, trace.layer.query_heads, -1, dim).float()

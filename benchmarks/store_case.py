@@ -1,4 +1,4 @@
-"""Storing keys and values: pruning what is cached, appending one new token."""
+"""Storing keys and values: a whole prompt, and one new token with the attention to it."""
 
 from __future__ import annotations
 
@@ -7,102 +7,91 @@ import functools
 import torch
 from torch import Tensor
 
-from spark_compile import ops
-from spark_compile.kernels.layout import kept_channels
+from spark_compile.kernels.layout import LENGTH, PACKED, counters
+from spark_compile.kernels.reference.store import ALL
 
-from .attend_case import DENSE_ROWS, SPARE_ROWS, STORED, Case, Stored
+from .attend_case import STORED, WINDOW, Case, Layer, Stored
 from .measure import Contender, available_bytes
 
-COPY, CAT, IN_PLACE = "copy keys", "DynamicCache: cat", "StaticCache: index_copy_"
-PACK_VALUES = "pack values to int8"
+COPY, CAT, IN_PLACE = "copy", "DynamicCache: cat", "StaticCache: index_copy_"
 
 
-def prune_contenders(case: Case, rotate_bytes: int) -> list[Contender]:
-    """Ways to prune all keys of a case, and a plain copy of them for comparison."""
-    keys = [case.filled(case.key) for _ in range(_layers(case, rotate_bytes))]
-    per_token = {stored.name: case.pruned(stored) for stored in STORED}
-    contenders = [Contender(COPY, [key.clone for key in keys], 2 * keys[0].nbytes)]
+def build_contenders(case: Case, rotate_bytes: int) -> list[Contender]:
+    """Ways to store the keys and values of a prompt, and a plain copy of them for comparison."""
+    dense_bytes = 2 * case.key.nbytes // case.key.shape[2] * case.tokens
+    most = available_bytes() // 4 // dense_bytes
+    prompts = [
+        case.rows(0, case.tokens) for _ in range(max(1, min(-(-rotate_bytes // dense_bytes), most)))
+    ]
+    calls = [functools.partial(_copy, *rows) for rows in prompts]
+    contenders = [Contender(COPY, calls, 2 * dense_bytes)]
     for stored in STORED:
-        if stored.key_ratio and stored.int8_values == stored.int8_keys:
-            written = sum(_nbytes(rows, case.tokens) for rows in per_token[stored.name])
-            calls = [functools.partial(_prune, key, case.norms, stored) for key in keys]
-            contenders.append(Contender(stored.name, calls, keys[0].nbytes + written))
-    head_dim = case.shape.head_dim
-    values = ops.pack_values(case.value, None, head_dim, True)
-    written = sum(_nbytes(rows, case.tokens) for rows in values)
-    pack = [functools.partial(ops.pack_values, key, None, head_dim, True) for key in keys]
-    contenders.append(Contender(PACK_VALUES, pack, keys[0].nbytes + written))
+        spec = stored.spec(case.shape.head_dim, case.dtype)
+        written = Layer(spec, tuple(case.build(stored, *prompts[0]))).read_bytes()
+        calls = [functools.partial(case.build, stored, *rows) for rows in prompts]
+        contenders.append(Contender(stored.name, calls, dense_bytes + written))
     return contenders
 
 
-def append_contenders(case: Case, rotate_bytes: int) -> list[Contender]:
-    """Ways to append the key and the value of one token to a cache."""
-    buffers = [
-        (case.filled(case.key, spare=SPARE_ROWS), case.filled(case.value, spare=SPARE_ROWS))
-        for _ in range(_layers(case, rotate_bytes))
-    ]
-    new = case.key[:, :, :1].contiguous(), case.value[:, :, :1].contiguous()
-    past_bytes, new_bytes = _nbytes(buffers[0][0], 2 * case.tokens), 2 * new[0].nbytes
-    pasts = [tuple(rows[:, :, : case.tokens] for rows in pair) for pair in buffers]
+def step_contenders(case: Case, rotate_bytes: int) -> list[Contender]:
+    """Ways to append a token and attend, with packing in its share."""
+    # Layers take turns, and so does packing: of any WINDOW calls one packs. That needs a number of
+    # layers that has no divisor in common with WINDOW, a power of two.
+    count = case.layer_count(rotate_bytes) | 1
+    buffers = [case.rows(0, case.cached, spare=1) for _ in range(count)]
+    pasts = [tuple(rows[:, :, : case.cached] for rows in pair) for pair in buffers]
+    position, new_bytes = torch.tensor([case.cached]), sum(rows.nbytes for rows in case.new)
     contenders = [
-        Contender(CAT, [functools.partial(_cat, p, new) for p in pasts], 2 * past_bytes),
+        Contender(
+            CAT, [functools.partial(_cat, case, past) for past in pasts], 3 * case.dense_bytes()
+        ),
         Contender(
             IN_PLACE,
-            [functools.partial(_index_copy, b, new, torch.tensor([case.tokens])) for b in buffers],
-            2 * new_bytes,
+            [functools.partial(_index_copy, case, b, position) for b in buffers],
+            case.dense_bytes() + new_bytes,
         ),
     ]
-    for stored in (Stored(0.8), Stored(0.8, int8_keys=True, int8_values=True)):
-        calls = [_append_call(case, stored, values, new) for _, values in buffers]
-        written = new[0].nbytes + _nbytes(_value_rows(case, stored)[0], 1)
-        contenders.append(Contender(stored.name, calls, new_bytes + written))
+    for stored in STORED:
+        calls = [Appending(case, stored, first_packing(index, count)) for index in range(count)]
+        page_bytes = sum(pages[:, :, 0].nbytes for pages in calls[0].layer.pages)
+        moved = case.layer(stored).read_bytes() + new_bytes + page_bytes // WINDOW
+        contenders.append(Contender(stored.name, calls, moved, period=WINDOW))
     return contenders
 
 
-def _layers(case: Case, rotate_bytes: int) -> int:
-    dense_bytes = 2 * _nbytes(case.key, case.tokens)
-    # A pass over a few hundred layers is enough: with short contexts the rest is call overhead.
-    return max(1, min(-(-rotate_bytes // dense_bytes), available_bytes() // 4 // dense_bytes, 512))
+def first_packing(index: int, count: int) -> int:
+    """The round in which layer ``index`` of ``count`` packs, so that every WINDOW-th call does."""
+    return -index * pow(count, -1, WINDOW) % WINDOW
 
 
-def _nbytes(rows: Tensor, tokens: int) -> int:
-    """Bytes of ``tokens`` rows of this kind."""
-    return rows.nbytes // rows.shape[2] * tokens
+class Appending:
+    """A step that appends; after each that packs, the layer is made as long as it was before."""
+
+    def __init__(self, case: Case, stored: Stored, first_packing: int) -> None:
+        self.layer = case.layer(stored, waiting=WINDOW - 1 - first_packing)
+        self._step = functools.partial(case.step, self.layer, keep=ALL)
+        self._grown = [counters(head)[..., LENGTH : PACKED + 1] for head in self.layer.heads]
+        self._until_packing = first_packing + 1
+
+    def __call__(self) -> Tensor:
+        output = self._step()
+        self._until_packing -= 1
+        if not self._until_packing:
+            for grown in self._grown:
+                grown -= WINDOW
+            self._until_packing = WINDOW
+        return output
 
 
-def _prune(key: Tensor, norms: Tensor, stored: Stored) -> object:
-    kept = kept_channels(key.shape[3], stored.key_ratio)
-    return ops.prune(key, norms, norms, kept, "degenerate", "squared", stored.int8_keys)
+def _copy(key: Tensor, value: Tensor) -> object:
+    return key.clone(), value.clone()
 
 
-def _cat(past: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> object:
-    return [torch.cat(pair, dim=2) for pair in zip(past, new, strict=True)]
+def _cat(case: Case, past: tuple[Tensor, ...]) -> Tensor:
+    return case.packed_queries(*(torch.cat(p, dim=2) for p in zip(past, case.new, strict=True)))
 
 
-def _index_copy(buffers: tuple[Tensor, ...], new: tuple[Tensor, ...], position: Tensor) -> None:
-    for rows, row in zip(buffers, new, strict=True):
+def _index_copy(case: Case, buffers: tuple[Tensor, ...], position: Tensor) -> Tensor:
+    for rows, row in zip(buffers, case.new, strict=True):
         rows.index_copy_(2, position, row)
-
-
-def _value_rows(case: Case, stored: Stored) -> tuple[Tensor, Tensor | None]:
-    """Drawn values and their steps as they are stored."""
-    if not stored.int8_values:
-        return case.value, None
-    rows, _, scale = ops.pack_values(case.value, None, case.shape.head_dim, True)
-    return rows, scale
-
-
-def _append_call(case: Case, stored: Stored, dense_values: Tensor, new: tuple[Tensor, ...]):  # type: ignore[no-untyped-def]
-    """Append to the tail and to the values, as the fused append-and-attend operator does."""
-    tail = case.filled(case.key, DENSE_ROWS, SPARE_ROWS)
-    rows, scale = _value_rows(case, stored)
-    values = dense_values
-    if scale is not None:
-        values, scale = (case.filled(t, spare=SPARE_ROWS) for t in (rows, scale))
-    packed = torch.tensor(case.tokens - DENSE_ROWS)
-
-    def append() -> None:
-        ops.append(tail, new[0], case.tokens, packed)
-        ops.append_values(values, None, scale, None, new[1], case.tokens)
-
-    return append
+    return case.packed_queries(*buffers)

@@ -1,92 +1,168 @@
-"""How pruned keys and values lie in memory; every kernel and the cache states share this file.
+"""Where the fields of a format lie in pages and heads: derived from the declaration, written once.
 
-For every (batch b, key head h, token s), T of the key's D channels are kept:
+A cache side (the keys or the values of one layer) is two byte tensors.
 
-- ``kept``  [B, Hkv, S, T]                 kept channels in channel order: the model's dtype, or
-                                           int8 in units of the token's step
-- ``bits``  [B, Hkv, S, 2, ceil(D / 8)]    uint8; plane 0: which channels are kept, plane 1: which
-                                           are negative; channel j is bit j % 8 of byte j // 8
-- ``scale`` [B, Hkv, S, 1 to 3]            the model's dtype: amplitude of the pruned channels; with
-                                           "gaussian" recovery their spread; with int8 the step
+- ``pages`` [B, Hkv, N, page bytes], uint8. A page holds P tokens that were packed at once: P
+  records, then the fields per page. A record is the fields per token in their order, each at a
+  multiple of its item size; it ends at a multiple of the largest item size in it. Page i lies in
+  slot i % N.
+- ``head`` [B, Hkv, head bytes], uint8: four int64 counters, the fields per head, with a format that
+  uses queries two slots of query statistics [D] float32, and the tail: rows of dense tokens.
 
-and for every (b, h) ``norms`` [B, Hkv, D], float32: the query norm per channel.
+The counters (the same for all batch entries and heads today):
 
-Values are stored for every token, Tv of Dv channels (all of them unless values are pruned):
+- ``LENGTH``  tokens stored since the first page, evicted ones included;
+- ``PACKED``  those of them that are in pages, a multiple of P;
+- ``FIRST``   those of them, from the first on, that are no longer part of the cache;
+- ``STEP``    appends so far: statistics are read from slot STEP % 2 and written to the other one,
+  so that a handle of one append ago still finds its own.
 
-- ``rows``        [B, Hkv, S, Tv]            as ``kept``
-- ``value_bits``  [B, Hkv, S, ceil(Dv / 8)]  uint8, which channels are kept; only if pruned
-- ``value_scale`` [B, Hkv, S, 1 or 2]        the model's dtype: if pruned, the mean of the pruned
-                                             channels; with int8 the step
-- ``value_bias``  [B, Hkv, Dv]               float32, what a channel's magnitude is raised by when
-                                             the channels to keep are chosen; only if pruned
+The order of the tokens is: the first ``sinks`` rows of the tail | packed | the rest of the tail.
+Only FIRST = 0 goes with sinks. While nothing is packed the tail alone holds all tokens.
 """
 
 from __future__ import annotations
 
-import math
+import functools
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import SymInt, Tensor
+
+from .formats import Field, Format
+
+VERSION = 1
+"""To be raised with every change of what lies where, of how much room is made, or of a format: it
+is part of each graph's text, so that no cache of compiled graphs serves one of another version, and
+of each saved state."""
+LENGTH, PACKED, FIRST, STEP = range(4)
+COUNTERS = 4
+Count = int | SymInt
 
 
-def kept_channels(head_dim: int, ratio: float) -> int:
-    """T = D - floor(ratio * D), the number of channels kept per token."""
-    # The addend undoes the rounding of products such as 0.29 * 100 = 28.999999999999996; it must
-    # not prune the last channel of a ratio just below 1.
-    return max(1, head_dim - math.floor(ratio * head_dim + 1e-9))
+def round_up(number: int, multiple: int) -> int:
+    """The least multiple that is not smaller."""
+    return -(-number // multiple) * multiple
 
 
-def plane_bytes(head_dim: int) -> int:
-    """Bytes of one bit plane of D channels."""
-    return (head_dim + 7) // 8
+@dataclass(frozen=True)
+class PageLayout:
+    """Pages of ``tokens`` tokens of a format."""
+
+    format: Format
+    tokens: int
+    """P."""
+
+    @functools.cached_property
+    def offsets(self) -> dict[str, int]:
+        """First byte of each field, in its record or, for a field per page, in the page."""
+        offsets, end = {}, 0
+        for per in ("token", "page"):
+            for field in self._fields(per):
+                end = round_up(end, field.dtype.itemsize)
+                offsets[field.name] = end
+                end += field.nbytes
+            if per == "token":
+                end = self.record_bytes * self.tokens
+        return offsets
+
+    @functools.cached_property
+    def record_bytes(self) -> int:
+        """Bytes of one token."""
+        end, largest = 0, 1
+        for field in self._fields("token"):
+            end = round_up(end, field.dtype.itemsize) + field.nbytes
+            largest = max(largest, field.dtype.itemsize)
+        return round_up(end, largest)
+
+    @functools.cached_property
+    def page_bytes(self) -> int:
+        """Bytes of one page, a multiple of 8."""
+        last = self._fields("page")[-1:]
+        end = self.offsets[last[0].name] + last[0].nbytes if last else 0
+        return round_up(max(end, self.record_bytes * self.tokens), 8)
+
+    def views(self, pages: Tensor) -> dict[str, Tensor]:
+        """The fields of pages [B, Hkv, N, page bytes] by name, as views.
+
+        [B, Hkv, N, P, width] per token, [B, Hkv, N, width] per page.
+        """
+        records = pages[..., : self.record_bytes * self.tokens]
+        records = records.unflatten(3, (self.tokens, self.record_bytes))
+        return {
+            field.name: typed(
+                records if field.per == "token" else pages, self.offsets[field.name], field
+            )
+            for per in ("token", "page")
+            for field in self._fields(per)
+        }
+
+    def _fields(self, per: str) -> list[Field]:
+        return [field for field in self.format.fields() if field.per == per]
 
 
-def scale_entries(recovery: str) -> int:
-    """Entries of ``scale`` per token: the mean alone, or the mean and the spread."""
-    return 2 if recovery == "gaussian" else 1
+@dataclass(frozen=True)
+class HeadLayout:
+    """The head of a cache side."""
+
+    format: Format
+
+    @functools.cached_property
+    def offsets(self) -> dict[str, int]:
+        """First byte of each field per head, of "stats" and of "tail"."""
+        offsets, end = {}, 8 * COUNTERS
+        for field in self._fields:
+            end = round_up(end, field.dtype.itemsize)
+            offsets[field.name] = end
+            end += field.nbytes
+        offsets["tail"] = round_up(end, 8)
+        return offsets
+
+    @functools.cached_property
+    def row_bytes(self) -> int:
+        """Bytes of one dense token."""
+        return self.format.head_dim * self.format.dtype.itemsize
+
+    def head_bytes(self, rows: Count) -> Count:
+        """Bytes of a head whose tail has room for ``rows`` tokens, a multiple of 8."""
+        return self.offsets["tail"] + (rows * self.row_bytes + 7) // 8 * 8
+
+    def tail_rows(self, head: Tensor) -> int:
+        """Number of tokens that a head has room for in its tail."""
+        return (head.shape[2] - self.offsets["tail"]) // self.row_bytes
+
+    def tail(self, head: Tensor) -> Tensor:
+        """The tail [B, Hkv, rows, D] as a view, all the rows that there is room for."""
+        first, rows = self.offsets["tail"], self.tail_rows(head)
+        stored = head[..., first : first + rows * self.row_bytes].view(self.format.dtype)
+        tail: Tensor = stored.unflatten(2, (rows, self.format.head_dim))
+        return tail
+
+    def constants(self, head: Tensor) -> dict[str, Tensor]:
+        """The fields per head [B, Hkv, width] by name, as views."""
+        fields = [field for field in self._fields if field.name != "stats"]
+        return {field.name: typed(head, self.offsets[field.name], field) for field in fields}
+
+    def stats(self, head: Tensor) -> Tensor | None:
+        """The two slots of statistics [B, Hkv, 2, D] as a view; None if the format has none."""
+        field = next((field for field in self._fields if field.name == "stats"), None)
+        if field is None:
+            return None
+        slots: Tensor = typed(head, self.offsets["stats"], field).unflatten(2, (2, -1))
+        return slots
+
+    @property
+    def _fields(self) -> tuple[Field, ...]:
+        own = tuple(field for field in self.format.fields() if field.per == "head")
+        stats = Field("stats", torch.float32, 2 * self.format.head_dim, "head")
+        return (*own, stats) if self.format.USES_QUERIES else own
 
 
-def value_fields(pruned: bool, quantized: bool) -> tuple[str, ...]:
-    """Names of the tensors that values are stored in; the last one has the model's dtype."""
-    if pruned:
-        return ("rows", "value_bits", "value_bias", "value_scale")
-    return ("rows", "value_scale") if quantized else ("rows",)
+def counters(head: Tensor) -> Tensor:
+    """The counters [B, Hkv, 4] int64 of a head, as a view."""
+    return head[..., : 8 * COUNTERS].view(torch.int64)
 
 
-def value_head_dim(values: Tensor, value_bias: Tensor | None) -> int:
-    """Dv of stored values: their rows' width, unless they are pruned."""
-    return values.shape[3] if value_bias is None else value_bias.shape[2]
-
-
-def key_token_bytes(
-    head_dim: int, key_ratio: float, itemsize_bytes: int, recovery: str, quantized: bool = False
-) -> int:
-    """Stored bytes of one packed key of one head."""
-    kept, entries = kept_channels(head_dim, key_ratio), scale_entries(recovery) + quantized
-    kept_bytes = kept if quantized else kept * itemsize_bytes
-    return kept_bytes + entries * itemsize_bytes + 2 * plane_bytes(head_dim)
-
-
-def value_token_bytes(
-    head_dim: int, value_ratio: float, itemsize_bytes: int, quantized: bool = False
-) -> int:
-    """Stored bytes of one value of one head."""
-    kept, pruned = kept_channels(head_dim, value_ratio), value_ratio > 0
-    kept_bytes = kept if quantized else kept * itemsize_bytes
-    return kept_bytes + (pruned + quantized) * itemsize_bytes + pruned * plane_bytes(head_dim)
-
-
-def pack_bits(flags: Tensor) -> Tensor:
-    """Pack bool [..., D] into uint8 [..., ceil(D / 8)], lowest channel in the lowest bit."""
-    padding = -flags.shape[-1] % 8
-    flags_8 = torch.nn.functional.pad(flags, (0, padding)).unflatten(-1, (-1, 8))
-    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=flags.device)
-    packed: Tensor = (flags_8 * weights).sum(-1, dtype=torch.uint8)
-    return packed
-
-
-def unpack_bits(packed: Tensor, head_dim: int) -> Tensor:
-    """Undo :func:`pack_bits`: uint8 [..., ceil(D / 8)] to bool [..., D]."""
-    shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
-    flags = (packed.unsqueeze(-1) >> shifts) & 1
-    return flags.flatten(-2)[..., :head_dim].bool()
+def typed(stored: Tensor, first: int, field: Field) -> Tensor:
+    """A field of bytes [..., n] that begins at byte ``first``, as a view [..., width]."""
+    return stored[..., first : first + field.nbytes].view(field.dtype)

@@ -40,11 +40,13 @@ class Attention:
     query: fx.Node
     """[*batch, L, D], batch flattening to B and Hq."""
     key: fx.Node
-    """[B, Hkv, S, D]."""
+    """[B, Hkv, S, D], or [B, S, Hkv, D] where ``tokens_first`` says so."""
     value: fx.Node
-    """[B, Hkv, S, Dv]."""
+    """[B, Hkv, S, Dv], likewise."""
     heads: int
     """Hq."""
+    kv_heads: int
+    """Hkv."""
     tiled: bool
     """Whether query head h reads key head h % Hkv; the canonical operator has h // G."""
     scale: float
@@ -61,6 +63,8 @@ class Attention:
     """Whether scores have a lower bound, which gives a fully masked query uniform weights."""
     sinks: fx.Node | None = None
     """[Hq]."""
+    tokens_first: tuple[bool, bool] = (False, False)
+    """Whether the sequence comes before the heads, in the keys and in the values."""
 
 
 def match_sdpa(node: fx.Node, kept: Collection[fx.Node]) -> Attention | None:
@@ -130,8 +134,8 @@ def _bound(
     values = cached(value, _batch(mixed, value), (2, 3), kept)
     if keys is None or values is None:
         name = "keys" if keys is None else "values"
-        raise Refused(f"the {name} do not come as [B, H, S, D] or a view of it", output)
-    key_sizes, value_sizes = tensor(keys.base).shape, tensor(values.base).shape
+        raise Refused(f"the {name} do not come as [B, H, S, D], [B, S, H, D] or a view", output)
+    key_sizes, value_sizes = keys.sizes, values.sizes
     if not same_shape(key_sizes[:2], value_sizes[:2]) or keys.tiled != values.tiled:
         raise Refused("keys and values come with other heads or batch entries", output)
     heads = _heads(batch, key_sizes[0])
@@ -140,8 +144,9 @@ def _bound(
         raise Refused("the queries do not come as [B, H, L, D] or a view of it", output)
     logits = None if sinks is None else _per_head(*sinks, heads, output)
     return Attention(
-        query, keys.base, values.base, heads, tiled=keys.tiled, scores=scores, output=output,
-        sinks=logits, **rest,
+        query, keys.base, values.base, heads, int(key_sizes[1]), tiled=keys.tiled, scores=scores,
+        output=output, sinks=logits, tokens_first=(keys.order[1] == 2, values.order[1] == 2),
+        **rest,
     )  # fmt: skip
 
 

@@ -141,9 +141,21 @@ class Cached(NamedTuple):
     """The cache that an operand is a view of, and how it repeats heads."""
 
     base: fx.Node
-    """[B, Hkv, S, D]."""
+    """[B, Hkv, S, D] or [B, S, Hkv, D]."""
+    order: tuple[int, int, int, int]
+    """Its dimensions that are B, Hkv, S and D."""
     tiled: bool
     """Whether query head h reads key head h % Hkv instead of h // G."""
+
+    @property
+    def sizes(self) -> list[Size]:
+        """B, Hkv, S and D."""
+        shape = tensor(self.base).shape
+        return [shape[dim] for dim in self.order]
+
+
+ORDERS = (0, 1, 2, 3), (0, 2, 1, 3)
+"""Where B, Hkv, S and D are in a cache; the first is preferred where both would do."""
 
 
 def cached(
@@ -154,28 +166,32 @@ def cached(
     Args:
         operand: [*batch, n, m], its batch dimensions possibly of size 1.
         batch: batch dimensions of the product, which are B, Hkv and the group, or B, group, Hkv.
-        last: axes of the cache that the operand's last two dimensions are.
+        last: which of B, Hkv, S, D the operand's last two dimensions are, by number.
         kept: nodes to prefer: those that may be a cache.
 
     Returns:
         The earliest tensor of the required form, None if there is none.
     """
     found = [
-        Cached(base, tiled)
+        Cached(base, order, tiled)
         for base, dims in viewed(operand)
-        if (tiled := _tiling(base, dims, batch, last)) is not None
+        for order in reversed(ORDERS)
+        if (tiled := _tiling(base, order, dims, batch, last)) is not None
     ]
     preferred = [one for one in found if one.base in kept or one.base.op == "placeholder"]
-    candidates = preferred or found
+    candidates = preferred or [one for one in found if one.order == ORDERS[0]] or found
     return candidates[-1] if candidates else None
 
 
-def _tiling(base: fx.Node, dims: Dims, batch: Sequence[Size], last: tuple[int, int]) -> bool | None:
+def _tiling(
+    base: fx.Node, order: Sequence[int], dims: Dims, batch: Sequence[Size], last: tuple[int, int]
+) -> bool | None:
     """Whether a view of a cache tiles its heads; None where it is not a view of the form."""
     if rank(base) != 4 or len(dims) != len(batch) + 2:
         return None
-    sizes = tensor(base).shape
-    for dim, axis in zip(dims[-2:], last, strict=True):
+    sizes, heads_dim = tensor(base).shape, order[1]
+    for dim, number in zip(dims[-2:], last, strict=True):
+        axis = order[number]
         if [a.origin for a in dim] != ([] if equal(sizes[axis], 1) else [axis]):
             return None
     axes = [
@@ -184,11 +200,11 @@ def _tiling(base: fx.Node, dims: Dims, batch: Sequence[Size], last: tuple[int, i
         for axis in (dim or (() if equal(size, 1) else (Axis(None, size),)))
     ]
     origins = [origin for _, origin in axes]
-    own = [index for index in (0, 1) if not equal(sizes[index], 1)]
+    own = [index for index in (0, heads_dim) if not equal(sizes[index], 1)]
     repeats: list[int | None] = [None] * (len(axes) - len(own))
     if origins == [*own, *repeats]:
         return False
-    if own[-1:] == [1] and origins == [*own[:-1], *repeats, 1]:
+    if own[-1:] == [heads_dim] and origins == [*own[:-1], *repeats, heads_dim]:
         # Not in the first of several dimensions: there it is the batch that is repeated.
         heads = axes[-1][0]
         places = [index for index, origin in axes if origin is None]

@@ -44,14 +44,11 @@ def _plan_outputs(program: Program) -> None:
         if node not in plans:
             positions = tuple(range(len(values), len(values) + len(replacement.nodes)))
             values.extend(replacement.nodes)
-            if replacement.past is None:
-                plans[node] = NewState(
-                    replacement.is_key, positions, replacement.length, replacement.slides
-                )
-            else:
-                argument = program.arguments.index(replacement.past)
-                stats = positions[0] if replacement.is_key else None
-                plans[node] = GrownState(argument, stats, replacement.dropped)
+            plans[node] = (
+                NewState(replacement.side, positions, replacement.length, replacement.form)
+                if replacement.past is None
+                else GrownState(program.arguments.index(replacement.past))
+            )
         program.outputs.append(plans[node])
     program.output.args = (tuple(values),)
 
@@ -63,8 +60,15 @@ def _replace_states(program: Program) -> int:
     for state in program.states:
         stored = stored_tensors(program, state)
         users = [user for user in state.users if user in live]
+        if any(user.target is torch.ops.aten.copy_.default for user in users):
+            reasons = {str(site.refusal) for site in program.sites if site.refusal is not None}
+            raise ValueError(
+                f"{state} is compressed, and written to by a site that is refused: "
+                f"{'; '.join(sorted(reasons)) or 'not an attention that is known'}"
+            )
         for user in list(users):
-            if user.target is torch.ops.aten.sym_size.int and user.args[1] == 2:
+            tokens_dim = program.states[state].form.tokens_dim
+            if user.target is torch.ops.aten.sym_size.int and user.args[1] == tokens_dim:
                 user.replace_all_uses_with(stored["length"])
                 users.remove(user)
         if users:
@@ -85,6 +89,7 @@ def _plan_inputs(program: Program) -> None:
         if argument not in program.states:
             program.inputs.append(PlainInput())
             continue
-        with_length = isinstance(program.states[argument].shape[2], SymInt)
-        program.inputs.append(StateInput(program.extra.get(argument), with_length))
+        with_length = isinstance(program.states[argument].tokens, SymInt)
+        growth, adopted = program.growth.get(argument), program.adopted.get(argument)
+        program.inputs.append(StateInput(growth, with_length, adopted))
         program.graph.erase_node(argument)

@@ -6,6 +6,7 @@ graph, dead, so that a site which is refused later gets back exactly what the mo
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -16,10 +17,15 @@ from ..report import Refusal, Site
 from .attention import MATCHERS, Attention
 from .dataflow import call, live_nodes, readers_inside
 from .operands import as_output, mask_of, query_of, sinks_of
-from .patterns import Refused
+from .patterns import WRITES, Refused
 from .program import Program
 
 CANONICAL = torch.ops.spark.attention.default
+_aten = torch.ops.aten
+GROWS = (_aten.cat.default, *WRITES)
+"""Operators whose result may be a cache."""
+_FRAME = re.compile(r"^L\['[^']*'\](\[\d+\])?(\.__self__)?\.?")
+"""How Dynamo gets from the frame that it compiles to the module that is called."""
 ORIGINAL = "spark_original"
 """Key of ``node.meta`` under which a canonical node keeps the node that it replaces."""
 RESULT = "spark_result"
@@ -34,7 +40,13 @@ class FindAttention:
         live = live_nodes(program.graph)
         nodes = [node for node in program.graph.nodes if node in live]
         kept = {node for node in program.returned() if isinstance(node, fx.Node)}
-        kept.update(program.graph.find_nodes(op="call_function", target=torch.ops.aten.cat.default))
+        kept.update(
+            node.args[0]  # type: ignore[misc]
+            for node in list(kept)
+            if node.target is _aten.slice.Tensor  # the last tokens of a cache that slides
+        )
+        for target in GROWS:
+            kept.update(program.graph.find_nodes(op="call_function", target=target))
         return sum(self._visit(program, node, live, kept) for node in nodes)
 
     def _visit(
@@ -65,13 +77,19 @@ def _replace(program: Program, attention: Attention) -> None:
     with program.graph.inserting_before(original):
         query, mask = query_of(program, attention), mask_of(program, attention)
         sinks = sinks_of(program, attention)
+        key, value = (
+            call(program, _aten.transpose.int, (node, 1, 2)) if tokens_first else node
+            for node, tokens_first in zip(
+                (attention.key, attention.value), attention.tokens_first, strict=True
+            )
+        )
     with program.graph.inserting_after(original):
         canonical = call(
             program,
             CANONICAL,
             (
-                query, attention.key, attention.value, mask, attention.causal_offset,
-                attention.scale, attention.softcap, sinks,
+                query, key, value, mask, attention.causal_offset, attention.scale,
+                attention.softcap, sinks,
             ),
         )  # fmt: skip
     with program.graph.inserting_before(canonical.next):
@@ -99,4 +117,4 @@ def layer_name(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     paths = [path for path, _ in stack.values()]
     path = str(paths[-1]) if paths else ""
-    return path.replace("L['self'].", "").replace("L['self']", "") or node.name
+    return _FRAME.sub("", path) or node.name

@@ -4,6 +4,7 @@
   rewritten value alive
 - operators without effect are removed: ``alias``, ``detach``, ``lift_fresh_copy``, dropout that is
   off, and slices of a whole dimension, which ``x[:, :, -8:]`` has where a size is not constant
+- a write over all of a tensor is what is written
 - ``view`` becomes ``reshape``: a rewritten value may have other strides than the model's own
 - ``concat`` and ``concatenate`` become ``cat``
 - ``einsum`` of two tensors becomes ``matmul``
@@ -17,8 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from .dataflow import same_size
 from .einsum import as_matmul
-from .patterns import argument, is_open_ended, rank
+from .patterns import argument, is_open_ended, rank, tensor
 from .program import Program
 
 _aten = torch.ops.aten
@@ -68,6 +70,10 @@ def _normalize(node: fx.Node) -> bool:
         node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
         node.graph.erase_node(node)
         return True
+    if _writes_everything(node):
+        node.replace_all_uses_with(node.args[1])  # type: ignore[arg-type]
+        node.graph.erase_node(node)
+        return True
     names = _DIMENSIONS.get(node.target, ())  # type: ignore[call-overload]
     return sum(_count_from_front(node, name) for name in names) > 0
 
@@ -82,8 +88,17 @@ def _is_whole(node: fx.Node) -> bool:
     """Whether a slice takes a whole dimension, whatever its size."""
     if node.target is not _aten.slice.Tensor:
         return False
-    first = argument(node, "start") in (None, 0) and argument(node, "step") == 1
-    return first and is_open_ended(node)
+    if argument(node, "start") not in (None, 0) or argument(node, "step") != 1:
+        return False
+    return is_open_ended(node) or same_size(tensor(node), tensor(node.args[0]))  # type: ignore[arg-type]
+
+
+def _writes_everything(node: fx.Node) -> bool:
+    """Whether a write leaves nothing of what it is made into: its value is what is written."""
+    if node.target not in (_aten.copy.default, _aten.slice_scatter.default):
+        return False
+    into, written = (tensor(operand) for operand in node.args[:2])  # type: ignore[arg-type]
+    return into.dtype == written.dtype and same_size(into, written)
 
 
 def _count_from_front(node: fx.Node, name: str) -> bool:

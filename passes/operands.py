@@ -77,7 +77,7 @@ def _grouped(
     """Put query heads that share a key head next to each other, or ``back``, if they are tiled."""
     if not attention.tiled:
         return node
-    kv_heads = int(tensor(attention.key).shape[1])
+    kv_heads = attention.kv_heads
     group = attention.heads // kv_heads
     sizes = [kv_heads, group] if back else [group, kv_heads]
     node = call(program, _aten.unflatten.int, (node, dim, sizes))

@@ -9,8 +9,10 @@ from torch import SymInt, fx
 from torch._subclasses import FakeTensorMode
 
 from ..config import SparkConfig
+from ..kernels.spec import Side
 from ..report import Site
 from ..state import SparkTensor
+from ..storage import StateForm
 
 
 class PassFailed(RuntimeError):
@@ -23,13 +25,38 @@ class PlainInput:
 
 
 @dataclass(frozen=True)
+class Growth:
+    """What a graph does to a state that it continues."""
+
+    extra: int | SymInt
+    """Number of tokens that it appends."""
+    keep: int | SymInt
+    """Number of latest tokens that stay."""
+    shared: bool
+    """Whether several attentions read the cache."""
+
+
+@dataclass(frozen=True)
+class Adopted:
+    """A buffer of the model that becomes a static state when the graph first gets it."""
+
+    side: Side
+    form: StateForm
+    position: fx.GraphModule | None
+    """Makes, of the graph's arguments, the position of the first new token: the number of tokens
+    in the buffer. None: it is full."""
+
+
+@dataclass(frozen=True)
 class StateInput:
     """A compressed state, which the rewritten graph takes as its stored tensors."""
 
-    extra: int | SymInt | None
-    """Number of tokens that the graph appends, None if it only reads."""
+    growth: Growth | None
+    """None if the graph only reads it, or writes into it in place (a static one)."""
     with_length: bool
     """Whether the number of tokens follows the tensors as an argument of its own."""
+    adopted: Adopted | None = None
+    """How it becomes a state where it is still a plain tensor."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +70,11 @@ class PlainOutput:
 class NewState:
     """A state made of the tensors at ``positions`` of the rewritten graph's outputs."""
 
-    is_key: bool
+    side: Side
     positions: tuple[int, ...]
     length: int | SymInt
-    slides: bool = False
-    """Whether its first tokens will be evicted."""
+    """Its tokens, or its capacity."""
+    form: StateForm
 
 
 @dataclass(frozen=True)
@@ -55,10 +82,6 @@ class GrownState:
     """The state of input ``argument`` with the tokens that the graph appended in place."""
 
     argument: int
-    stats_position: int | None
-    """Output with the new query statistics, None for values."""
-    dropped: int | SymInt = 0
-    """Number of first tokens that are evicted."""
 
 
 OutputPlan = PlainOutput | NewState | GrownState
@@ -68,16 +91,14 @@ OutputPlan = PlainOutput | NewState | GrownState
 class Replacement:
     """What takes the place of one output of the original graph."""
 
-    nodes: tuple[fx.Node, ...]
-    """The values that the rewritten graph returns instead."""
-    is_key: bool
-    length: int | SymInt
-    past: fx.Node | None
+    side: Side
+    form: StateForm
+    past: fx.Node | None = None
     """The placeholder whose state grew, None for a new state."""
-    slides: bool = False
-    """Whether the cache keeps the last tokens only."""
-    dropped: int | SymInt = 0
-    """Number of first tokens that are evicted from the state that grew."""
+    nodes: tuple[fx.Node, ...] = ()
+    """The stored tensors of a new state, which the rewritten graph returns instead."""
+    length: int | SymInt = 0
+    """Tokens of a new state, or its capacity."""
 
 
 @dataclass
@@ -92,9 +113,11 @@ class Program:
     states: dict[fx.Node, SparkTensor]
     """Those that stand for a compressed state: fake, with the stored tensors' shapes."""
     stored: dict[fx.Node, dict[str, Any]] = field(default_factory=dict)
-    """The placeholders of a state's stored tensors and of its "length", once they exist."""
-    extra: dict[fx.Node, int | SymInt] = field(default_factory=dict)
-    """Number of tokens that the graph appends to a state."""
+    """The placeholders of a state's stored tensors and its "length", once they are made."""
+    growth: dict[fx.Node, Growth] = field(default_factory=dict)
+    """What the graph does to the states that it continues."""
+    adopted: dict[fx.Node, Adopted] = field(default_factory=dict)
+    """The plain tensors among the states."""
     replaced: dict[fx.Node, Replacement] = field(default_factory=dict)
     traced: dict[Any, fx.Graph] = field(default_factory=dict)
     """What ``dataflow.inline`` has traced."""

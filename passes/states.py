@@ -7,9 +7,12 @@ from typing import Any
 import torch
 from torch import SymInt, fx
 
-from ..cache import PrunedKeys
+from ..kernels.spec import Side
+from ..state import new_state
+from ..storage import StateForm
 from .dataflow import call
-from .program import Program
+from .patterns import tensor
+from .program import Adopted, Program
 
 
 def stored_tensors(program: Program, state: fx.Node) -> dict[str, Any]:
@@ -21,7 +24,7 @@ def stored_tensors(program: Program, state: fx.Node) -> dict[str, Any]:
                 name: _placeholder(program, f"{state.name}_{name}", value)
                 for name, value in fake.stored().items()
             }
-            stored["length"] = length = fake.shape[2]
+            stored["length"] = length = fake.tokens
             if isinstance(length, SymInt):
                 stored["length"] = _placeholder(program, f"{state.name}_length", length)
         program.stored[state] = stored
@@ -35,17 +38,52 @@ def _placeholder(program: Program, name: str, value: object) -> fx.Node:
 
 
 def recover(program: Program, state: fx.Node) -> fx.Node:
-    """Add the dense tensor [B, H, S, D] of a state, for users that cannot read it compressed."""
-    stored = stored_tensors(program, state)
-    fake = program.states[state]
-    if not isinstance(fake, PrunedKeys):
-        optional = ("value_bits", "value_scale", "value_bias", "first")
-        packed = (stored.get(name) for name in optional)
-        rows = (stored["rows"], stored["length"], *packed)
-        return call(program, torch.ops.spark.first_rows.default, rows)
-    config = fake.config
-    return call(program, torch.ops.spark.recover.default, (
-        stored["kept"], stored["bits"], stored["scale"], stored["norms"],
-        stored["packed_length"], stored["tail"], stored["length"],
-        config.sink_tokens, config.recovery, config.saliency, stored.get("first"),
+    """Add the dense tensor of a state, in its layout, for users that cannot read it compressed."""
+    stored, fake = stored_tensors(program, state), program.states[state]
+    dense = call(program, torch.ops.spark.recover.default, (
+        stored["pages"], stored["head"], fake.spec.text, fake.SIDE == "key", stored["length"],
     ))  # fmt: skip
+    if fake.form.tokens_dim == 2:
+        return dense
+    dense = call(program, torch.ops.aten.transpose.int, (dense, 1, 2))
+    return call(program, torch.ops.aten.contiguous.default, (dense,))
+
+
+def adopt(
+    program: Program, buffer: fx.Node, side: Side, form: StateForm, position: fx.Node | None
+) -> None:
+    """Take a buffer of the model, which may be a state already, for a static state."""
+    if buffer in program.states and program.states[buffer].static:
+        return
+    dense, spec = tensor(buffer), form.spec
+    heads = dense.shape[3 - form.tokens_dim]
+    capacity = int(dense.shape[form.tokens_dim])
+    page_bytes = spec.pages(side).page_bytes
+    head_bytes = spec.head(side).head_bytes(spec.tail_rows(capacity))
+    with program.fake_mode:
+        pages = dense.new_empty(
+            (dense.shape[0], heads, spec.page_room(capacity, capacity), page_bytes),
+            dtype=torch.uint8,
+        )
+        head = dense.new_empty((dense.shape[0], heads, head_bytes), dtype=torch.uint8)
+        program.states[buffer] = new_state(side, form, pages, head, capacity)
+    count = None if position is None else _computed(program, position)
+    program.adopted[buffer] = Adopted(side, form, count)
+
+
+def _computed(program: Program, wanted: fx.Node) -> fx.GraphModule:
+    """The part of the graph that makes one value of the arguments, as a module of its own."""
+    needed, stack = {wanted}, [wanted]
+    while stack:
+        for operand in stack.pop().all_input_nodes:
+            if operand not in needed:
+                needed.add(operand)
+                stack.append(operand)
+    graph, copies = fx.Graph(), {}
+    for node in program.arguments:
+        copies[node] = graph.placeholder(node.name)
+    for node in program.graph.nodes:
+        if node in needed and node not in copies:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(copies[wanted])
+    return fx.GraphModule(program.module, graph)

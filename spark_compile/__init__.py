@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from .accounting import kv_bytes
 from .backend import optimize, spark
-from .cache import PrunedKeys, StoredValues
 from .config import SparkConfig
 from .explain import explain
 from .report import Report, SparkError, SparkWarning
+from .state import PrunedKeys, StoredValues
 
 __all__ = [
     "PrunedKeys",

@@ -16,8 +16,7 @@ def kv_bytes(cache: object) -> int:
     Args:
         cache: a transformers cache, a tensor, or any nesting of sequences, mappings and objects
             with such attributes. Dense tensors count with their whole storage, compressed ones
-            with packed rows, masks, signs, scales, norms, tails and slack; shared storage counts
-            once.
+            with pages, slack, heads and tails; shared storage counts once.
 
     Raises:
         TypeError: ``cache`` is something that holds no tensors, such as a number or a string.
@@ -39,7 +38,7 @@ def _tensors(value: object, seen: set[int]) -> Iterator[Tensor]:
         return
     seen.add(id(value))
     if isinstance(value, SparkTensor):
-        yield from value.stored().values()
+        yield from (value.pages, value.head)  # not stored(): what it copies does not stay
     elif isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):

@@ -149,6 +149,12 @@ def optimize(model: ModuleT, *, regional: bool = False, **options: Any) -> Modul
     """
     config = SparkConfig.from_options(options)
     if regional:
+        for name in ("key_format", "value_format"):
+            if isinstance(getattr(config, name), tuple):
+                # Equal layers share one compiled graph, and a layer does not know where it is.
+                raise ValueError(
+                    f"option {name!r} has formats by layer: allowed with regional=True is one text"
+                )
         compile_blocks(model, options, lambda message: _complain(message, config))
         return model
     model.compile(backend="spark", options=options)
@@ -188,7 +194,15 @@ def _unrewritten(
     compiled = inner(module, [as_dense(fake_mode, fake) for fake in fakes])
 
     def densely(*args: Any) -> Any:
-        return compiled(*(a.dense() if isinstance(a, SparkTensor) else a for a in args))
+        recovered = {i: a.dense() for i, a in enumerate(args) if isinstance(a, SparkTensor)}
+        before = [dense._version for dense in recovered.values()]
+        results = compiled(*(recovered.get(i, a) for i, a in enumerate(args)))
+        if [dense._version for dense in recovered.values()] != before:
+            raise SparkError(
+                "a compressed cache was written to by a graph that was left alone (see the warning "
+                "before); what it wrote is lost"
+            )
+        return results
 
     return densely
 

@@ -23,7 +23,7 @@ from typing import (
 import typer
 from rich.console import Console
 
-from .config import SparkConfig
+from .config import Formats, SparkConfig
 
 if TYPE_CHECKING:
     from .report import Report
@@ -66,6 +66,8 @@ def _spark_parameters() -> Iterator[inspect.Parameter]:
         hint, text = get_args(hints[field.name])
         if get_origin(hint) is Literal:
             hint, text = str, f"{text} One of {', '.join(get_args(hint))}."
+        elif hint == Formats:
+            hint = str
         option = typer.Option(
             f"--{field.name.replace('_', '-')}",
             help=text,

@@ -5,14 +5,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal, get_args
 
-from .kernels.layout import value_fields
+import torch
+
+from .kernels.formats import Dense, Format, Int8, Pruned, Spark, kept_channels, parse
+from .kernels.spec import Side, Spec, parse_spec
 
 Recovery = Literal["degenerate", "none", "exponential", "gaussian"]
 Saliency = Literal["squared", "absolute"]
 Stored = Literal["model", "int8"]
 Inner = Literal["inductor", "eager", "aot_eager"]
+Formats = str | Mapping[str, str] | tuple[tuple[str, str], ...] | None
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,7 @@ class SparkConfig:
         Stored, "How kept key channels are stored; int8 has one step per token and head."
     ] = "model"
     value_dtype: Annotated[
-        Stored, "How value channels are stored, for every token from the moment it is appended."
+        Stored, "How value channels are stored; int8 has one step per token and head."
     ] = "model"
     window: Annotated[
         int,
@@ -51,13 +56,20 @@ class SparkConfig:
         "How channels are scored: squared is k^2 * n as in the authors' code, absolute is |k| * n "
         "as in their paper.",
     ] = "squared"
-    sink_tokens: Annotated[int, "Number of first tokens whose keys stay dense."] = 0
+    sink_tokens: Annotated[int, "Number of first tokens that stay dense."] = 0
     recent_tokens: Annotated[
         int | None,
-        "Number of latest tokens whose keys stay dense; if not given, as many as the window.",
+        "Number of latest tokens that stay dense; if not given, as many as the window.",
     ] = None
     min_tokens: Annotated[int, "Contexts shorter than this stay dense altogether."] = 0
     inner: Annotated[Inner, "Compiler of the rewritten graph."] = "inductor"
+    key_format: Annotated[
+        Formats,
+        "Format of the keys by its text, such as spark(kept=26,stored=int8), in place of what the "
+        "options above choose; in Python also a mapping of layer patterns to texts, of which the "
+        "first that matches counts.",
+    ] = None
+    value_format: Annotated[Formats, "Likewise the format of the values."] = None
     strict: Annotated[
         bool,
         "Raise instead of warning when a site is refused, nothing is rewritten or a pass fails.",
@@ -78,6 +90,8 @@ class SparkConfig:
             value = getattr(self, name)
             if value not in get_args(allowed):
                 raise _error(name, value, "one of " + ", ".join(map(repr, get_args(allowed))))
+        for name in ("key_format", "value_format"):
+            object.__setattr__(self, name, _checked(name, getattr(self, name)))
         if not isinstance(self.strict, bool):
             raise TypeError(f"option 'strict' is {self.strict!r}: allowed is True or False")
 
@@ -90,42 +104,63 @@ class SparkConfig:
                 raise _error(str(name), value, "one of the options " + ", ".join(known))
         return cls(**(options or {}))
 
-    def stores_like(self, other: SparkConfig) -> bool:
-        """Whether a state stored under one of the two can be appended to under the other."""
-        return dataclasses.replace(self, inner=other.inner, strict=other.strict) == other
+    def format_for(self, side: Side, head_dim: int, dtype: torch.dtype, layer: str = "") -> Format:
+        """The format of the keys or of the values of one attention site.
 
-    def sliding(self) -> SparkConfig:
-        """The same for a cache that slides: it evicts its first tokens, so it has no sinks."""
-        return dataclasses.replace(self, sink_tokens=0)
+        Args:
+            head_dim: D of the keys, or of the values.
+            dtype: that the model has them in.
+            layer: module path of the attention.
+        """
+        named = self.key_format if side == "key" else self.value_format
+        for pattern, text in _pairs(named):
+            if fnmatchcase(layer, pattern):
+                return parse(text, head_dim, dtype)
+        ratio = self.key_ratio if side == "key" else self.value_ratio
+        stored = self.key_dtype if side == "key" else self.value_dtype
+        kept = kept_channels(head_dim, ratio)
+        if kept == head_dim:
+            return Int8(head_dim, dtype) if stored == "int8" else Dense(head_dim, dtype)
+        if side == "value":
+            return Pruned(head_dim, dtype, kept, stored)
+        return Spark(head_dim, dtype, kept, stored, self.recovery, self.saliency)
 
-    @property
-    def value_fields(self) -> tuple[str, ...]:
-        """Names of the tensors that values are stored in."""
-        return value_fields(self.value_ratio > 0, self.value_dtype == "int8")
+    def spec(self, key: Format, value: Format, *, slides: bool = False) -> Spec:
+        """How the cache of a site is stored; of one that slides, no first tokens stay."""
+        spec = Spec(
+            key, value, self.window, self.recent, 0 if slides else self.sink_tokens, self.min_tokens
+        )
+        return parse_spec(spec.text)  # one object for equal specs: Dynamo's guards compare them
 
     @property
     def recent(self) -> int:
-        """Number of latest tokens whose keys stay dense."""
+        """Number of latest tokens that stay dense."""
         return self.window if self.recent_tokens is None else self.recent_tokens
-
-    @property
-    def dense_room(self) -> int:
-        """Rows of a fresh tail: sinks, recent tokens and one block waiting to be compressed."""
-        return self.sink_tokens + self.recent + self.window
-
-    def packed_length(self, length: int) -> int:
-        """Number of tokens to pack of a context of ``length`` tokens (0: too short to start).
-
-        With a symbolic length the comparisons are guards: one graph for each of the two answers.
-        """
-        packed = length - self.sink_tokens - self.recent
-        return packed if length >= self.min_tokens and packed >= self.window else 0
 
 
 _CHOICES: dict[str, Any] = {
     "key_dtype": Stored, "value_dtype": Stored, "recovery": Recovery, "saliency": Saliency,
     "inner": Inner,
 }  # fmt: skip
+
+
+def _pairs(formats: Formats) -> tuple[tuple[str, str], ...]:
+    """Patterns of layers and the texts of their formats."""
+    if formats is None or isinstance(formats, str):
+        return () if formats is None else (("*", formats),)
+    pairs = formats.items() if isinstance(formats, Mapping) else formats
+    return tuple((str(pattern), str(text)) for pattern, text in pairs)
+
+
+def _checked(name: str, formats: Formats) -> Formats:
+    """The same as a value that can be hashed, every text read once."""
+    try:
+        pairs = _pairs(formats)
+        for _, text in pairs:
+            parse(text, 1 << 20, torch.float32)  # a head that is large enough for any option
+    except (TypeError, ValueError) as error:
+        raise _error(name, formats, f"the text of a format, or texts by layer: {error}") from error
+    return formats if formats is None or isinstance(formats, str) else pairs
 
 
 def _error(name: str, value: object, allowed: str) -> ValueError:

@@ -3,15 +3,8 @@
 Each operator's default implementation is the reference in ``kernels/reference``; the first call on
 a device looks for faster ones (``kernels/cpu``, ``kernels/triton``), which take over from then on.
 
-Arguments that several operators share, besides those explained in ``kernels/layout``:
-
-- ``packed_length``: int64 scalar on the CPU, the number of packed rows that are filled. A tensor,
-  so that a growing store changes no shape, no guard and no argument of a compiled graph.
-- ``tail`` [B, Hkv, C, D]: dense keys, first those of the ``sink_tokens`` first tokens, then the
-  tokens behind the packed ones; ``values`` [B, Hkv, C', Tv]: one row per token. Rows past the
-  filled ones are never read.
-- ``value_bits``, ``value_scale``, ``value_bias``: None where the values are stored whole.
-- ``length``: number of tokens in the cache, before an append the tokens of the past alone.
+A cache side is two stored tensors, ``pages`` and ``head`` (``kernels/layout.py``), and ``spec`` the
+text that says what is in them (``kernels/spec.py``): a new format changes no schema.
 """
 
 from __future__ import annotations
@@ -24,23 +17,14 @@ import torch
 from torch import Tensor
 
 from .kernels import cpu, triton
-from .kernels.layout import plane_bytes, scale_entries, value_head_dim
-from .kernels.reference import attend as reference_attend
-from .kernels.reference import prune as reference_prune
-from .kernels.reference import values as reference_values
+from .kernels.reference import store as reference
+from .kernels.reference.attend import attention as reference_attention
+from .kernels.reference.store import Store
+from .kernels.spec import SIDES, Side, Spec, parse_spec
+from .report import warn_once
 
 _library = torch.library.Library("spark", "FRAGMENT")
 _reference = torch.library.Library("spark_reference", "FRAGMENT")
-
-_STORE = (
-    "Tensor kept, Tensor bits, Tensor scale, Tensor norms, Tensor packed_length, "
-    "Tensor{tail} tail, Tensor{values} values, SymInt length"
-)
-_HOW = (
-    "Tensor? attn_mask, SymInt? causal_offset, float attn_scale, float softcap, Tensor? sinks, "
-    "int sink_tokens, str recovery, str saliency, bool return_lse=False, "
-    "Tensor{bits}? value_bits=None, Tensor{scale}? value_scale=None, Tensor? value_bias=None"
-)
 
 
 def _operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
@@ -51,22 +35,26 @@ def _operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., 
     more than a native kernel takes for a short context.
     """
 
-    def define(reference: Callable[..., Any]) -> Any:
-        name = reference.__name__
+    def define(function: Callable[..., Any]) -> Any:
+        name = function.__name__
 
         def first_call(*args: Any) -> Any:
             device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
             key = {"cpu": "CPU", "cuda": "CUDA"}.get(device)
             if key and _accelerated(device) and operator.has_kernel_for_dispatch_key(key):
                 return operator(*args)
-            return reference(*args)
+            return function(*args)
 
-        for library, function in ((_library, first_call), (_reference, reference)):
+        def asked_for(*args: Any) -> Any:
+            _warn_slow(name, args)
+            return function(*args)
+
+        for library, implementation in ((_library, first_call), (_reference, asked_for)):
             library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-            library.impl(name, function, "CompositeExplicitAutograd")
+            library.impl(name, implementation, "CompositeExplicitAutograd")
             torch.library.register_fake(f"{library.ns}::{name}", fake, lib=library)
         operator = getattr(torch.ops.spark, name).default
-        operator.__doc__ = reference.__doc__
+        operator.__doc__ = function.__doc__
         return operator
 
     return define
@@ -75,9 +63,17 @@ def _operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., 
 @functools.cache
 def _accelerated(device: str) -> bool:
     """Register the native kernels of a device, once; False if there are none."""
-    if device == "cpu":
-        return cpu.load()
-    return triton.load()
+    return cpu.load() if device == "cpu" else triton.load()
+
+
+def _warn_slow(name: str, args: tuple[Any, ...]) -> None:
+    """Say once per spec that a native kernel has handed an operator to its reference."""
+    text = next((arg for arg in args if isinstance(arg, str)), None)
+    if text is None:
+        return
+    spec = parse_spec(text)
+    what = " and ".join(dict.fromkeys(spec.format(side).text for side in SIDES))
+    warn_once(f"no native kernel does this {name} with {what}: the slow reference runs instead")
 
 
 def _like_value(query, key, value, *_args):  # type: ignore[no-untyped-def]
@@ -90,414 +86,210 @@ def _like_value(query, key, value, *_args):  # type: ignore[no-untyped-def]
     _like_value,
 )
 def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    causal_offset: int | None,
-    attn_scale: float,
-    softcap: float,
-    sinks: Tensor | None,
-) -> Tensor:
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None,
+    causal_offset: int | None, attn_scale: float, softcap: float, sinks: Tensor | None,
+) -> Tensor:  # fmt: skip
     """The canonical dense attention that ``find_attention`` makes of every way to write one."""
-    output, _ = reference_attend.attention(
+    output, _ = reference_attention(
         query, key, value, attn_mask, causal_offset, attn_scale, softcap, sinks
     )
     return output.to(value.dtype)
 
 
-def _joined(past, new):  # type: ignore[no-untyped-def]
+def _joined(past, new, position, dim):  # type: ignore[no-untyped-def]
     if past is None:
         return torch.empty_like(new)
-    shape = (*new.shape[:2], past.shape[2] + new.shape[2], new.shape[3])
+    shape = list(past.shape)
+    if position is None:
+        shape[dim] += new.shape[dim]
     return new.new_empty(shape, dtype=torch.promote_types(past.dtype, new.dtype))
 
 
-@_operator("(Tensor? past, Tensor new) -> Tensor", _joined)
-def kv_append(past: Tensor | None, new: Tensor) -> Tensor:
-    """The canonical append, [B, H, S, D] and [B, H, L, D] to [B, H, S + L, D]."""
-    return new.clone() if past is None else torch.cat((past, new), dim=2)
+@_operator("(Tensor? past, Tensor new, Tensor? position, int dim) -> Tensor", _joined)
+def kv_append(past: Tensor | None, new: Tensor, position: Tensor | None, dim: int) -> Tensor:
+    """The canonical append of L tokens to S cached ones along dimension ``dim``.
 
-
-def _per_channel(query, kv_heads, window):  # type: ignore[no-untyped-def]
-    return query.new_empty((query.shape[0], kv_heads, query.shape[3]), dtype=torch.float32)
-
-
-@_operator("(Tensor query, int kv_heads, int window) -> Tensor", _per_channel)
-def query_stats(query: Tensor, kv_heads: int, window: int) -> Tensor:
-    """Squared query norms of the last ``window`` queries; see the reference of the same name."""
-    return reference_prune.query_stats(query, kv_heads, window)
-
-
-def _fake_prune(key, select, recover, kept_channels, recovery, saliency, quantized=False):  # type: ignore[no-untyped-def]
-    rows = key.shape[:3]
-    kept = key.new_empty((*rows, kept_channels), dtype=torch.int8 if quantized else key.dtype)
-    bits = key.new_empty((*rows, 2, plane_bytes(key.shape[3])), dtype=torch.uint8)
-    return kept, bits, key.new_empty((*rows, scale_entries(recovery) + quantized))
-
-
-@_operator(
-    "(Tensor key, Tensor select_norms, Tensor recovery_norms, int kept_channels, "
-    "str recovery, str saliency, bool quantized=False) -> (Tensor, Tensor, Tensor)",
-    _fake_prune,
-)
-def prune(
-    key: Tensor,
-    select_norms: Tensor,
-    recovery_norms: Tensor,
-    kept_channels: int,
-    recovery: str,
-    saliency: str,
-    quantized: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Prune keys [B, Hkv, S, D] to ``kept``, ``bits`` and ``scale``."""
-    _check_kept(kept_channels, key.shape[3])
-    return reference_prune.prune(
-        key, select_norms, recovery_norms, kept_channels, recovery, saliency, quantized
-    )
-
-
-def _check_kept(count: int, head_dim: int) -> None:
-    if not 1 <= count <= head_dim:
-        raise ValueError(f"kept_channels is {count}: allowed is 1 to {head_dim}")
-
-
-def _fake_pack_values(value, bias, kept_channels, quantized):  # type: ignore[no-untyped-def]
-    rows, pruned = value.shape[:3], bias is not None
-    kept = value.new_empty((*rows, kept_channels), dtype=torch.int8 if quantized else value.dtype)
-    plane = plane_bytes(value.shape[3]) if pruned else 0
-    bits = value.new_empty((*rows, plane), dtype=torch.uint8)
-    return kept, bits, value.new_empty((*rows, pruned + quantized))
-
-
-@_operator(
-    "(Tensor value, Tensor? bias, int kept_channels, bool quantized) -> (Tensor, Tensor, Tensor)",
-    _fake_pack_values,
-)
-def pack_values(
-    value: Tensor, bias: Tensor | None, kept_channels: int, quantized: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Prune and quantize values [B, Hkv, S, Dv]; see the reference of the same name."""
-    _check_kept(kept_channels, value.shape[3])
-    if bias is None and kept_channels != value.shape[3]:
-        raise ValueError(f"kept_channels is {kept_channels}: without a bias all are kept")
-    return reference_values.pack_values(value, bias, kept_channels, quantized)
-
-
-def _nothing(*_args):  # type: ignore[no-untyped-def]
-    return None
-
-
-@_operator(
-    "(Tensor(a!) rows, Tensor new, SymInt start, Tensor? packed_length=None) -> ()", _nothing
-)
-def append(rows: Tensor, new: Tensor, start: int, packed_length: Tensor | None = None) -> None:
-    """Write ``new`` [B, H, L, D] into ``rows`` [B, H, C, D] behind the filled ones.
-
-    ``start`` tokens are in the cache, ``packed_length`` of them not in ``rows``.
-
-    Raises:
-        ValueError: the rows do not fit.
+    At ``position`` (int64, the first of L consecutive ones) of a buffer, or after the last token.
     """
-    first, last = _checked_rows(rows, new, start, packed_length)
-    rows[:, :, first:last] = new
+    if past is None:
+        return new.clone()
+    if position is None:
+        return torch.cat((past, new), dim=dim)
+    positions = torch.arange(new.shape[dim], device=new.device) + position.flatten()[0]
+    return past.index_copy(dim, positions, new)
 
 
-def _checked_rows(
-    rows: Tensor, new: Tensor, start: int, packed_length: Tensor | None
-) -> tuple[int, int]:
-    """The first and last row that ``append`` will write."""
-    first = start - (0 if packed_length is None else int(packed_length))
-    last = first + new.shape[2]
-    if first < 0 or last > rows.shape[2]:
-        raise ValueError(f"rows {first} to {last} do not fit into a buffer of {rows.shape[2]}")
-    if (*new.shape[:2], *new.shape[3:]) != (*rows.shape[:2], *rows.shape[3:]):
-        raise ValueError(f"tokens {tuple(new.shape)} do not fit into rows {tuple(rows.shape)}")
-    return first, last
-
-
-@_operator(
-    "(Tensor(a!) values, Tensor(b!)? value_bits, Tensor(c!)? value_scale, Tensor? value_bias, "
-    "Tensor new, SymInt start) -> ()",
-    _nothing,
-)
-def append_values(
-    values: Tensor,
-    value_bits: Tensor | None,
-    value_scale: Tensor | None,
-    value_bias: Tensor | None,
-    new: Tensor,
-    start: int,
-) -> None:
-    """Store the dense values ``new`` [B, Hkv, L, Dv] behind the first ``start`` rows.
-
-    Raises:
-        ValueError: the rows do not fit; nothing is written.
-    """
-    stored: tuple[Tensor, ...] = (new,)
-    if value_scale is not None:
-        quantized = values.dtype == torch.int8
-        stored = reference_values.pack_values(new, value_bias, values.shape[3], quantized)
-    buffers = (values, value_bits, value_scale)
-    pairs = [(b, t) for b, t in zip(buffers, stored, strict=False) if b is not None]
-    for buffer, rows in pairs:
-        _checked_rows(buffer, rows, start, None)
-    for buffer, rows in pairs:
-        buffer[:, :, start : start + new.shape[2]] = rows
-
-
-def _fake_attended(query: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp; ``args`` are those of ``attend`` behind the query."""
-    given = dict(enumerate(args))
-    values, return_lse, value_scale, value_bias = (
-        given[6],
-        given.get(16),
-        given.get(18),
-        given.get(19),
-    )
-    like = values if value_scale is None else value_scale
-    value_dim = value_head_dim(values, value_bias)
-    lse_shape = query.shape[:3] if return_lse else (0,)
-    return (
-        like.new_empty((*query.shape[:3], value_dim)),
-        query.new_empty(lse_shape, dtype=torch.float32),
-    )
+def _fake_build(key, value, queries, spec, capacity):  # type: ignore[no-untyped-def]
+    parsed, stored = parse_spec(spec), []
+    tokens = key.shape[2]
+    for side, rows in zip(SIDES, (key, value), strict=True):
+        pages = parsed.page_room(tokens, capacity)
+        shapes = (
+            (*rows.shape[:2], pages, parsed.pages(side).page_bytes),
+            (*rows.shape[:2], parsed.head(side).head_bytes(parsed.tail_rows(tokens, capacity))),
+        )
+        stored += [rows.new_empty(shape, dtype=torch.uint8) for shape in shapes]
+    return tuple(stored)
 
 
 @_operator(
-    "(Tensor query, "
-    + _STORE.format(tail="", values="")
-    + ", "
-    + _HOW.format(bits="", scale="")
-    + ") -> (Tensor, Tensor)",
-    _fake_attended,
+    "(Tensor key, Tensor value, Tensor[] queries, str spec, SymInt? capacity) -> "
+    "(Tensor, Tensor, Tensor, Tensor)",
+    _fake_build,
 )
-def attend(
-    query: Tensor,
-    kept: Tensor,
-    bits: Tensor,
-    scale: Tensor,
-    norms: Tensor,
-    packed_length: Tensor,
-    tail: Tensor,
-    values: Tensor,
-    length: int,
-    attn_mask: Tensor | None,
-    causal_offset: int | None,
-    attn_scale: float,
-    softcap: float,
-    sinks: Tensor | None,
-    sink_tokens: int,
-    recovery: str,
-    saliency: str,
-    return_lse: bool = False,
-    value_bits: Tensor | None = None,
-    value_scale: Tensor | None = None,
-    value_bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Attend over packed keys and the dense tail, ``length`` tokens in all.
+def build(
+    key: Tensor, value: Tensor, queries: list[Tensor], spec: str, capacity: int | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Store the tokens of a prefill.
 
-    Masks, offsets and the output are those of the reference ``attention``; the order of the
-    ``length`` keys is the order of the tokens.
+    Args:
+        key: [B, Hkv, S, D].
+        value: [B, Hkv, S, Dv].
+        queries: [B, Hq, L, D] of every attention that reads this cache.
+        spec: what to store and when to pack it.
+        capacity: number of tokens that the cache will ever have; None lets it grow.
 
     Returns:
-        The output [B, Hq, L, Dv] in the model's dtype and the log-sum-exp [B, Hq, L] in float32,
-        or an empty tensor in its place unless ``return_lse``.
+        ``pages`` and ``head`` of the keys, then of the values.
     """
-    key = reference_attend.logical_keys(
-        kept, bits, scale, norms, packed_length, tail, length, sink_tokens, recovery, saliency
-    )
-    value_dim = value_head_dim(values, value_bias)
-    value = reference_attend.logical_values(values, value_bits, value_scale, value_dim, length)
-    output, lse = reference_attend.attention(
-        query, key, value, attn_mask, causal_offset, attn_scale, softcap, sinks
-    )
-    dtype = values.dtype if value_scale is None else value_scale.dtype
-    return output.to(dtype), lse if return_lse else lse.new_empty(0)
+    keys, values = reference.build(key, value, queries, parse_spec(spec), capacity)
+    return keys.pages, keys.head, values.pages, values.head
 
 
-def _fake_append_attended(query: Tensor, new_key: Tensor, new_value: Tensor, *args: Any) -> Any:
-    return _fake_attended(query, *args)
+def _fake_step(query, new_key, new_value, *_args):  # type: ignore[no-untyped-def]
+    return new_value.new_empty((*query.shape[:3], new_value.shape[3]))
 
 
 @_operator(
-    "(Tensor query, Tensor new_key, Tensor new_value, "
-    + _STORE.format(tail="(a!)", values="(b!)")
-    + ", "
-    + _HOW.format(bits="(c!)", scale="(d!)")
-    + ") -> (Tensor, Tensor)",
-    _fake_append_attended,
+    "(Tensor query, Tensor new_key, Tensor new_value, Tensor(a!) key_pages, Tensor(b!) key_head, "
+    "Tensor(c!) value_pages, Tensor(d!) value_head, Tensor? attn_mask, Tensor? sinks, "
+    "SymInt? causal_offset, SymInt? keep, Tensor? position, str spec) -> Tensor",
+    _fake_step,
 )
-def append_attend(
-    query: Tensor,
-    new_key: Tensor,
-    new_value: Tensor,
-    kept: Tensor,
-    bits: Tensor,
-    scale: Tensor,
-    norms: Tensor,
-    packed_length: Tensor,
-    tail: Tensor,
-    values: Tensor,
-    length: int,
-    attn_mask: Tensor | None,
-    causal_offset: int | None,
-    attn_scale: float,
-    softcap: float,
-    sinks: Tensor | None,
-    sink_tokens: int,
-    recovery: str,
-    saliency: str,
-    return_lse: bool = False,
-    value_bits: Tensor | None = None,
-    value_scale: Tensor | None = None,
-    value_bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Append L new tokens in place behind ``length`` cached ones, then attend over all of them.
+def step(
+    query: Tensor, new_key: Tensor, new_value: Tensor, key_pages: Tensor, key_head: Tensor,
+    value_pages: Tensor, value_head: Tensor, attn_mask: Tensor | None, sinks: Tensor | None,
+    causal_offset: int | None, keep: int | None, position: Tensor | None, spec: str,
+) -> Tensor:  # fmt: skip
+    """Attend over S cached and L new tokens, append those, pack the pages that are full, evict.
 
-    ``new_key`` [B, Hkv, L, D], ``new_value`` [B, Hkv, L, Dv]; otherwise as ``attend``, whose
-    ``length`` is ``length + L``.
+    The new tokens are attended to as they come, before they can be packed.
+
+    Args:
+        query: [B, Hq, L', D].
+        new_key: [B, Hkv, L, D].
+        new_value: [B, Hkv, L, Dv].
+        key_pages, key_head, value_pages, value_head: the cache, changed in place.
+        attn_mask: broadcast to [B, Hq, L', S + L], bool (True: visible) or additive; may be longer
+            where the cache has a capacity.
+        sinks: [Hq], a logit per head that takes part in the softmax and has no value.
+        causal_offset: query i sees tokens j <= i + causal_offset; None sees all.
+        keep: number of latest tokens that stay in the cache; None appends nothing (another
+            attention of this step will) and only notes the queries.
+        position: int64 of at least one element, where the first new token is written: tokens from
+            there on are forgotten before. None appends after the last token.
+        spec: what is stored, when it is packed, and the scale and softcap of the attention.
+
+    Returns:
+        [B, Hq, L', Dv].
 
     Raises:
-        ValueError: the buffers have no room for the new tokens; nothing is written.
+        ValueError: operands do not fit the spec, or there is no room; nothing is written.
     """
-    _checked_rows(tail, new_key, length, packed_length)  # before the values are written
-    append_values(values, value_bits, value_scale, value_bias, new_value, length)
-    append(tail, new_key, length, packed_length)
-    output, lse = attend(
-        query, kept, bits, scale, norms, packed_length, tail, values, length + new_key.shape[2],
-        attn_mask, causal_offset, attn_scale, softcap, sinks, sink_tokens, recovery, saliency,
-        return_lse, value_bits, value_scale, value_bias,
-    )  # fmt: skip
-    return output, lse
-
-
-def _fake_sliding_append_attended(query: Tensor, *args: Any) -> Any:
-    return _fake_attended(query, *args[4:])
-
-
-@_operator(
-    "(Tensor query, Tensor key_first, Tensor value_first, Tensor new_key, Tensor new_value, "
-    + _STORE.format(tail="(a!)", values="(b!)")
-    + ", "
-    + _HOW.format(bits="(c!)", scale="(d!)")
-    + ") -> (Tensor, Tensor)",
-    _fake_sliding_append_attended,
-)
-def sliding_append_attend(
-    query: Tensor,
-    key_first: Tensor,
-    value_first: Tensor,
-    new_key: Tensor,
-    new_value: Tensor,
-    kept: Tensor,
-    bits: Tensor,
-    scale: Tensor,
-    norms: Tensor,
-    packed_length: Tensor,
-    tail: Tensor,
-    values: Tensor,
-    length: int,
-    attn_mask: Tensor | None,
-    causal_offset: int | None,
-    attn_scale: float,
-    softcap: float,
-    sinks: Tensor | None,
-    sink_tokens: int,
-    recovery: str,
-    saliency: str,
-    return_lse: bool = False,
-    value_bits: Tensor | None = None,
-    value_scale: Tensor | None = None,
-    value_bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """``append_attend`` for a cache whose first tokens are no longer part of it.
-
-    ``key_first`` and ``value_first``, int64 scalars on the CPU, are the numbers of stored keys and
-    values in front of the ``length`` tokens of the past; there are no sink tokens among those.
-    """
-    first, values_first = int(key_first), int(value_first)
-    stale = min(first, int(packed_length))
-    kept, bits, scale = (buffer[:, :, stale:] for buffer in (kept, bits, scale))
-    value_bits, value_scale = (
-        buffer if buffer is None else buffer[:, :, values_first:]
-        for buffer in (value_bits, value_scale)
+    parsed = parse_spec(spec)
+    keys = _store(key_pages, key_head, parsed, "key")
+    values = _store(value_pages, value_head, parsed, "value")
+    _check_new(query, new_key, new_value, keys, values)
+    _check_mask(attn_mask, query, new_key, keys, position)
+    if sinks is not None:
+        _check("sinks", sinks, sinks.dtype, query.shape[1:2])
+    return reference.step(
+        query, new_key, new_value, keys, values, attn_mask, sinks, causal_offset, keep, position
     )
-    pair: tuple[Tensor, Tensor] = torch.ops.spark.append_attend.default(
-        query, new_key, new_value, kept, bits, scale, norms, packed_length - stale,
-        tail[:, :, first - stale :], values[:, :, values_first:], length,
-        attn_mask, causal_offset, attn_scale, softcap, sinks, sink_tokens, recovery, saliency,
-        return_lse, value_bits, value_scale, value_bias,
-    )  # fmt: skip
-    return pair
 
 
-def _fake_recover(kept, bits, scale, norms, packed_length, tail, length, *_args):  # type: ignore[no-untyped-def]
-    return tail.new_empty((*tail.shape[:2], length, tail.shape[3]))
+def _fake_recover(pages, head, spec, is_key, length):  # type: ignore[no-untyped-def]
+    format = parse_spec(spec).format("key" if is_key else "value")
+    return pages.new_empty((*pages.shape[:2], length, format.head_dim), dtype=format.dtype)
 
 
 @_operator(
-    "(Tensor kept, Tensor bits, Tensor scale, Tensor norms, Tensor packed_length, "
-    "Tensor tail, SymInt length, int sink_tokens, str recovery, str saliency, "
-    "Tensor? first=None) -> Tensor",
-    _fake_recover,
+    "(Tensor pages, Tensor head, str spec, bool is_key, SymInt length) -> Tensor", _fake_recover
 )
-def recover(
-    kept: Tensor,
-    bits: Tensor,
-    scale: Tensor,
-    norms: Tensor,
-    packed_length: Tensor,
-    tail: Tensor,
-    length: int,
-    sink_tokens: int,
-    recovery: str,
-    saliency: str,
-    first: Tensor | None = None,
-) -> Tensor:
-    """Dense keys [B, Hkv, length, D] in the dtype of ``tail``, for whatever cannot read packed.
+def recover(pages: Tensor, head: Tensor, spec: str, is_key: bool, length: int) -> Tensor:
+    """The dense tokens [B, Hkv, length, D] that a cache side is worth, in the model's dtype.
 
-    ``first`` is the number of stored tokens in front of them, as ``sliding_append_attend`` has it.
+    Rows after the tokens that are there (a capacity is not filled yet) are zero.
+
+    Raises:
+        ValueError: the stored tensors do not fit the spec, or hold more tokens than ``length``.
     """
-    stale = 0 if first is None else int(first)
-    key = reference_attend.logical_keys(
-        kept, bits, scale, norms, packed_length, tail, stale + length, sink_tokens, recovery,
-        saliency,
-    )  # fmt: skip
-    return key[:, :, stale:].to(tail.dtype)
-
-
-def _fake_first_rows(rows, length, bits=None, scale=None, bias=None, first=None):  # type: ignore[no-untyped-def]
-    like = rows if scale is None else scale
-    head_dim = value_head_dim(rows, bias)
-    return like.new_empty((*rows.shape[:2], length, head_dim))
-
-
-@_operator(
-    "(Tensor values, SymInt length, Tensor? value_bits=None, Tensor? value_scale=None, "
-    "Tensor? value_bias=None, Tensor? first=None) -> Tensor",
-    _fake_first_rows,
-)
-def first_rows(
-    values: Tensor,
-    length: int,
-    value_bits: Tensor | None = None,
-    value_scale: Tensor | None = None,
-    value_bias: Tensor | None = None,
-    first: Tensor | None = None,
-) -> Tensor:
-    """A dense copy [B, Hkv, length, Dv] of the ``length`` values behind the ``first`` ones.
-
-    An operator of its own because comparing the strides of a slice with those of its buffer, as
-    tracing ``clone`` does, would guard on how the buffer grows.
-    """
-    stale = 0 if first is None else int(first)
-    values = values[:, :, stale:]
-    value_bits, value_scale = (
-        buffer if buffer is None else buffer[:, :, stale:] for buffer in (value_bits, value_scale)
+    store = _store(pages, head, parse_spec(spec), "key" if is_key else "value")
+    if store.visible > length:
+        raise ValueError(f"length is {length}: the cache has {store.visible} tokens")
+    rows = store.rows()
+    dense = torch.zeros(
+        (*rows.shape[:2], length, rows.shape[3]), dtype=store.format.dtype, device=rows.device
     )
-    if value_scale is None:
-        return values[:, :, :length].clone(memory_format=torch.contiguous_format)
-    value_dim = value_head_dim(values, value_bias)
-    dense = reference_attend.logical_values(values, value_bits, value_scale, value_dim, length)
-    return dense.to(value_scale.dtype)
+    dense[:, :, : store.visible] = rows
+    return dense
+
+
+def _store(pages: Tensor, head: Tensor, spec: Spec, side: Side) -> Store:
+    """A side whose stored tensors fit the spec.
+
+    Raises:
+        ValueError: they do not.
+    """
+    page_bytes, least = spec.pages(side).page_bytes, int(spec.head(side).head_bytes(0))
+    heads = pages.shape[:2]
+    _check(f"{side}_pages", pages, torch.uint8, (*heads, pages.shape[2:3].numel(), page_bytes))
+    _check(f"{side}_head", head, torch.uint8, (*heads, max(head.shape[-1], least) // 8 * 8))
+    return Store(pages, head, spec, side)
+
+
+def _check_new(
+    query: Tensor, new_key: Tensor, new_value: Tensor, keys: Store, values: Store
+) -> None:
+    """Raise ValueError unless the new tokens and queries go with the cache."""
+    batch, heads = keys.head.shape[:2]
+    if values.head.shape[:2] != keys.head.shape[:2] or values.length != keys.length:
+        raise ValueError("keys and values are of other heads, batch entries or lengths")
+    for name, new, store in (("new_key", new_key, keys), ("new_value", new_value, values)):
+        tokens = new_key.shape[2:3].numel()
+        _check(name, new, store.format.dtype, (batch, heads, tokens, store.format.head_dim))
+    groups = query.shape[1:2].numel() // max(heads, 1)
+    shape = (batch, groups * heads, query.shape[2:3].numel(), keys.format.head_dim)
+    _check("query", query, query.dtype, shape)
+
+
+def _check_mask(
+    mask: Tensor | None, query: Tensor, new_key: Tensor, keys: Store, position: Tensor | None
+) -> None:
+    """Raise ValueError unless a mask covers the cache, as it is after a rewind, and new tokens."""
+    if mask is None:
+        return
+    start = (
+        keys.length
+        if position is None
+        else reference.position_of(position, keys.length, keys.first)
+    )
+    tokens = max(start - keys.first, 0) + new_key.shape[2]
+    covered = tokens if mask.shape[-1:] in ((), (1,)) else mask.shape[-1]
+    scores = (*query.shape[:3], covered)
+    broadcasts = mask.dim() <= 4 and all(
+        own in (1, other) for own, other in zip(mask.shape[::-1], scores[::-1], strict=False)
+    )
+    if not broadcasts or covered < tokens:
+        allowed = [*query.shape[:3], tokens]
+        raise ValueError(
+            f"attn_mask is {list(mask.shape)}: allowed is what broadcasts to {allowed}"
+        )
+
+
+def _check(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless a tensor has a dtype and a shape."""
+    if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+        raise ValueError(
+            f"{name} is {tensor.dtype}{list(tensor.shape)}: allowed is {dtype}{list(shape)}"
+        )

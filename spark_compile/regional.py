@@ -27,14 +27,18 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def compile_blocks(
-    model: nn.Module, options: Mapping[str, Any], complain: Callable[[str], None]
+    model: nn.Module,
+    options: Mapping[str, Any],
+    complain: Callable[[str], None],
+    backend: str = "spark",
 ) -> None:
-    """Compile each block of a model in place with ``backend="spark"``.
+    """Compile each block of a model in place.
 
     Args:
         model: a decoder that calls its blocks, elements of an ``nn.ModuleList``.
-        options: fields of :class:`SparkConfig`.
+        options: of the backend; fields of :class:`SparkConfig`.
         complain: is told if the model's first call calls none of the blocks.
+        backend: as ``torch.compile``'s.
 
     Raises:
         ValueError: there are no blocks.
@@ -47,7 +51,7 @@ def compile_blocks(
         )
     idle = set(blocks)
     for path, block in blocks.items():
-        _compile_block(block, options, path, idle)
+        _compile_block(block, backend, options, path, idle)
 
     def check(*_: object) -> None:
         handle.remove()
@@ -60,7 +64,9 @@ def compile_blocks(
     handle: RemovableHandle = model.register_forward_hook(check)
 
 
-def _compile_block(block: nn.Module, options: Mapping[str, Any], path: str, idle: set[str]) -> None:
+def _compile_block(
+    block: nn.Module, backend: str, options: Mapping[str, Any], path: str, idle: set[str]
+) -> None:
     call: Any = block._call_impl
 
     def region(*args: Any, **kwargs: Any) -> Any:
@@ -69,7 +75,7 @@ def _compile_block(block: nn.Module, options: Mapping[str, Any], path: str, idle
     # Dynamo keeps graphs with the code object, and those of all modules of a class, or of all of
     # transformers' layers, would count against one limit and be searched through at each call.
     region.__code__ = region.__code__.replace(co_name=path.replace(".", "_"))
-    compiled = torch.compile(region, backend="spark", options=dict(options))
+    compiled = torch.compile(region, backend=backend, options=dict(options) or None)
 
     def first_call(*args: Any, **kwargs: Any) -> Any:
         idle.discard(path)

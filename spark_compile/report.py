@@ -74,8 +74,10 @@ class Site:
     dense_token_bytes: int
     """Key and value bytes per token of one batch entry in the dense cache."""
     stored_token_bytes: int
-    """The same as stored: a packed key with its mask, signs and scale, and the value."""
+    """The same in a page: what the formats of keys and values store of a token."""
     refusal: Refusal | None = None
+    formats: tuple[str, str] = ("", "")
+    """Texts of the formats of keys and values."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Around the compiled graph: states become tensors before the call and states again behind it."""
+"""Around the compiled graph: states become tensors before the call and states again after it."""
 
 from __future__ import annotations
 
@@ -8,13 +8,9 @@ from typing import Any
 import torch
 from torch import SymInt
 
-from .cache import PrunedKeys, StoredValues, new_keys, new_values
-from .config import SparkConfig
-from .passes.program import GrownState, NewState, PlainOutput, Program, StateInput
-from .sliding import SlidingKeys, SlidingValues, dropped
-from .state import SparkTensor
-
-_NEW_KEY_TENSORS = ("kept", "bits", "scale", "norms", "stats", "tail")
+from .adoption import adopt, is_static
+from .passes.program import GrownState, NewState, OutputPlan, PlainOutput, Program, StateInput
+from .state import SparkTensor, new_state
 
 
 class Length:
@@ -62,18 +58,17 @@ class SparkGraph:
         self, compiled: Callable[..., Any], program: Program, fakes: Sequence[Any]
     ) -> None:
         self._compiled = compiled
-        self._config: SparkConfig = program.config
         self._outputs = tuple(program.outputs)
         self._inputs = tuple(program.inputs)
         self._extra = {
-            index: Length(plan.extra, fakes)
+            index: Length(plan.growth.extra, fakes)
             for index, plan in enumerate(program.inputs)
-            if isinstance(plan, StateInput) and plan.extra is not None
+            if isinstance(plan, StateInput) and plan.growth is not None
         }
         self._lengths = {
-            id(plan): Length(plan.length if isinstance(plan, NewState) else plan.dropped, fakes)
+            id(plan): Length(plan.length, fakes)
             for plan in program.outputs
-            if isinstance(plan, NewState | GrownState)
+            if isinstance(plan, NewState)
         }
 
     def __call__(self, *args: Any) -> list[Any]:
@@ -83,12 +78,19 @@ class SparkGraph:
             if not isinstance(plan, StateInput):
                 flat.append(value)
                 continue
-            state = value
-            if index in self._extra:
-                state = grown[index] = value.reserve(self._extra[index](args))
-            flat.extend(state.stored().values())
+            if plan.growth is None:
+                if plan.adopted is not None and not is_static(value):
+                    value = adopt(value, plan.adopted, args)
+                flat.extend(value.stored().values())
+            else:
+                state = value.grown(
+                    self._extra[index](args), plan.growth.keep, shared=plan.growth.shared
+                )
+                flat.append(state.pages)
+                flat.append(state.head)
+                grown[index] = state
             if plan.with_length:
-                flat.append(value.shape[2])
+                flat.append(value.tokens)
         results = self._compiled(*flat)
         outputs: dict[int, Any] = {}  # by plan: one that is returned twice is one object
         for output in self._outputs:
@@ -98,25 +100,15 @@ class SparkGraph:
 
     def _output(
         self,
-        plan: PlainOutput | NewState | GrownState,
+        plan: OutputPlan,
         results: Sequence[Any],
         grown: dict[int, SparkTensor],
         args: Sequence[Any],
     ) -> Any:
         if isinstance(plan, PlainOutput):
             return results[plan.position]
-        if isinstance(plan, NewState):
-            length = self._lengths[id(plan)](args)
-            tensors = [results[position] for position in plan.positions]
-            config = self._config.sliding() if plan.slides else self._config
-            if not plan.is_key:
-                values_kind = SlidingValues if plan.slides else StoredValues
-                return new_values(tensors, length, config, values_kind)
-            named = dict(zip(_NEW_KEY_TENSORS, tensors, strict=True))
-            return new_keys(named, length, config, SlidingKeys if plan.slides else PrunedKeys)
-        state = grown[plan.argument]
-        assert isinstance(state, PrunedKeys | StoredValues)
-        if isinstance(state, PrunedKeys) and plan.stats_position is not None:
-            state = state.with_stats(results[plan.stats_position])
-        leaving = self._lengths[id(plan)](args)
-        return dropped(state, leaving) if leaving else state
+        if isinstance(plan, GrownState):
+            return grown[plan.argument]
+        pages, head = (results[position] for position in plan.positions)
+        length = self._lengths[id(plan)](args)
+        return new_state(plan.side, plan.form, pages, head, length)

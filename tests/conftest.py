@@ -20,9 +20,8 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def fresh_compiler_and_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+def fresh_compiler_and_seed() -> None:
     """Forget compiled graphs and given warnings, and seed the random numbers, before each test."""
     torch._dynamo.reset()
     forget_warnings()
-    monkeypatch.setattr("spark_compile.state._warned", set())
     torch.manual_seed(0)

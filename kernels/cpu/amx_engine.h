@@ -5,56 +5,14 @@
 // channels are recovered to the precision of bfloat16, as the dense keys would be.
 #pragma once
 
-#include <immintrin.h>
-
+#include "amx_rows.h"
 #include "float_engine.h"
+#include "tiles.h"
 
 namespace spark {
 
-// Shapes of the eight tile registers, as the processor reads them.
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {};
-  uint8_t rows[16] = {};
-};
-
-inline __m512i words(__m512bh v) { return bit_cast<__m512i>(v); }
-
-// The 32 stored channels at p as bfloat16; int8 becomes whole numbers, which bfloat16 holds exactly.
-inline __m512i load_words(const bf16* p) { return _mm512_loadu_si512(p); }
-inline __m512i load_words(const int8_t* p) {
-  const __m512i low = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p));
-  const __m512i high = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(p + 16)));
-  return words(_mm512_cvtne2ps_pbh(_mm512_cvtepi32_ps(high), _mm512_cvtepi32_ps(low)));
-}
-// The first `count` of them; nothing behind is read.
-template <class Stored>
-inline __m512i load_words(const Stored* p, int64_t count) {
-  if (count >= 32) return load_words(p);
-  Stored few[32] = {};
-  std::memcpy(few, p, std::max<int64_t>(count, 0) * sizeof(Stored));
-  return load_words(few);
-}
-template <class Stored>
-inline __m512i load_words_guarded(const Stored* p, int count, const char* end) {
-  return reinterpret_cast<const char*>(p + 32) <= end ? load_words(p) : load_words(p, count);
-}
-
-// As expand() in simd.h. From memory the instruction takes several times as long, so that the
-// compiler must not be left to merge it with the load.
-inline __m512i expand_words(__m512i others, __m512i packed, uint32_t bits) {
-  asm("" : "+v"(packed));
-  return _mm512_mask_expand_epi16(others, bits, packed);
-}
-
-inline uint32_t plane_word(const uint8_t* plane, int64_t first, int64_t bytes) {
-  plane += first / 8, bytes -= first / 8;
-  if (bytes >= 4) return load<uint32_t>(plane);
-  return plane[0] | (bytes > 1 ? plane[1] << 8 : 0) | (bytes > 2 ? plane[2] << 16 : 0);
-}
-
-// K and V: what keys and values are stored in, bf16 or int8_t. Blocks of N tokens, 32 or 64.
-template <class K, class V, int N>
+// Blocks of N tokens, 32 or 64.
+template <int N>
 class AmxEngine {
  public:
   static constexpr int BLOCK = N, QUERIES = 16;  // tokens, query rows
@@ -62,11 +20,12 @@ class AmxEngine {
   // Rows of the sums: what a tile loads must be there.
   static int64_t padded_rows(int64_t rows) { return rows <= QUERIES ? rows : round_up(rows, QUERIES); }
 
-  explicit AmxEngine(const Problem& p) : AmxEngine(p, std::min<int64_t>(QUERIES, p.query_rows())) {}
+  explicit AmxEngine(const Problem& p)
+      : AmxEngine(p, std::min<int64_t>(QUERIES, p.query_rows()), padded(p.value_dim)) {}
   // weight_rows: rows of the tiles that hold the weights and their sums with the values.
-  AmxEngine(const Problem& p, int64_t weight_rows)
-      : p_(p), key_width_(padded(p.key_dim)), value_width_(padded(p.value_dim)),
-        room_width_(padded(p.kept_channels) + 32), groups_((p.query_rows() + QUERIES - 1) / QUERIES),
+  AmxEngine(const Problem& p, int64_t weight_rows, int64_t value_width)
+      : p_(p), key_width_(padded(p.key_dim)), value_width_(value_width),
+        room_width_(padded(p.keys.format->kept) + 32), groups_((p.query_rows() + QUERIES - 1) / QUERIES),
         keys_(scratch<bf16>(BLOCK * key_width_)),
         room_(scratch<bf16>(BLOCK * room_width_)), values_(scratch<bf16>(BLOCK * value_width_)),
         queries_(scratch<bf16>(groups_ * key_width_ * QUERIES)),
@@ -74,13 +33,13 @@ class AmxEngine {
     TileConfig config;
     for (int tile = 0; tile < 8; ++tile) config.row_bytes[tile] = 64, config.rows[tile] = 16;
     for (int tile : {1, 3, 6}) config.rows[tile] = uint8_t(weight_rows);
-    _tile_loadconfig(&config);
+    TILE_CONFIGURE(&config);
   }
-  ~AmxEngine() { _tile_release(); }
+  ~AmxEngine() { TILE_RELEASE(); }
   AmxEngine(const AmxEngine&) = delete;
 
   void start(int64_t b, int64_t h) {
-    recovery_weights(p_, b, h, weights_.get());
+    recovery_weights(p_.keys, b, h, weights_.get());
     for (int64_t row = 0; row < p_.query_rows(); ++row) {
       const bf16* query = p_.query.at<bf16>(b, h * p_.group() + row / p_.queries, row % p_.queries);
       for (int64_t j = 0; j < p_.key_dim; ++j) {
@@ -92,43 +51,25 @@ class AmxEngine {
   }
 
   void expand_keys(const Block& block) {
-    if (block.packed) return expand_packed(block);
-    for (int t = 0; t < block.count; ++t) {
-      const bf16* row = p_.tail.at<bf16>(block.batch, block.head, block.key_row + t);
-      for (int64_t j = 0; j < key_width_; j += 32) {
-        _mm512_store_si512(&keys_[t * key_width_ + j], load_words(row + j, p_.key_dim - j));
-      }
-    }
+    const Format& f = *p_.keys.format;
+    in_steps_ = block.packed && f.int8;
+    if (!block.packed || f.kind == Kind::dense) return plain_keys<bf16>(block, 0);
+    if (f.kind == Kind::int8) return plain_keys<int8_t>(block, f.channels);
+    f.int8 ? pruned_keys<int8_t>(block) : pruned_keys<bf16>(block);
   }
 
   void expand_values(const Block& block) {
-    const int64_t width = value_width_, channels = p_.value_dim;
-    const int64_t value_bytes = width * sizeof(V);
-    const Ahead ahead(p_.values.token * sizeof(V), early_bytes(value_bytes), value_bytes);
-    for (int t = 0; t < BLOCK; t += 2) {
-      ValueRow even(p_, block, t), odd(p_, block, t + 1);
-      steps_[t] = even.step, steps_[t + 1] = odd.step;
-      bf16* tile = &values_[t / 32 * 32 * width + t % 32 * 16];
-      // Pairs of tokens side by side, as the tile product wants them; finish() undoes the order.
-      const auto put = [&](__m512i a, __m512i b) {
-        _mm512_store_si512(tile, _mm512_unpacklo_epi16(a, b));
-        _mm512_store_si512(tile + 16 * 32, _mm512_unpackhi_epi16(a, b));
-        tile += 32 * 32;
-      };
-      if (!even.keep && width == channels && t + 1 < block.count) {
-        ahead(even.row), ahead(odd.row);
-        for (int64_t j = 0; j < width; j += 32) put(load_words(even.row + j), load_words(odd.row + j));
-      } else {
-        for (int64_t j = 0; j < width; j += 32) put(even.next(j, channels), odd.next(j, channels));
-      }
-    }
+    const Format& f = *p_.values.format;
+    if (!block.packed || f.kind == Kind::dense) return pair_values<bf16, false>(block);
+    if (f.kind == Kind::int8) return pair_values<int8_t, false>(block);
+    f.int8 ? pair_values<int8_t, true>(block) : pair_values<bf16, true>(block);
   }
 
-  void scores(const Block& block, int64_t first, int count, float (*scores)[BLOCK]) {
+  void scores(const Block&, int64_t first, int count, float (*scores)[BLOCK]) {
     alignas(64) float dots[BLOCK][16];
     for (int t = 0; t < BLOCK; t += 32) multiply(&queries_[first * key_width_], &keys_[t * key_width_], dots + t);
     for (int t = 0; t < BLOCK; t += 16) {
-      const F step = std::is_same_v<K, int8_t> && block.packed ? load(&key_steps_[t]) : splat(1.0f);
+      const F step = in_steps_ ? load(&key_steps_[t]) : splat(1.0f);
       for (int r = 0; r < count; r += 4) {
         F v[4];
         columns(dots + t, r, v);
@@ -148,19 +89,22 @@ class AmxEngine {
       }
     }
     std::memset(pairs[count], 0, (QUERIES - count) * sizeof(pairs[0]));
-    _tile_loadd(1, pairs, sizeof(pairs[0]));
-    if (N > 32) _tile_loadd(3, pairs[0] + 32, sizeof(pairs[0]));
+    TILE_LOAD(1, pairs, sizeof(pairs[0]));
+    if (N > 32) TILE_LOAD(3, pairs[0] + 32, sizeof(pairs[0]));
     for (int64_t j = 0; j < width; j += 16) {
-      _tile_loadd(6, sums + j, width * 4);
-      _tile_loadd(7, &values_[j * 32], 64);
-      _tile_dpbf16ps(6, 1, 7);
+      TILE_LOAD(6, sums + j, width * 4);
+      TILE_LOAD(7, &values_[j * 32], 64);
+      TILE_ADD_BF16(6, 1, 7);
       if (N > 32) {
-        _tile_loadd(5, &values_[(width + j) * 32], 64);
-        _tile_dpbf16ps(6, 3, 5);
+        TILE_LOAD(5, &values_[(width + j) * 32], 64);
+        TILE_ADD_BF16(6, 3, 5);
       }
-      _tile_stored(6, sums + j, width * 4);
+      TILE_STORE(6, sums + j, width * 4);
     }
   }
+
+  // Sums of packed and of dense tokens have the same order.
+  void finish_packed(float*, int64_t) {}
 
   // Channels in their own order again.
   void finish(float* sums, int64_t rows) {
@@ -175,61 +119,76 @@ class AmxEngine {
   }
 
  protected:
-  void expand_packed(const Block& block) {
-    const bf16* rows = nullptr;
-    if constexpr (std::is_same_v<K, bf16>) {
-      // Rows that end far enough before their tensor does may be read in whole vectors.
-      const bf16* first = p_.kept.at<bf16>(block.batch, block.head, block.key_row);
-      const bf16* last = first + (block.count - 1) * p_.kept.token + p_.kept_channels + 32;
-      if (reinterpret_cast<const char*>(last) <= p_.kept.end) rows = first;
-    }
-    const int64_t step = rows ? p_.kept.token : room_width_;
-    if (!rows) rows = copy_rows(block);
-    switch (p_.key_dim) {
-      case 64: return expand_rows<64>(block, rows, step);
-      case 128: return expand_rows<128>(block, rows, step);
-      default: expand_rows<0>(block, rows, step);
-    }
-  }
-
-  // The block's kept channels as bfloat16, with 32 more that may be read behind each row.
-  const bf16* copy_rows(const Block& block) {
+  // Keys that have every channel, `offset` bytes after the start of their records or rows.
+  template <class K>
+  void plain_keys(const Block& block, int64_t offset) {
+    const Format& f = *p_.keys.format;
+    const Ahead key_ahead(block.keys.step, 0, block.keys.step), value_ahead = early_values(block);
     for (int t = 0; t < block.count; ++t) {
-      const K* row = p_.kept.at<K>(block.batch, block.head, block.key_row + t);
-      for (int64_t j = 0; j < p_.kept_channels; j += 32) {
-        _mm512_storeu_si512(&room_[t * room_width_ + j], load_words_guarded(row + j, p_.kept_channels - j, p_.kept.end));
+      const char* record = block.key(t);
+      if (block.packed) key_ahead(record), value_ahead(block.value(t));
+      if (std::is_same_v<K, int8_t>) key_steps_[t] = to_float(*reinterpret_cast<const bf16*>(record + f.step));
+      const K* row = reinterpret_cast<const K*>(record + offset);
+      for (int64_t j = 0; j < key_width_; j += 32) {
+        _mm512_store_si512(&keys_[t * key_width_ + j], load_words(row + j, p_.key_dim - j));
       }
     }
-    return room_.get();
   }
 
-  // CHANNELS: of a key, or 0 for any number; loops over known numbers become straight code.
-  template <int CHANNELS>
-  [[gnu::noinline]] void expand_rows(const Block& block, const bf16* rows, int64_t rows_step) {
+  template <class K>
+  void pruned_keys(const Block& block) {
+    const Format& f = *p_.keys.format;
+    const char* rows = block.keys.data + f.channels;
+    int64_t step = block.keys.step;
+    // Records that end far enough before the pages do may be read in whole vectors.
+    const char* last = block.keys.at(block.count - 1) + f.channels + f.kept * sizeof(bf16) + 64;
+    if (std::is_same_v<K, int8_t> || last > p_.keys.pages_end) {
+      copy_rows<K>(block);
+      rows = reinterpret_cast<const char*>(room_.get()), step = room_width_ * sizeof(bf16);
+    }
+    switch (f.dim) {
+      case 64: return expand_rows<K, 64>(block, rows, step);
+      case 128: return expand_rows<K, 128>(block, rows, step);
+      default: expand_rows<K, 0>(block, rows, step);
+    }
+  }
+
+  // The block's kept channels as bfloat16, with 32 more that may be read after each row.
+  template <class K>
+  void copy_rows(const Block& block) {
+    const Format& f = *p_.keys.format;
+    for (int t = 0; t < block.count; ++t) {
+      const K* row = reinterpret_cast<const K*>(block.keys.at(t) + f.channels);
+      for (int64_t j = 0; j < f.kept; j += 32) {
+        _mm512_storeu_si512(&room_[t * room_width_ + j], load_words_guarded(row + j, f.kept - j, p_.keys.pages_end));
+      }
+    }
+  }
+
+  // rows: the kept channels, `rows_step` bytes apart. CHANNELS: of a key, or 0 for any number; loops
+  // over known numbers become straight code.
+  template <class K, int CHANNELS>
+  [[gnu::noinline]] void expand_rows(const Block& block, const char* rows, int64_t rows_step) {
     // Copies: what is stored below might, for all the compiler knows, change a member.
     const bool whole = CHANNELS;
-    const int64_t width = whole ? CHANNELS : key_width_, plane = whole ? CHANNELS / 8 : (p_.key_dim + 7) / 8;
-    const int64_t scale_step = p_.scale.token, plane_step = p_.bits.token, entries = p_.scale_entries;
-    const int64_t row_bytes = p_.kept_channels * sizeof(K), step_bytes = p_.kept.token * sizeof(K);
-    const bf16* scale = p_.scale.at<bf16>(block.batch, block.head, block.key_row);
-    const uint8_t* keep = p_.bits.at<uint8_t>(block.batch, block.head, block.key_row);
-    const char* row = p_.kept.at<char>(block.batch, block.head, block.key_row);
-    const char* value = p_.values.at<char>(block.batch, block.head, block.value_row);
-    const int64_t value_step = p_.values.token * sizeof(V);
-    const Ahead kept_ahead(step_bytes, 0, row_bytes), planes_ahead(plane_step, 0, 2 * plane);
-    const Ahead value_ahead(value_step, 0, early_bytes(p_.kept_values * sizeof(V)));
+    const Format f = *p_.keys.format;
+    const int64_t width = whole ? CHANNELS : key_width_, plane = whole ? CHANNELS / 8 : f.plane();
+    const int64_t record_step = block.keys.step, value_step = block.values.step, kept = f.kept;
+    const char *record = block.keys.data, *value = block.values.data;
+    const Ahead key_ahead(record_step, 0, record_step), value_ahead = early_values(block);
     const float* weights = weights_.get();
     bf16* key = keys_.get();
-    for (int t = 0; t < block.count; ++t, scale += scale_step, keep += plane_step) {
-      kept_ahead(row + t * step_bytes), planes_ahead(keep), value_ahead(value + t * value_step);
-      float amplitude = to_float(scale[0]);
+    for (int t = 0, count = block.count; t < count; ++t, record += record_step, value += value_step, rows += rows_step) {
+      key_ahead(record), value_ahead(value);
+      float amplitude = to_float(*reinterpret_cast<const bf16*>(record + f.scale));
       if constexpr (std::is_same_v<K, int8_t>) {
         // Keys are in units of the step, the amplitude too. A step of 0: kept channels are 0.
-        const float step = to_float(scale[entries - 1]);
+        const float step = to_float(*reinterpret_cast<const bf16*>(record + f.step));
         key_steps_[t] = step > 0 ? step : 1.0f;
         amplitude /= key_steps_[t];
       }
-      const bf16 *stored = rows + t * rows_step, *const behind = stored + p_.kept_channels;
+      const uint8_t* keep = reinterpret_cast<const uint8_t*>(record + f.keep);
+      const bf16 *stored = reinterpret_cast<const bf16*>(rows), *const end = stored + kept;
       for (int64_t j = 0; j < width; j += 32, key += 32) {
         const uint8_t* bits = keep + j / 8;
         const uint32_t mask = whole ? load<uint32_t>(bits) : plane_word(keep, j, plane);
@@ -238,7 +197,34 @@ class AmxEngine {
         const __m512i signs = _mm512_maskz_set1_epi16(negative, int16_t(0x8000));
         const __m512i recovered = _mm512_xor_si512(words(_mm512_cvtne2ps_pbh(high, low)), signs);
         _mm512_store_si512(key, expand_words(recovered, load_words(stored), mask));
-        stored = std::min(stored + __builtin_popcount(mask), behind);
+        stored = std::min(stored + __builtin_popcount(mask), end);
+      }
+    }
+  }
+
+  Ahead early_values(const Block& block) const {
+    return Ahead(block.values.step, 0, early_bytes(*p_.values.format));
+  }
+
+  // Values, pairs of tokens side by side as the tile product wants them; finish() undoes the order.
+  template <class V, bool PLANES>
+  void pair_values(const Block& block) {
+    const int64_t width = value_width_, channels = p_.value_dim;
+    const Ahead ahead(block.values.step, early_bytes(*p_.values.format), block.values.step);
+    for (int t = 0; t < BLOCK; t += 2) {
+      ValueRow<V, PLANES> even(p_, block, t), odd(p_, block, t + 1);
+      steps_[t] = even.step, steps_[t + 1] = odd.step;
+      bf16* tile = &values_[t / 32 * 32 * width + t % 32 * 16];
+      const auto put = [&](__m512i a, __m512i b) {
+        _mm512_store_si512(tile, _mm512_unpacklo_epi16(a, b));
+        _mm512_store_si512(tile + 16 * 32, _mm512_unpackhi_epi16(a, b));
+        tile += 32 * 32;
+      };
+      if (!PLANES && width == channels && t + 1 < block.count) {
+        ahead(block.value(t)), ahead(block.value(t + 1));
+        for (int64_t j = 0; j < width; j += 32) put(load_words(even.row + j), load_words(odd.row + j));
+      } else {
+        for (int64_t j = 0; j < width; j += 32) put(even.next(j, channels), odd.next(j, channels));
       }
     }
   }
@@ -247,17 +233,17 @@ class AmxEngine {
   void multiply(const bf16* query, const bf16* keys, float (*dots)[16]) {
     const int64_t width = key_width_;
     // Sums side by side: a product waits 52 cycles for the one that it adds to.
-    _tile_zero(0);
-    _tile_zero(2);
+    TILE_ZERO(0);
+    TILE_ZERO(2);
     for (int64_t j = 0; j < width; j += 32) {
-      _tile_loadd(7, query + j * QUERIES, 64);
-      _tile_loadd(5, keys + j, width * 2);
-      _tile_dpbf16ps(0, 5, 7);
-      _tile_loadd(5, keys + 16 * width + j, width * 2);
-      _tile_dpbf16ps(2, 5, 7);
+      TILE_LOAD(7, query + j * QUERIES, 64);
+      TILE_LOAD(5, keys + j, width * 2);
+      TILE_ADD_BF16(0, 5, 7);
+      TILE_LOAD(5, keys + 16 * width + j, width * 2);
+      TILE_ADD_BF16(2, 5, 7);
     }
-    _tile_stored(0, dots[0], 64);
-    _tile_stored(2, dots[16], 64);
+    TILE_STORE(0, dots[0], 64);
+    TILE_STORE(2, dots[16], 64);
   }
 
   // Columns r to r + 3 of a tile as vectors of its 16 rows.
@@ -283,48 +269,12 @@ class AmxEngine {
     v[2] = _mm512_shuffle_ps(b, d, 0x44), v[3] = _mm512_shuffle_ps(b, d, 0xee);
   }
 
-  // One value, 32 channels after the other; zeros for a token that is not there.
-  struct ValueRow {
-    ValueRow(const Problem& p, const Block& block, int t) {
-      if (t >= block.count) return;
-      const int64_t token = block.value_row + t;
-      row = p.values.at<V>(block.batch, block.head, token), end = p.values.end;
-      channels_stored = int(p.kept_values);
-      if (!p.value_scale.data) return;
-      const bf16* scale = p.value_scale.at<bf16>(block.batch, block.head, token);
-      if (std::is_same_v<V, int8_t>) {
-        step = to_float(scale[p.value_entries - 1]);
-        if (step == 0) step = 1.0f;
-      }
-      if (p.value_bits.data) {
-        keep = p.value_bits.at<uint8_t>(block.batch, block.head, token);
-        fill = _mm512_set1_epi16(from_float<bf16>(to_float(scale[0]) / step).bits);
-      }
-    }
-
-    __m512i next(int64_t j, int64_t channels) {
-      if (!row) return _mm512_setzero_si512();
-      if (!keep) return load_words(row + j, channels - j);
-      const uint32_t kept = plane_word(keep, j, (channels + 7) / 8);
-      const int count = std::min(__builtin_popcount(kept), channels_stored - rank);
-      const __m512i stored = load_words_guarded(row + rank, count, end);
-      rank += count;
-      return expand_words(fill, stored, kept);
-    }
-
-    const V* row = nullptr;
-    const char* end = nullptr;
-    const uint8_t* keep = nullptr;
-    float step = 1.0f;  // the row's numbers are in units of it; the weights carry it
-    __m512i fill = {};
-    int channels_stored = 0, rank = 0;
-  };
-
   const Problem& p_;
   const int64_t key_width_, value_width_, room_width_, groups_;
   Scratch<bf16> keys_, room_, values_, queries_;
   Scratch<float> weights_;
-  alignas(64) float key_steps_[BLOCK], steps_[BLOCK];
+  bool in_steps_ = false;  // keys are in units of key_steps_
+  alignas(64) float key_steps_[BLOCK] = {}, steps_[BLOCK] = {};
 };
 
 }  // namespace spark

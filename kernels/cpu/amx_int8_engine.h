@@ -2,7 +2,7 @@
 //
 // Stored numbers go to the tiles as they are; queries and softmax weights, which they meet there,
 // are split into two int8 digits: x = unit * (128 * high + low), 15 bits of the largest one. Dense
-// keys of the tail take the way of the bfloat16 engine.
+// tokens take the way of the bfloat16 engine.
 #pragma once
 
 #include "amx_engine.h"
@@ -11,51 +11,59 @@ namespace spark {
 
 constexpr float DIGITS = 127.0f * 128.0f;  // the largest number of two digits
 
-template <class K, int N>
-class AmxInt8Engine : public AmxEngine<K, int8_t, N> {
-  using Base = AmxEngine<K, int8_t, N>;
-  static constexpr bool INT8_KEYS = std::is_same_v<K, int8_t>;
+template <int N>
+class AmxInt8Engine : public AmxEngine<N> {
+  using Base = AmxEngine<N>;
   using Base::columns, Base::key_steps_, Base::steps_, Base::weights_;
 
  public:
   static constexpr int BLOCK = N;
   static int64_t padded(int64_t channels) { return round_up(channels, 64); }
+  static int64_t padded_rows(int64_t rows) { return round_up(rows, 16); }
 
   explicit AmxInt8Engine(const Problem& p)
-      : Base(p, 16), p_(p), key_width_(padded(p.key_dim)), value_width_(padded(p.value_dim)),
-        kept_(scratch<int8_t>(INT8_KEYS * BLOCK * key_width_)), signs_(scratch<int8_t>(INT8_KEYS * BLOCK * key_width_)),
-        values_(scratch<int8_t>(64 * value_width_)),
-        eights_(INT8_KEYS * (p.query_rows() + 7) / 8), digits_(scratch<int8_t>(2 * eights_ * 16 * key_width_)),
+      : Base(p, 16, padded(p.value_dim)), p_(p), int8_keys_(p.keys.format->int8),
+        has_signs_(p.keys.format->kind == Kind::spark && p.keys.format->recovers),
+        key_width_(padded(p.key_dim)), value_width_(padded(p.value_dim)),
+        kept_(scratch<int8_t>(int8_keys_ * BLOCK * key_width_)),
+        signs_(scratch<int8_t>(int8_keys_ * BLOCK * key_width_)), values_(scratch<int8_t>(64 * value_width_)),
+        eights_(int8_keys_ * (p.query_rows() + 7) / 8), digits_(scratch<int8_t>(2 * eights_ * 16 * key_width_)),
         units_(scratch<float>(2 * eights_ * 8)), query_(scratch<float>(key_width_)) {}
 
   void start(int64_t b, int64_t h) {
     Base::start(b, h);
-    for (int64_t row = 0; INT8_KEYS && row < p_.query_rows(); ++row) {
+    for (int64_t row = 0; int8_keys_ && row < p_.query_rows(); ++row) {
       const bf16* query = p_.query.at<bf16>(b, h * p_.group() + row / p_.queries, row % p_.queries);
       for (int64_t j = 0; j < p_.key_dim; j += 16) store(&query_[j], load_floats(query + j, p_.key_dim - j));
       split_query(row, 0);
+      if (!has_signs_) continue;
       for (int64_t j = 0; j < p_.key_dim; j += 16) store(&query_[j], load(&query_[j]) * load(&weights_[j]));
       split_query(row, 1);
     }
   }
 
   void expand_keys(const Block& block) {
-    if (!block.packed || !INT8_KEYS) return Base::expand_keys(block);
-    const char* last = p_.kept.at<char>(block.batch, block.head, block.key_row + block.count - 1);
-    const bool whole = last + p_.kept_channels + 64 <= p_.kept.end;
-    if (whole && p_.key_dim == 64) return expand_bytes<64>(block);
-    if (whole && p_.key_dim == 128) return expand_bytes<128>(block);
+    if (!block.packed || !int8_keys_) return Base::expand_keys(block);
+    const Format& f = *p_.keys.format;
+    read_column(block.keys.data + f.step, block.keys.step, block.count, key_steps_);
+    if (has_signs_) read_column(block.keys.data + f.scale, block.keys.step, block.count, amplitudes_);
+    if (f.kind == Kind::int8) return copy_levels(block);
+    const char* last = block.keys.at(block.count - 1) + f.channels + f.kept + 64;
+    const bool whole = last <= p_.keys.pages_end;
+    if (whole && f.dim == 64) return expand_bytes<64>(block);
+    if (whole && f.dim == 128) return expand_bytes<128>(block);
     expand_bytes<0>(block);
   }
 
   void expand_values(const Block& block) {
-    const int64_t width = value_width_, channels = p_.value_dim, row_step = p_.values.token;
-    const int64_t scale_step = p_.value_scale.token, early = early_bytes(channels);
+    if (!block.packed) return Base::expand_values(block);
+    const Format& f = *p_.values.format;
+    const int64_t width = value_width_, channels = f.dim, row_step = block.values.step, early = early_bytes(f);
     const Ahead ahead(row_step, 0, 64);
-    const bf16* scale = p_.value_scale.at<bf16>(block.batch, block.head, block.value_row) + p_.value_entries - 1;
-    const int8_t* row = p_.values.at<int8_t>(block.batch, block.head, block.value_row);
+    const int8_t* row = reinterpret_cast<const int8_t*>(block.values.data + f.channels);
     int8_t* tiles = values_.get();
-    for (int t = 0; t < BLOCK; ++t) steps_[t] = t < block.count ? to_float(scale[t * scale_step]) : 0.0f;
+    std::fill_n(steps_, BLOCK, 0.0f);
+    read_column(block.values.data + f.step, row_step, block.count, steps_);
     for (int t = 0; t < BLOCK; t += 4, row += 4 * row_step) {
       const bool whole = t + 4 <= block.count && channels == width;
       for (int64_t j = 0; j < width; j += 64) {
@@ -78,22 +86,29 @@ class AmxInt8Engine : public AmxEngine<K, int8_t, N> {
   }
 
   void scores(const Block& block, int64_t first, int count, float (*scores)[BLOCK]) {
-    if (!block.packed || !INT8_KEYS) return Base::scores(block, first, count, scores);
-    for (int r = 0; r < count; r += 8) score_eight(first + r, std::min(count - r, 8), scores + r);
+    if (!block.packed || !int8_keys_) return Base::scores(block, first, count, scores);
+    for (int r = 0; r < count; r += 8) {
+      has_signs_ ? score_eight<true>(first + r, std::min(count - r, 8), scores + r)
+                 : score_eight<false>(first + r, std::min(count - r, 8), scores + r);
+    }
   }
 
-  void accumulate(const Block&, float (*weights)[BLOCK], int count, const float* rescale, float* sums) {
+  void accumulate(const Block& block, float (*weights)[BLOCK], int count, const float* rescale, float* sums) {
+    if (!block.packed) return Base::accumulate(block, weights, count, rescale, sums);
     for (int r = 0; r < count; r += 8) {
       accumulate_eight(weights + r, std::min(count - r, 8), rescale ? rescale + r : nullptr, sums + r * value_width_);
     }
   }
 
-  // Channels in their own order again.
-  void finish(float* sums, int64_t rows) {
+  // From the order of these sums to the one that dense tokens have; finish() undoes that one.
+  void finish_packed(float* sums, int64_t rows) {
     for (int64_t at = 0; at < rows * value_width_; at += 64) {
       float ordered[64];
       for (int i = 0; i < 64; ++i) ordered[i % 16 / 4 * 16 + i / 16 * 4 + i % 4] = sums[at + i];
-      std::memcpy(sums + at, ordered, sizeof(ordered));
+      for (int i = 0; i < 64; ++i) {
+        const int c = i % 16, channel = c / 4 * 8 + c % 4 + i % 32 / 16 * 4;
+        sums[at + i] = ordered[i / 32 * 32 + channel];
+      }
     }
   }
 
@@ -117,7 +132,7 @@ class AmxInt8Engine : public AmxEngine<K, int8_t, N> {
   float* units(int64_t row, int kind) { return &units_[(row / 8 * 2 + kind) * 8]; }
   void split_query(int64_t row, int kind) {
     F top{};
-    for (int64_t j = 0; j < key_width_; j += 16) top = spark::max(top, magnitude(load(&query_[j])));
+    for (int64_t j = 0; j < key_width_; j += 16) top = spark::max(top, spark::abs(load(&query_[j])));
     const float largest = maximum(top), inverse = largest > 0 ? DIGITS / largest : 0.0f;
     units(row, kind)[row % 8] = largest / DIGITS;
     int8_t* tile = digits(row, kind) + row % 8 * 4;
@@ -130,57 +145,46 @@ class AmxInt8Engine : public AmxEngine<K, int8_t, N> {
       }
     }
   }
-  static F magnitude(F x) { return bit_cast<F>(bit_cast<I>(x) & splat(0x7fffffff)); }
 
-  static uint64_t plane_bytes(const uint8_t* plane, int64_t first, int64_t bytes) {
-    uint64_t bits = 0;
-    for (int64_t i = 0; i < std::min<int64_t>(8, bytes - first / 8); ++i) {
-      bits |= uint64_t(plane[first / 8 + i]) << (8 * i);
+  // Keys that have every channel.
+  void copy_levels(const Block& block) {
+    const Format& f = *p_.keys.format;
+    const Ahead key_ahead(block.keys.step, 0, block.keys.step), value_ahead = this->early_values(block);
+    int8_t* kept = kept_.get();
+    for (int t = 0; t < block.count; ++t) {
+      key_ahead(block.keys.at(t)), value_ahead(block.values.at(t));
+      const int8_t* row = reinterpret_cast<const int8_t*>(block.keys.at(t) + f.channels);
+      for (int64_t j = 0; j < key_width_; j += 64, kept += 64) _mm512_store_si512(kept, some_bytes(row + j, f.dim - j));
     }
-    return bits;
   }
 
-  // CHANNELS: of a key, with 64 bytes that may be read behind each row; or 0 for any number.
+  // CHANNELS: of a key, with 64 bytes that may be read after each record's; or 0 for any number.
   template <int CHANNELS>
   [[gnu::noinline]] void expand_bytes(const Block& block) {
     const bool whole = CHANNELS;
-    const int64_t width = whole ? CHANNELS : key_width_, plane = whole ? CHANNELS / 8 : (p_.key_dim + 7) / 8;
-    const int64_t row_step = p_.kept.token, plane_step = p_.bits.token, value_step = p_.values.token;
-    const int64_t channels = p_.kept_channels;
-    const Ahead kept_ahead(row_step, 0, channels), planes_ahead(plane_step, 0, 2 * plane);
-    const Ahead value_ahead(value_step, 0, early_bytes(p_.kept_values));
-    const int8_t* row = p_.kept.at<int8_t>(block.batch, block.head, block.key_row);
-    const uint8_t* keep = p_.bits.at<uint8_t>(block.batch, block.head, block.key_row);
-    const int8_t* value = p_.values.at<int8_t>(block.batch, block.head, block.value_row);
+    const Format f = *p_.keys.format;
+    const int64_t width = whole ? CHANNELS : key_width_, plane = whole ? CHANNELS / 8 : f.plane();
+    const int64_t record_step = block.keys.step, value_step = block.values.step, channels = f.kept;
+    const Ahead key_ahead(record_step, 0, record_step), value_ahead = this->early_values(block);
+    const char *record = block.keys.data, *value = block.values.data;
     int8_t *kept = kept_.get(), *signs = signs_.get();
     const __m512i plus = _mm512_set1_epi8(1), minus = _mm512_set1_epi8(-1);
-    for (int t = 0, count = block.count; t < count; ++t, row += row_step, keep += plane_step, value += value_step) {
-      kept_ahead(row), planes_ahead(keep), value_ahead(value);
+    for (int t = 0, count = block.count; t < count; ++t, record += record_step, value += value_step) {
+      key_ahead(record), value_ahead(value);
+      const int8_t* row = reinterpret_cast<const int8_t*>(record + f.channels);
+      const uint8_t* keep = reinterpret_cast<const uint8_t*>(record + f.keep);
       int64_t rank = 0;
       for (int64_t j = 0; j < width; j += 64, kept += 64, signs += 64) {
         const uint64_t mask = whole ? load<uint64_t>(keep + j / 8) : plane_bytes(keep, j, plane);
         const uint64_t negative = whole ? load<uint64_t>(keep + plane + j / 8) : plane_bytes(keep + plane, j, plane);
-        const int64_t count = std::min<int64_t>(__builtin_popcountll(mask), channels - rank);
-        __m512i few = whole ? _mm512_loadu_si512(row + rank) : some_bytes(row + rank, count);
+        const int64_t few_count = std::min<int64_t>(__builtin_popcountll(mask), channels - rank);
+        __m512i few = whole ? _mm512_loadu_si512(row + rank) : some_bytes(row + rank, few_count);
         asm("" : "+v"(few));  // expanding from memory takes several times as long
         _mm512_store_si512(kept, _mm512_maskz_expand_epi8(mask, few));
         _mm512_store_si512(signs, _mm512_mask_mov_epi8(_mm512_maskz_mov_epi8(~mask, plus), ~mask & negative, minus));
-        rank += count;
+        rank += few_count;
       }
     }
-    const bf16* scale = p_.scale.at<bf16>(block.batch, block.head, block.key_row);
-    const int64_t entries = p_.scale_entries, scale_step = p_.scale.token;
-    column(scale + entries - 1, scale_step, block.count, key_steps_);
-    if (p_.recovers) column(scale, scale_step, block.count, amplitudes_);
-  }
-
-  // Every `step`-th of the numbers at p.
-  static void column(const bf16* p, int64_t step, int count, float* numbers) {
-    for (int t = 0; t < count; ++t) numbers[t] = to_float(p[t * step]);
-  }
-
-  static __m512i some_bytes(const int8_t* p, int64_t count) {
-    return _mm512_maskz_loadu_epi8(_bzhi_u64(~uint64_t(0), unsigned(std::min<int64_t>(count, 64))), p);
   }
 
   // Up to eight queries: the high digits of their weights are rows 0 to 7 of a tile, the low ones
@@ -201,24 +205,24 @@ class AmxInt8Engine : public AmxEngine<K, int8_t, N> {
       units[r] = largest / DIGITS;
       for (int i = 0; i < BLOCK / 16; ++i) split(scaled[i] * inverse, digits[r] + 16 * i, digits[r + 8] + 16 * i);
     }
-    _tile_loadd(1, digits, 64);
+    TILE_LOAD(1, digits, 64);
     for (int64_t j = 0; j < width; j += 64, values += 4096) {
-      _tile_zero(0);
-      _tile_loadd(5, values, 64);
-      _tile_dpbssd(0, 1, 5);
-      _tile_zero(2);
-      _tile_loadd(7, values + 1024, 64);
-      _tile_dpbssd(2, 1, 7);
-      _tile_zero(3);
-      _tile_loadd(5, values + 2048, 64);
-      _tile_dpbssd(3, 1, 5);
-      _tile_zero(4);
-      _tile_loadd(7, values + 3072, 64);
-      _tile_dpbssd(4, 1, 7);
-      _tile_stored(0, parts[0], 64);
-      _tile_stored(2, parts[1], 64);
-      _tile_stored(3, parts[2], 64);
-      _tile_stored(4, parts[3], 64);
+      TILE_ZERO(0);
+      TILE_LOAD(5, values, 64);
+      TILE_ADD_INT8(0, 1, 5);
+      TILE_ZERO(2);
+      TILE_LOAD(7, values + 1024, 64);
+      TILE_ADD_INT8(2, 1, 7);
+      TILE_ZERO(3);
+      TILE_LOAD(5, values + 2048, 64);
+      TILE_ADD_INT8(3, 1, 5);
+      TILE_ZERO(4);
+      TILE_LOAD(7, values + 3072, 64);
+      TILE_ADD_INT8(4, 1, 7);
+      TILE_STORE(0, parts[0], 64);
+      TILE_STORE(2, parts[1], 64);
+      TILE_STORE(3, parts[2], 64);
+      TILE_STORE(4, parts[3], 64);
       for (int r = 0; r < count; ++r) {
         for (int i = 0; i < 4; ++i) {
           float* at = sums + r * width + j + 16 * i;
@@ -230,17 +234,19 @@ class AmxInt8Engine : public AmxEngine<K, int8_t, N> {
   }
 
   // Up to eight queries with all tokens of a packed block.
+  template <bool SIGNS>
   void score_eight(int64_t first, int count, float (*scores)[BLOCK]) {
     alignas(64) int32_t kept[BLOCK][16], signs[BLOCK][16];
-    for (int t = 0; t < BLOCK; t += 32) multiply(first, t, kept + t, signs + t);
+    for (int t = 0; t < BLOCK; t += 32) multiply<SIGNS>(first, t, kept + t, signs + t);
     for (int t = 0; t < BLOCK; t += 16) {
       const F step = load(key_steps_ + t), amplitude = load(amplitudes_ + t);
       for (int r = 0; r < count; r += 4) {
-        F k[4], s[4];
+        F k[4], s[4] = {};
         whole_numbers(kept + t, r, k);
-        whole_numbers(signs + t, r, s);
+        if (SIGNS) whole_numbers(signs + t, r, s);
         for (int i = 0; i < 4; ++i) {
-          const F dot = k[i] * (units(first, 0)[r + i] * step) + s[i] * (units(first, 1)[r + i] * amplitude);
+          F dot = k[i] * (units(first, 0)[r + i] * step);
+          if (SIGNS) dot += s[i] * (units(first, 1)[r + i] * amplitude);
           store(&scores[r + i][t], dot);
         }
       }
@@ -255,33 +261,37 @@ class AmxInt8Engine : public AmxEngine<K, int8_t, N> {
     for (int i = 0; i < 4; ++i) numbers[i] = joined(bit_cast<__m512i>(numbers[i]), bit_cast<__m512i>(low[i]));
   }
 
-  // Products of 32 tokens with the digits of eight queries; four sums side by side.
+  // Products of 32 tokens with the digits of eight queries; sums side by side.
+  template <bool SIGNS>
   void multiply(int64_t first, int token, int32_t (*kept)[16], int32_t (*signs)[16]) {
     const int64_t width = key_width_, at = token * width, half = at + 16 * width;
     const int8_t *query = digits(first, 0), *weighted = digits(first, 1);
-    _tile_zero(0);
-    _tile_zero(2);
-    _tile_zero(3);
-    _tile_zero(4);
+    TILE_ZERO(0);
+    TILE_ZERO(2);
+    TILE_ZERO(3);
+    TILE_ZERO(4);
     for (int64_t j = 0; j < width; j += 64) {
-      _tile_loadd(7, query + j * 16, 64);
-      _tile_loadd(5, &kept_[at + j], width);
-      _tile_dpbssd(0, 5, 7);
-      _tile_loadd(5, &kept_[half + j], width);
-      _tile_dpbssd(2, 5, 7);
-      _tile_loadd(7, weighted + j * 16, 64);
-      _tile_loadd(5, &signs_[at + j], width);
-      _tile_dpbssd(3, 5, 7);
-      _tile_loadd(5, &signs_[half + j], width);
-      _tile_dpbssd(4, 5, 7);
+      TILE_LOAD(7, query + j * 16, 64);
+      TILE_LOAD(5, &kept_[at + j], width);
+      TILE_ADD_INT8(0, 5, 7);
+      TILE_LOAD(5, &kept_[half + j], width);
+      TILE_ADD_INT8(2, 5, 7);
+      if (!SIGNS) continue;
+      TILE_LOAD(7, weighted + j * 16, 64);
+      TILE_LOAD(5, &signs_[at + j], width);
+      TILE_ADD_INT8(3, 5, 7);
+      TILE_LOAD(5, &signs_[half + j], width);
+      TILE_ADD_INT8(4, 5, 7);
     }
-    _tile_stored(0, kept[0], 64);
-    _tile_stored(2, kept[16], 64);
-    _tile_stored(3, signs[0], 64);
-    _tile_stored(4, signs[16], 64);
+    TILE_STORE(0, kept[0], 64);
+    TILE_STORE(2, kept[16], 64);
+    if (!SIGNS) return;
+    TILE_STORE(3, signs[0], 64);
+    TILE_STORE(4, signs[16], 64);
   }
 
   const Problem& p_;
+  const bool int8_keys_, has_signs_;
   const int64_t key_width_, value_width_;
   Scratch<int8_t> kept_, signs_, values_;
   const int64_t eights_;

@@ -1,4 +1,4 @@
-// Attention over packed keys and a dense tail: one pass over the cache in blocks of tokens.
+// Attention over packed and dense tokens: one pass over the cache in blocks of tokens.
 //
 // A task is a chunk of tokens of one key head. It expands each block once, for all query heads of
 // the group: scores, online softmax (Milakov and Gimelshein, arXiv 1805.02867), weighted sum of
@@ -6,137 +6,12 @@
 // a block is ever written.
 #pragma once
 
-#include <algorithm>
-#include <cstdlib>
-#include <memory>
 #include <numeric>
-#include <vector>
 
-#include "prune.h"
+#include "problem.h"
+#include "threads.h"
 
 namespace spark {
-
-constexpr int MAX_HEAD = 1024;  // channels
-
-// Scratch memory of a thread, the small blocks kept for its next call: given back to the system,
-// their pages would have to be cleared again at each.
-class Pool {
-  static constexpr size_t BLOCKS = 16, BLOCK_BYTES = 1 << 18;
-
- public:
-  static Pool& mine() {
-    static thread_local Pool pool;
-    return pool;
-  }
-  void* take(size_t bytes) {
-    const auto same = std::find_if(blocks_.begin(), blocks_.end(), [&](const auto& b) { return b.second == bytes; });
-    if (same == blocks_.end()) return std::aligned_alloc(64, bytes);
-    void* data = same->first;
-    blocks_.erase(same);
-    return data;
-  }
-  void give(void* data, size_t bytes) {
-    if (bytes > BLOCK_BYTES) return std::free(data);
-    blocks_.emplace_back(data, bytes);
-    if (blocks_.size() > BLOCKS) std::free(blocks_.front().first), blocks_.erase(blocks_.begin());
-  }
-  ~Pool() {
-    for (const auto& block : blocks_) std::free(block.first);
-  }
-
- private:
-  std::vector<std::pair<void*, size_t>> blocks_;
-};
-
-struct GiveBack {
-  size_t bytes;
-  void operator()(void* data) const { Pool::mine().give(data, bytes); }
-};
-template <class T>
-using Scratch = std::unique_ptr<T[], GiveBack>;
-
-// Zeros.
-template <class T>
-Scratch<T> scratch(int64_t count) {
-  const size_t bytes = round_up(std::max<int64_t>(count, 1) * sizeof(T), 64);
-  void* data = Pool::mine().take(bytes);
-  std::memset(data, 0, bytes);
-  return Scratch<T>(static_cast<T*>(data), GiveBack{bytes});
-}
-
-// A tensor [B, H, S, ...] whose last dimension is contiguous; strides in elements.
-struct Rows {
-  char* data = nullptr;
-  int64_t itemsize = 0, batch = 0, head = 0, token = 0;
-  const char* end = nullptr;  // behind the last element
-
-  template <class T>
-  T* at(int64_t b, int64_t h, int64_t s) const {
-    return reinterpret_cast<T*>(data + (b * batch + h * head + s * token) * itemsize);
-  }
-};
-
-enum class MaskKind { none, boolean, float32, bfloat16, float16 };
-
-struct Problem {
-  int64_t batch, query_heads, kv_heads, queries, key_dim, value_dim;
-  int64_t kept_channels, kept_values;  // more bits may be set than there are: they promise nothing
-  int64_t scale_entries, value_entries;
-  int64_t length, packed, sinks;  // tokens: in all, packed, dense ones in front of the packed
-  Rows query, kept, bits, scale, tail, values, value_bits, value_scale;
-  const float* norms;
-  int64_t norms_batch, norms_head, norms_channel;
-  bool recovers, squared;
-  float attn_scale, softcap;
-  bool causal;
-  int64_t causal_offset;
-  MaskKind mask_kind = MaskKind::none;
-  const char* mask = nullptr;
-  int64_t mask_strides[4] = {};
-  const float* sink_logits = nullptr;
-  Rows output;
-  float* lse = nullptr;  // [B, Hq, L] or null
-
-  int64_t group() const { return query_heads / kv_heads; }
-  int64_t query_rows() const { return group() * queries; }
-};
-
-// Tokens of one kind: packed, or dense in the tail.
-struct Block {
-  int64_t batch, head;
-  bool packed;
-  int64_t key_row, value_row;  // of the first token, in its buffer
-  int count;                   // tokens, at most the engine's BLOCK
-};
-
-// Asks for a part of the row that lies TOKENS behind the one that is worked on. At most 16
-// lines are on their way at a time, and who asks for more has to wait: so it is done row by row.
-// Into the second-level cache: from there the lines displace nothing of the first one's.
-struct Ahead {
-  static constexpr int64_t TOKENS = 64;
-  int64_t first, last;  // bytes behind the row in hand
-
-  Ahead(int64_t step_bytes, int64_t first, int64_t last)
-      : first(TOKENS * step_bytes + first), last(TOKENS * step_bytes + last) {}
-
-  void operator()(const void* row) const {
-    const uintptr_t from = reinterpret_cast<uintptr_t>(row);
-    for (int64_t at = first; at < last; at += 64) {
-      __builtin_prefetch(reinterpret_cast<const void*>(from + at), 0, 2);
-      asm volatile("");  // GCC drops calls of functions that do nothing but prefetch
-    }
-  }
-};
-// Expanding keys leaves more time between two requests than expanding values does: the first half of
-// a value (in whole lines) is asked for with its key.
-inline int64_t early_bytes(int64_t row_bytes) { return round_up((row_bytes + 1) / 2, 64); }
-
-// What q is multiplied with where a channel is pruned: 1 / n^p, or 0 without recovery.
-inline void recovery_weights(const Problem& p, int64_t b, int64_t h, float* weights) {
-  const float* norms = p.norms + b * p.norms_batch + h * p.norms_head;
-  norm_powers(norms, p.norms_channel, p.key_dim, p.squared, weights);
-  for (int64_t j = 0; j < p.key_dim; ++j) weights[j] = p.recovers ? 1.0f / weights[j] : 0.0f;
-}
 
 // What a mask's number adds to a score.
 template <class M>
@@ -165,12 +40,13 @@ void add_mask(const M* mask, int64_t step, int count, float* scores) {
 template <int BLOCK>
 void finish_scores(const Problem& p, const Block& block, int64_t row, float (&scores)[BLOCK]) {
   const int64_t g = row / p.queries, i = row % p.queries;
+  const float scale = p.keys.spec->scale, softcap = p.keys.spec->softcap;
   for (int t = 0; t < BLOCK; t += LANES) {
-    F s = load(scores + t) * p.attn_scale;
-    if (p.softcap != 0) s = tanh(s / p.softcap) * p.softcap;
+    F s = load(scores + t) * scale;
+    if (softcap != 0) s = tanh(s / softcap) * softcap;
     store(scores + t, s);
   }
-  const int64_t first = block.value_row;  // the block's first token in the order of the tokens
+  const int64_t first = block.first;
   int visible = block.count;
   if (p.causal) visible = std::clamp<int64_t>(i + p.causal_offset + 1 - first, 0, visible);
   if (p.mask_kind != MaskKind::none) {
@@ -227,12 +103,11 @@ struct Partial {
 // A block's scores with all query rows, then their softmax weights, and what update() returned.
 template <int BLOCK>
 struct Weights {
-  explicit Weights(int64_t rows)
-      : room(scratch<float>(round_up(rows, 16) * BLOCK)), rescale(rows),
+  explicit Weights(int64_t count)
+      : room(uncleared_scratch<float>(round_up(count, 16) * BLOCK)), rescale(uncleared_scratch<float>(count)),
         rows(reinterpret_cast<float (*)[BLOCK]>(room.get())) {}
 
-  Scratch<float> room;
-  std::vector<float> rescale;
+  Scratch<float> room, rescale;
   float (*rows)[BLOCK];  // a tile of 16 may be written where fewer are left
 };
 
@@ -252,29 +127,35 @@ void attend_block(const Problem& p, Engine& engine, const Block& block, Weights<
   engine.expand_values(block);
   for (int64_t first = 0; first < rows; first += Engine::QUERIES) {
     const int count = std::min<int64_t>(Engine::QUERIES, rows - first);
-    const float* rescale = weights.rescale.data() + first;
+    const float* rescale = weights.rescale.get() + first;
     const bool changed = std::any_of(rescale, rescale + count, [](float x) { return x != 1.0f; });
     engine.accumulate(block, weights.rows + first, count, changed ? rescale : nullptr, partial.sums + first * width);
   }
 }
 
-// The tokens [start, stop) of a key head, cut where packed and dense ones meet.
+// The tokens [start, stop) of a key head: packed ones, then dense ones.
 template <class Engine>
 void attend_chunk(const Problem& p, Engine& engine, Weights<Engine::BLOCK>& weights, int64_t b, int64_t h, int64_t start,
                   int64_t stop, Partial partial) {
   const int64_t rows = p.query_rows(), width = Engine::padded(p.value_dim);
   std::fill_n(partial.softmax, rows, Softmax{});
-  std::fill_n(partial.sums, rows * width, 0.0f);
+  std::fill_n(partial.sums, Engine::padded_rows(rows) * width, 0.0f);
   engine.start(b, h);
   const int64_t packed_stop = p.sinks + p.packed;
-  for (int64_t token = start; token < stop;) {
-    const bool packed = token >= p.sinks && token < packed_stop;
-    const int64_t limit = token < p.sinks ? p.sinks : packed ? packed_stop : p.length;
-    const int count = std::min({int64_t(Engine::BLOCK), limit - token, stop - token});
-    const int64_t key_row = packed ? token - p.sinks : token < p.sinks ? token : token - p.packed;
-    attend_block(p, engine, Block{b, h, packed, key_row, token, count}, weights, partial);
-    token += count;
-  }
+  const auto attend_range = [&](int64_t from, int64_t to, auto block_at) {
+    for (int64_t token = from; token < to;) {
+      const Block block = block_at(token, std::min<int64_t>(to - token, Engine::BLOCK));
+      attend_block(p, engine, block, weights, partial);
+      token += block.count;
+    }
+  };
+  const auto dense = [&](int64_t token, int64_t count) { return p.dense_block(b, h, token, count); };
+  attend_range(std::max(start, p.sinks), std::min(stop, packed_stop), [&](int64_t token, int64_t count) {
+    return p.packed_block(b, h, token, count);
+  });
+  engine.finish_packed(partial.sums, rows);
+  attend_range(start, std::min(stop, p.sinks), dense);
+  attend_range(std::max(start, packed_stop), stop, dense);
   engine.finish(partial.sums, rows);
 }
 
@@ -285,14 +166,11 @@ void merge_row(const Problem& p, const Partial* chunks, int64_t count, int64_t b
   float max = p.sink_logits ? p.sink_logits[head] : -INF;
   for (int64_t c = 0; c < count; ++c) max = std::max(max, chunks[c].softmax[row].max);
   T* output = p.output.at<T>(b, head, i);
-  float* lse = p.lse ? p.lse + (b * p.query_heads + head) * p.queries + i : nullptr;
-  if (max == -INF) {  // this query sees nothing
-    std::fill_n(output, p.value_dim, from_float<T>(0.0f));
-    if (lse) *lse = -INF;
-    return;
-  }
+  // This query sees nothing.
+  if (max == -INF) return (void)std::fill_n(output, p.value_dim, from_float<T>(0.0f));
   float total = p.sink_logits ? std::exp(p.sink_logits[head] - max) : 0.0f;
-  float sums[MAX_HEAD] = {};
+  float sums[MAX_HEAD];
+  std::fill_n(sums, p.value_dim, 0.0f);
   for (int64_t c = 0; c < count; ++c) {
     const Softmax& softmax = chunks[c].softmax[row];
     if (softmax.max == -INF) continue;
@@ -301,31 +179,28 @@ void merge_row(const Problem& p, const Partial* chunks, int64_t count, int64_t b
     for (int64_t j = 0; j < p.value_dim; ++j) sums[j] += part[j] * share;
   }
   for (int64_t j = 0; j < p.value_dim; ++j) output[j] = from_float<T>(sums[j] / total);
-  if (lse) *lse = max + std::log(total);
 }
 
 // As many chunks per head as give every thread the same share of the tokens (threads take equal
 // numbers of tasks, one after the other), none shorter than the set-up of a task is worth.
-inline int64_t chunk_tokens(const Problem& p, int64_t threads, int64_t block) {
-  const int64_t chunks = threads / std::gcd(threads, p.batch * p.kv_heads);
+inline int64_t chunk_tokens(const Problem& p, int64_t block) {
+  const int64_t threads = thread_count(), chunks = threads / std::gcd(threads, p.batch * p.kv_heads);
   return round_up(std::max<int64_t>((p.length + chunks - 1) / chunks, 256), block);
 }
 
-// `parallel(begin, end, f)` calls f(first, last) for ranges of [begin, end) on all cores.
-template <class T, class Engine, class Parallel>
-void attend(const Problem& p, int64_t threads, Parallel parallel) {
-  const int64_t chunk = chunk_tokens(p, threads, Engine::BLOCK);
+template <class T, class Engine>
+void attend(const Problem& p) {
+  const int64_t chunk = chunk_tokens(p, Engine::BLOCK);
   const int64_t chunks = std::max<int64_t>((p.length + chunk - 1) / chunk, 1);
   const int64_t heads = p.batch * p.kv_heads, rows = p.query_rows();
-  const int64_t width = Engine::padded(p.value_dim);
-  std::vector<Softmax> softmaxes(heads * chunks * rows);
-  const int64_t chunk_sums = Engine::padded_rows(rows) * width;
-  std::vector<float> sums(heads * chunks * chunk_sums);
-  std::vector<Partial> partials(heads * chunks);
+  const int64_t width = Engine::padded(p.value_dim), chunk_sums = Engine::padded_rows(rows) * width;
+  const Scratch<Softmax> softmaxes = uncleared_scratch<Softmax>(heads * chunks * rows);
+  const Scratch<float> sums = uncleared_scratch<float>(heads * chunks * chunk_sums);
+  const Scratch<Partial> partials = uncleared_scratch<Partial>(heads * chunks);
   for (int64_t task = 0; task < heads * chunks; ++task) {
-    partials[task] = {softmaxes.data() + task * rows, sums.data() + task * chunk_sums};
+    partials[task] = {softmaxes.get() + task * rows, sums.get() + task * chunk_sums};
   }
-  parallel(0, heads * chunks, [&](int64_t first, int64_t last) {
+  parallel(0, heads * chunks, 1, [&](int64_t first, int64_t last) {
     Engine engine(p);
     Weights<Engine::BLOCK> weights(rows);
     for (int64_t task = first; task < last; ++task) {
@@ -343,7 +218,7 @@ void attend(const Problem& p, int64_t threads, Parallel parallel) {
   };
   // A few rows are merged sooner than a second thread wakes up.
   if (heads * rows * chunks < 4096) return merge(0, heads * rows);
-  parallel(0, heads * rows, merge);
+  parallel(0, heads * rows, 1, merge);
 }
 
 }  // namespace spark

@@ -18,6 +18,8 @@ _SOURCES = Path(__file__).resolve().parent
 _VECTORS = ("avx2", "f16c", "fma", "bmi", "bmi2", "popcnt")
 _WIDE = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vbmi2")
 _TILES = ("avx512bf16", "amx-tile", "amx-bf16", "amx-int8")
+_EMULATED_TILES = "-DSPARK_EMULATED_TILES"
+"""In $SPARK_COMPILE_CXXFLAGS: plain C++ stands in for the tile registers, for tests alone."""
 LEVELS: dict[str, tuple[str, ...]] = {
     "amx": (*_VECTORS, *_WIDE, *_TILES),
     "avx512": (*_VECTORS, *_WIDE),
@@ -42,14 +44,16 @@ def supported() -> tuple[str, ...]:
     if not hasattr(torch.cpu, "get_capabilities"):  # before torch 2.13
         known = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
         return ("avx2", "plain") if known else ("plain",)
-    has = torch.cpu.get_capabilities()
+    has, emulated = dict(torch.cpu.get_capabilities()), _EMULATED_TILES in _extra_flags()
+    if emulated:
+        has |= {_CAPABILITIES[name]: True for name in _TILES if name.startswith("amx")}
     runs = [
         name
         for name, sets in LEVELS.items()
         if all(has.get(_CAPABILITIES.get(s, s), False) for s in sets)
     ]
     # The kernel of the operating system has to grant the tile registers to this process.
-    if "amx" in runs and not torch.cpu._init_amx():
+    if "amx" in runs and not emulated and not torch.cpu._init_amx():
         runs.remove("amx")
     return tuple(runs)
 
@@ -97,12 +101,15 @@ def _command(level: str) -> list[str]:
     flags = [f"-m{name}" for name in LEVELS[level]]
     if level == "amx":
         flags.append("-DSPARK_AMX")
-    extra = os.environ.get("SPARK_COMPILE_CXXFLAGS", "").split()
     return [
         _compiler(), "-O3", "-std=c++20", "-shared", "-fPIC", "-fvisibility=hidden", *flags,
         f"-I{root / 'include'}", str(_SOURCES / "spark.cpp"),
-        f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10", *extra,
+        f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10", *_extra_flags(),
     ]  # fmt: skip
+
+
+def _extra_flags() -> list[str]:
+    return os.environ.get("SPARK_COMPILE_CXXFLAGS", "").split()
 
 
 def _compiler() -> str:

@@ -1,11 +1,11 @@
-// Blocks of keys and values as float32, for every dtype and instruction set.
+// Blocks of keys and values as float32, for every format, dtype and instruction set.
 #pragma once
 
 #include "attend.h"
 
 namespace spark {
 
-// LANES numbers of which `count` are wanted; where more would reach behind `end` they are not read.
+// LANES numbers of which `count` are wanted; where more would reach beyond `end` they are not read.
 template <class T>
 inline F load_guarded(const T* p, int64_t count, const char* end) {
   if (reinterpret_cast<const char*>(p + LANES) <= end) return load_floats(p);
@@ -22,8 +22,76 @@ inline uint32_t plane_bits(const uint8_t* plane, int64_t first, [[maybe_unused]]
 #endif
 }
 
-// T: the model's dtype; K and V: what keys and values are stored in, T or int8_t.
-template <class T, class K, class V>
+// Rows of float32, `width` numbers apart, that records or dense rows of one side are worth.
+template <class T>
+class FloatRows {
+ public:
+  explicit FloatRows(const Side& side, int block)
+      : f_(*side.format), end_(side.pages_end), width_(round_up(f_.dim, LANES)),
+        rows_(scratch<float>(block * width_)), weights_(scratch<float>(width_)) {}
+
+  void start(const Side& side, int64_t b, int64_t h) { recovery_weights(side, b, h, weights_.get()); }
+
+  // row_at(t): where token t of the block is.
+  template <class RowAt>
+  void expand(const Block& block, RowAt row_at) {
+    if (!block.packed || f_.kind == Kind::dense) return each(block, row_at, [this](auto... a) { dense(a...); });
+    if (f_.kind == Kind::int8) return each(block, row_at, [this](auto... a) { quantized(a...); });
+    if (f_.int8) return each(block, row_at, [this](auto... a) { pruned<int8_t>(a...); });
+    each(block, row_at, [this](auto... a) { pruned<T>(a...); });
+  }
+
+  int64_t width() const { return width_; }
+  const float* operator[](int64_t t) const { return &rows_[t * width_]; }
+  void clear_from(int t, int block) { std::fill(&rows_[t * width_], &rows_[block * width_], 0.0f); }
+
+ private:
+  template <class RowAt, class Expand>
+  void each(const Block& block, RowAt row_at, Expand expand) {
+    for (int t = 0; t < block.count; ++t) expand(row_at(t), &rows_[t * width_]);
+  }
+
+  void dense(const char* row, float* out) const {
+    const T* numbers = reinterpret_cast<const T*>(row);
+    for (int64_t j = 0; j < f_.dim; j += LANES) store(out + j, load_floats(numbers + j, f_.dim - j));
+  }
+
+  void quantized(const char* record, float* out) const {
+    const int8_t* levels = reinterpret_cast<const int8_t*>(record + f_.channels);
+    const float step = to_float(*reinterpret_cast<const T*>(record + f_.step));
+    for (int64_t j = 0; j < f_.dim; j += LANES) store(out + j, load_floats(levels + j, f_.dim - j) * step);
+  }
+
+  template <class Stored>
+  void pruned(const char* record, float* out) const {
+    const Stored* channels = reinterpret_cast<const Stored*>(record + f_.channels);
+    const uint8_t* keep = reinterpret_cast<const uint8_t*>(record + f_.keep);
+    const float scale = to_float(*reinterpret_cast<const T*>(record + f_.scale));
+    const float step = f_.int8 ? to_float(*reinterpret_cast<const T*>(record + f_.step)) : 1.0f;
+    const bool is_spark = f_.kind == Kind::spark;
+    const int64_t plane = f_.plane();
+    int rank = 0;
+    for (int64_t j = 0; j < f_.dim; j += LANES) {
+      const uint32_t kept = plane_bits(keep, j, plane);
+      // More bits may be set than there are channels: they promise nothing.
+      const int count = std::min(__builtin_popcount(kept), int(f_.kept) - rank);
+      F values = load_guarded(channels + rank, count, end_);
+      if constexpr (std::is_same_v<Stored, int8_t>) values *= step;
+      F others = splat(scale);
+      if (is_spark) others = negate(load(&weights_[j]) * scale, plane_bits(keep + plane, j, plane));
+      store(out + j, spark::expand(others, values, kept));
+      rank += count;
+    }
+  }
+
+  const Format& f_;
+  const char* end_;
+  const int64_t width_;
+  Scratch<float> rows_, weights_;
+};
+
+// T: the model's dtype.
+template <class T>
 class FloatEngine {
  public:
   static constexpr int BLOCK = 32, QUERIES = 4;  // tokens, query rows
@@ -31,12 +99,12 @@ class FloatEngine {
   static int64_t padded_rows(int64_t rows) { return rows; }
 
   explicit FloatEngine(const Problem& p)
-      : p_(p), key_width_(padded(p.key_dim)), value_width_(padded(p.value_dim)),
-        keys_(scratch<float>(BLOCK * key_width_)), values_(scratch<float>(BLOCK * value_width_)),
-        queries_(scratch<float>(p.query_rows() * key_width_)), weights_(scratch<float>(key_width_)) {}
+      : p_(p), keys_(p.keys, BLOCK), values_(p.values, BLOCK), key_width_(keys_.width()), value_width_(values_.width()),
+        queries_(scratch<float>(p.query_rows() * key_width_)) {}
 
   void start(int64_t b, int64_t h) {
-    recovery_weights(p_, b, h, weights_.get());
+    keys_.start(p_.keys, b, h);
+    values_.start(p_.values, b, h);
     for (int64_t row = 0; row < p_.query_rows(); ++row) {
       const int64_t head = h * p_.group() + row / p_.queries;
       const T* query = p_.query.at<T>(b, head, row % p_.queries);
@@ -45,36 +113,13 @@ class FloatEngine {
   }
 
   void expand_keys(const Block& block) {
-    for (int t = 0; t < block.count; ++t) {
-      float* key = &keys_[t * key_width_];
-      if (block.packed) {
-        expand_key(block, block.key_row + t, key);
-      } else {
-        const T* row = p_.tail.at<T>(block.batch, block.head, block.key_row + t);
-        for (int64_t j = 0; j < p_.key_dim; j += LANES) store(key + j, load_floats(row + j, p_.key_dim - j));
-      }
-    }
+    keys_.expand(block, [&](int t) { return block.key(t); });
   }
 
   void expand_values(const Block& block) {
-    for (int t = 0; t < block.count; ++t) {
-      const int64_t token = block.value_row + t;
-      float* value = &values_[t * value_width_];
-      const V* row = p_.values.at<V>(block.batch, block.head, token);
-      float step = 1.0f;
-      if constexpr (std::is_same_v<V, int8_t>) {
-        step = to_float(p_.value_scale.at<T>(block.batch, block.head, token)[p_.value_entries - 1]);
-      }
-      if (p_.value_bits.data) {
-        expand_value(block, token, row, step, value);
-      } else {
-        for (int64_t j = 0; j < p_.value_dim; j += LANES) {
-          store(value + j, load_floats(row + j, p_.value_dim - j) * step);
-        }
-      }
-    }
+    values_.expand(block, [&](int t) { return block.value(t); });
     // Weights of tokens that are not there are 0, which would not save the sum from a NaN.
-    std::fill(&values_[block.count * value_width_], &values_[BLOCK * value_width_], 0.0f);
+    values_.clear_from(block.count, BLOCK);
   }
 
   // Dot products of `count` queries from row `first` on with the block.
@@ -94,48 +139,18 @@ class FloatEngine {
     add_values<1>(weights, sums);
   }
 
+  // Sums have the order of the channels at all times.
+  void finish_packed(float*, int64_t) {}
   void finish(float*, int64_t) {}
 
  private:
-  void expand_key(const Block& block, int64_t token, float* key) {
-    const K* row = p_.kept.at<K>(block.batch, block.head, token);
-    const T* scale = p_.scale.at<T>(block.batch, block.head, token);
-    const float amplitude = to_float(scale[0]);
-    const int64_t plane = (p_.key_dim + 7) / 8;
-    const uint8_t* keep = p_.bits.at<uint8_t>(block.batch, block.head, token);
-    int rank = 0;
-    for (int64_t j = 0; j < p_.key_dim; j += LANES) {
-      const uint32_t kept = plane_bits(keep, j, plane), negative = plane_bits(keep + plane, j, plane);
-      const int count = std::min(__builtin_popcount(kept), int(p_.kept_channels) - rank);
-      F values = load_guarded(row + rank, count, p_.kept.end);
-      if constexpr (std::is_same_v<K, int8_t>) values *= to_float(scale[p_.scale_entries - 1]);
-      const F recovered = negate(load(&weights_[j]) * amplitude, negative);
-      store(key + j, expand(recovered, values, kept));
-      rank += count;
-    }
-  }
-
-  void expand_value(const Block& block, int64_t token, const V* row, float step, float* value) {
-    const float fill = to_float(p_.value_scale.at<T>(block.batch, block.head, token)[0]);
-    const uint8_t* keep = p_.value_bits.at<uint8_t>(block.batch, block.head, token);
-    const int64_t plane = (p_.value_dim + 7) / 8;
-    int rank = 0;
-    for (int64_t j = 0; j < p_.value_dim; j += LANES) {
-      const uint32_t kept = plane_bits(keep, j, plane);
-      const int count = std::min(__builtin_popcount(kept), int(p_.kept_values) - rank);
-      const F values = load_guarded(row + rank, count, p_.values.end) * step;
-      store(value + j, expand(splat(fill), values, kept));
-      rank += count;
-    }
-  }
-
   template <int R>
   void dots(const float* query, float (*scores)[BLOCK]) {
     for (int block = 0; block < BLOCK; block += LANES) {
       F partial[R][LANES];
       // Two tokens at a time: enough independent sums to hide the latency of an addition.
       for (int t = 0; t < LANES; t += 2) {
-        const float* key = &keys_[(block + t) * key_width_];
+        const float* key = keys_[block + t];
         F sums[R][2] = {};
         for (int64_t j = 0; j < key_width_; j += LANES) {
           const F k0 = load(key + j), k1 = load(key + key_width_ + j);
@@ -160,7 +175,7 @@ class FloatEngine {
       F total[R], more[R] = {};
       for (int r = 0; r < R; ++r) total[r] = load(sums + r * value_width_ + j);
       for (int t = 0; t < BLOCK; t += 2) {
-        const F v0 = load(&values_[t * value_width_ + j]), v1 = load(&values_[(t + 1) * value_width_ + j]);
+        const F v0 = load(values_[t] + j), v1 = load(values_[t + 1] + j);
         for (int r = 0; r < R; ++r) total[r] += v0 * weights[r][t], more[r] += v1 * weights[r][t + 1];
       }
       for (int r = 0; r < R; ++r) store(sums + r * value_width_ + j, total[r] + more[r]);
@@ -168,8 +183,9 @@ class FloatEngine {
   }
 
   const Problem& p_;
+  FloatRows<T> keys_, values_;
   const int64_t key_width_, value_width_;
-  Scratch<float> keys_, values_, queries_, weights_;
+  Scratch<float> queries_;
 };
 
 }  // namespace spark

@@ -23,6 +23,7 @@ constexpr int LANES = 8;
 
 typedef float F __attribute__((vector_size(LANES * 4)));
 typedef int32_t I __attribute__((vector_size(LANES * 4)));
+typedef uint32_t U __attribute__((vector_size(LANES * 4)));
 
 constexpr float INF = std::numeric_limits<float>::infinity();
 
@@ -156,6 +157,19 @@ inline F load_floats(const T* p, int64_t count) {
 // All lanes whose bit is set are all ones.
 inline I lane_mask(uint32_t bits) { return (splat(int32_t(bits)) & (splat(1) << lanes())) != 0; }
 
+// The bits of the lanes that are all ones; the others are zeros.
+inline uint32_t lane_bits(I mask) {
+#if defined(__AVX512DQ__)
+  return _mm512_movepi32_mask((__m512i)mask);
+#elif defined(__AVX2__)
+  return uint32_t(_mm256_movemask_ps((__m256)mask));
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < LANES; ++i) bits |= uint32_t(mask[i] & 1) << i;
+  return bits;
+#endif
+}
+
 // v with the sign of the lanes whose bit is set turned.
 inline F negate(F v, uint32_t bits) {
   return bit_cast<F>(bit_cast<I>(v) ^ (lane_mask(bits) & splat(int32_t(0x80000000))));
@@ -198,6 +212,7 @@ inline float sum(F v) {
   return fold(v, [](F a, F b) { return a + b; });
 }
 inline F max(F a, F b) { return select(a > b, a, b); }
+inline F abs(F v) { return bit_cast<F>(bit_cast<I>(v) & splat(0x7fffffff)); }
 inline float maximum(F v) {
   return fold(v, [](F a, F b) { return max(a, b); });
 }
@@ -229,8 +244,9 @@ inline F exp_nonpositive(F x) {
   y = y * r + 1.6666665459e-1f;
   y = y * r + 5.0000001201e-1f;
   y = y * r * r + r + 1.0f;
-  const I power = bit_cast<I>(shifted) << 23;
-  return select(tiny, F{}, bit_cast<F>(bit_cast<I>(y) + power));
+  // Unsigned: of a NaN the sum may overflow.
+  const U power = bit_cast<U>(shifted) << 23;
+  return select(tiny, F{}, bit_cast<F>(bit_cast<U>(y) + power));
 }
 
 // tanh(x) = sign(x) (1 - e) / (1 + e), e = exp(-2 |x|)

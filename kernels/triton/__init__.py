@@ -1,7 +1,8 @@
 """Triton kernels for NVIDIA and AMD GPUs, from one source.
 
-``bits`` is shared by the kernels of ``pack``, ``append`` and ``attend``; ``blocks`` chooses their
-block shapes, ``launch`` checks arguments and starts them, and ``ops`` makes operators of them:
+``bits`` and ``records`` read what is stored, for the kernels of ``attend``, ``pack`` and ``head``.
+``sides`` checks a side of a cache and says where its fields lie, ``blocks`` chooses block shapes,
+``launch`` starts the kernels, and ``ops`` makes operators of them:
 ``torch.ops.spark_triton.<name>``, which Inductor and functionalization see through, and the CUDA
 implementations of ``torch.ops.spark.<name>``.
 

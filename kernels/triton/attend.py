@@ -1,9 +1,7 @@
-"""Split-K attention over packed keys and the dense tail (``kernels/reference/attend``).
+"""Split-K attention over packed pages and dense rows (``kernels/reference/attend``).
 
-    q.k^ = sum_kept q_j k_j + sum_pruned q_j sign_j a w_j        w = floored(norms)^-p
-
-The keys k^ of a block are put together in registers, in the model's dtype, and go through one
-matrix product: two of them (+-1 with the queries times w) hold twice the operands.
+The keys of a block are put together in registers, in the model's dtype, and go through one matrix
+product: separate products of kept and recovered channels hold twice the operands.
 
 A program reads one share of the tokens of one key head for the rows of that head's queries, row
 ``g * L + l`` being query l of the group's head g; ``merge_splits`` puts the shares together. As in
@@ -19,88 +17,25 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from .bits import flags, ranks
+from .records import as_type, columns, decoded, dense_rows, load_counters, records, weights
 
 _LOG2E = tl.constexpr(1.4426950408889634)
-_FLOOR = tl.constexpr(1e-3)  # of kernels/reference/prune.floored
-
-
-@triton.jit
-def _int64(number: tl.tensor) -> Any:
-    """A scalar in 64 bits; a loop's counter is a plain int to Triton's interpreter."""
-    return tl.full((), 0, tl.int64) + number
-
-
-@triton.jit
-def _weight(norms: tl.tensor, channel: tl.tensor, dim: tl.tensor, SQUARED: tl.constexpr) -> Any:
-    """floored(norms)^-p of one head, 0 past its channels."""
-    norm = tl.load(norms + channel, mask=channel < dim, other=0)
-    floor = tl.maximum(tl.sum(norm, axis=0) / dim * _FLOOR, 1e-12)
-    norm = tl.maximum(norm, floor)
-    return tl.where(channel < dim, 1.0 / (tl.sqrt(norm) if SQUARED else norm), 0.0)
-
-
-@triton.jit
-def _packed_keys(
-    kept: tl.tensor, bits: tl.tensor, scale: tl.tensor, weight: tl.tensor, row: tl.tensor,
-    kept_s: tl.tensor, bits_s: tl.tensor, scale_s: tl.tensor, count: tl.tensor, DTYPE: tl.constexpr,
-    LARGEST: tl.constexpr, QUANTIZED: tl.constexpr, SIGNS: tl.constexpr, WORDS: tl.constexpr,
-    BITS: tl.constexpr, BLOCK_D: tl.constexpr,
-) -> Any:  # fmt: skip
-    """Recovered keys [N, BLOCK_D] of the rows ``row`` [N] behind the pointers.
-
-    No load is masked: a predicate for each takes more registers than the loads do on AMD. A channel
-    that is not kept reads its neighbour's number.
-    """
-    keep, rank = ranks(bits, row * bits_s, WORDS, BITS, BLOCK_D)
-    key = tl.load(kept + ((row * kept_s)[:, None] + tl.minimum(rank, count - 1))).to(tl.float32)
-    if QUANTIZED:
-        key *= tl.load(scale + row * scale_s + 1).to(tl.float32)[:, None]
-    if SIGNS:
-        negative = flags(bits + WORDS, row * bits_s, WORDS, BITS, BLOCK_D)
-        amplitude = tl.load(scale + row * scale_s).to(tl.float32)
-        recovered = tl.minimum(amplitude[:, None] * weight[None, :], LARGEST)
-        recovered = tl.where(negative, -recovered, recovered)
-    else:
-        recovered = 0.0
-    return tl.where(keep, key, recovered).to(DTYPE)
-
-
-@triton.jit
-def _value_block(
-    values: tl.tensor, value_bits: tl.tensor, value_scale: tl.tensor, row: tl.tensor,
-    values_s: tl.tensor, vbits_s: tl.tensor, vscale_s: tl.tensor, value_dim: tl.tensor,
-    value_count: tl.tensor, DTYPE: tl.constexpr, PRUNED: tl.constexpr, QUANTIZED: tl.constexpr,
-    WORDS: tl.constexpr, BITS: tl.constexpr, BLOCK_V: tl.constexpr,
-) -> Any:  # fmt: skip
-    """Values [N, BLOCK_V] of the rows ``row`` [N] behind the pointers, in the model's dtype."""
-    if PRUNED:
-        keep, rank = ranks(value_bits, row * vbits_s, WORDS, BITS, BLOCK_V)
-        value = tl.load(values + ((row * values_s)[:, None] + tl.minimum(rank, value_count - 1)))
-    else:
-        channel = tl.minimum(tl.arange(0, BLOCK_V), value_dim - 1)
-        value = tl.load(values + ((row * values_s)[:, None] + channel[None, :]))
-    if QUANTIZED:
-        step = tl.load(value_scale + row * vscale_s + (1 if PRUNED else 0)).to(tl.float32)
-        value = value.to(tl.float32) * step[:, None]
-    value = value.to(DTYPE)
-    if PRUNED:
-        mean = tl.load(value_scale + row * vscale_s).to(DTYPE)
-        value = tl.where(keep, value, mean[:, None])
-    return value
 
 
 @triton.jit
 def _visible(
     scores: tl.tensor, token: tl.tensor, valid: tl.tensor, real: tl.tensor, mask: tl.tensor,
-    mask_row: tl.tensor, mask_s: tl.tensor, latest: tl.tensor, attn_scale: tl.tensor,
-    softcap: tl.tensor, CAUSAL: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr,
+    mask_row: tl.tensor, mask_s: tl.tensor, mask_tokens: tl.tensor, latest: tl.tensor,
+    attn_scale: tl.tensor, softcap: tl.tensor, CAUSAL: tl.constexpr, MASK: tl.constexpr,
+    SOFTCAP: tl.constexpr,
 ) -> Any:  # fmt: skip
     """Scores [M, N] in base 2, capped and masked; the mask's rows begin at ``mask_row`` [M]."""
     scores *= attn_scale
     if SOFTCAP:
         # tanh by one exponential; its overflow to inf gives 1.
         scores = softcap * (1.0 - 2.0 / (tl.exp2(scores * (2.0 * _LOG2E) / softcap) + 1.0))
+    if MASK != "none":
+        valid = valid & (token < mask_tokens)
     seen = valid[None, :] & real[:, None]
     if CAUSAL:
         seen = seen & (token.to(tl.int64)[None, :] <= latest[:, None])
@@ -133,29 +68,35 @@ def _softmax_step(
     return higher, total, output
 
 
-@triton.jit(do_not_specialize=["packed_length", "length", "latest_offset", "queries"])
+@triton.jit(do_not_specialize=["latest_offset", "queries", "new_tokens", "mask_tokens"])
 def attend_split(
-    query: tl.tensor, kept: tl.tensor, bits: tl.tensor, scale: tl.tensor, norms: tl.tensor,
-    packed_length: tl.tensor, tail: tl.tensor, values: tl.tensor, value_bits: tl.tensor,
-    value_scale: tl.tensor, mask: tl.tensor, part_output: tl.tensor, part_top: tl.tensor,
-    part_total: tl.tensor, length: tl.tensor, latest_offset: tl.tensor, sink_tokens: tl.tensor,
-    attn_scale: tl.tensor, softcap: tl.tensor, heads: tl.tensor, group: tl.tensor,
-    queries: tl.tensor, packed_rows: tl.tensor, tail_rows: tl.tensor, value_rows: tl.tensor,
-    dim: tl.tensor, count: tl.tensor, value_dim: tl.tensor, value_count: tl.tensor,
-    query_b: tl.tensor, query_h: tl.tensor, query_s: tl.tensor, kept_b: tl.tensor,
-    kept_h: tl.tensor, kept_s: tl.tensor, bits_b: tl.tensor, bits_h: tl.tensor, bits_s: tl.tensor,
-    scale_b: tl.tensor, scale_h: tl.tensor, scale_s: tl.tensor, tail_b: tl.tensor,
-    tail_h: tl.tensor, tail_s: tl.tensor, values_b: tl.tensor, values_h: tl.tensor,
-    values_s: tl.tensor, vbits_b: tl.tensor, vbits_h: tl.tensor, vbits_s: tl.tensor,
-    vscale_b: tl.tensor, vscale_h: tl.tensor, vscale_s: tl.tensor, mask_b: tl.tensor,
-    mask_h: tl.tensor, mask_l: tl.tensor, mask_s: tl.tensor, LOADED: tl.constexpr,
-    SIGNS: tl.constexpr, SQUARED: tl.constexpr, KEY_INT8: tl.constexpr, LARGEST: tl.constexpr,
-    VALUE_INT8: tl.constexpr, VALUE_PRUNED: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr,
-    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, KEY_WORDS: tl.constexpr, KEY_BITS: tl.constexpr,
-    VALUE_WORDS: tl.constexpr, VALUE_BITS: tl.constexpr,
+    query: tl.tensor, mask: tl.tensor, part_output: tl.tensor, part_top: tl.tensor,
+    part_total: tl.tensor, latest_offset: tl.tensor, new_tokens: tl.tensor, mask_tokens: tl.tensor,
+    heads: tl.tensor, group: tl.tensor, queries: tl.tensor, query_b: tl.tensor, query_h: tl.tensor,
+    query_s: tl.tensor, mask_b: tl.tensor, mask_h: tl.tensor, mask_l: tl.tensor, mask_s: tl.tensor,
+    attn_scale: tl.tensor, softcap: tl.tensor, sink_tokens: tl.tensor, key_pages: tl.tensor,
+    key_head: tl.tensor, key_new: tl.tensor, key_slots: tl.tensor, key_rows: tl.tensor,
+    key_pages_b: tl.tensor, key_pages_h: tl.tensor, key_head_b: tl.tensor, key_head_h: tl.tensor,
+    key_new_b: tl.tensor, key_new_h: tl.tensor, key_new_s: tl.tensor, value_pages: tl.tensor,
+    value_head: tl.tensor, value_new: tl.tensor, value_slots: tl.tensor, value_rows: tl.tensor,
+    value_pages_b: tl.tensor, value_pages_h: tl.tensor, value_head_b: tl.tensor,
+    value_head_h: tl.tensor, value_new_b: tl.tensor, value_new_h: tl.tensor, value_new_s: tl.tensor,
+    P: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr, LARGEST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    KEY_DIM: tl.constexpr, KEY_COUNT: tl.constexpr, KEY_PAGE: tl.constexpr,
+    KEY_RECORD: tl.constexpr, KEY_PRUNED: tl.constexpr, KEY_INT8: tl.constexpr,
+    KEY_RECOVERY: tl.constexpr, KEY_SQUARED: tl.constexpr, KEY_AMOUNT: tl.constexpr,
+    KEY_STEP: tl.constexpr, KEY_CHANNELS: tl.constexpr, KEY_KEEP: tl.constexpr,
+    KEY_NEGATIVE: tl.constexpr, KEY_UNITS: tl.constexpr, KEY_UNIT: tl.constexpr,
+    KEY_CONSTANT: tl.constexpr, KEY_TAIL: tl.constexpr, KEY_BLOCK: tl.constexpr,
+    VALUE_DIM: tl.constexpr, VALUE_COUNT: tl.constexpr, VALUE_PAGE: tl.constexpr,
+    VALUE_RECORD: tl.constexpr, VALUE_PRUNED: tl.constexpr, VALUE_INT8: tl.constexpr,
+    VALUE_RECOVERY: tl.constexpr, VALUE_SQUARED: tl.constexpr, VALUE_AMOUNT: tl.constexpr,
+    VALUE_STEP: tl.constexpr, VALUE_CHANNELS: tl.constexpr, VALUE_KEEP: tl.constexpr,
+    VALUE_NEGATIVE: tl.constexpr, VALUE_UNITS: tl.constexpr, VALUE_UNIT: tl.constexpr,
+    VALUE_CONSTANT: tl.constexpr, VALUE_TAIL: tl.constexpr, VALUE_BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Partial attention of one share of the tokens; see :mod:`.launch` for the arguments.
+    """Partial attention of one share of the tokens; see :mod:`.sides` for the arguments.
 
     Writes, for every row, the weighted values [.., Dv], the maximum and the sum of its share, to
     [B * Hkv, G * L, splits]; the first only where the sum is not 0.
@@ -167,98 +108,97 @@ def attend_split(
     m = tl.program_id(0) % row_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     real = m < group * queries
     query_head, position = h * group + m // queries, (m % queries).to(tl.int64)
-    channel, value_channel = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
-    inside = real[:, None] & (channel < dim)[None, :]
+    channel, value_channel = tl.arange(0, KEY_BLOCK), tl.arange(0, VALUE_BLOCK)
+    inside = real[:, None] & (channel < KEY_DIM)[None, :]
     query_at = b * query_b + query_head * query_h + position * query_s
     rows = tl.load(query + query_at[:, None] + channel[None, :], mask=inside, other=0)
     mask_row = b * mask_b + query_head * mask_h + position * mask_l
     latest = position + latest_offset
 
-    # Whatever the caller claims, no row past the buffers is read.
-    packed = (tl.load(packed_length) if LOADED else packed_length).to(tl.int32)
-    filled = tl.minimum(length, value_rows).to(tl.int32)
-    packed = tl.maximum(tl.minimum(tl.minimum(packed, packed_rows), filled), 0)
-    dense = tl.maximum(tl.minimum(filled - packed, tail_rows), 0)
-    sinks = tl.minimum(sink_tokens, dense)
+    key_pages += b * key_pages_b + h * key_pages_h
+    key_head += b * key_head_b + h * key_head_h
+    key_new += b * key_new_b + h * key_new_h
+    value_pages += b * value_pages_b + h * value_pages_h
+    value_head += b * value_head_b + h * value_head_h
+    value_new += b * value_new_b + h * value_new_h
+    length, packed, evicted, _ = load_counters(key_head)
+    filled = tl.minimum(length - packed, tl.minimum(key_rows, value_rows)).to(tl.int32)
+    packed, evicted = packed.to(tl.int32), evicted.to(tl.int32)
+    stale = tl.maximum(tl.minimum(evicted, packed), packed - key_slots * P)
+    begin, end_dense = evicted - stale, filled + new_tokens
+    dense = tl.maximum(end_dense - begin, 0)
 
     top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
-    output = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
-    values += b * values_b + h * values_h
-    value_bits += b * vbits_b + h * vbits_h
-    value_scale += b * vscale_b + h * vscale_h
+    output = tl.zeros((BLOCK_M, VALUE_BLOCK), tl.float32)
+    key_weight, value_weight = 0.0, 0.0
+    if KEY_RECOVERY == "signs":
+        key_weight = weights(key_head, KEY_DIM, KEY_CONSTANT, KEY_SQUARED, KEY_BLOCK)
+    if VALUE_RECOVERY == "signs":
+        value_weight = weights(value_head, VALUE_DIM, VALUE_CONSTANT, VALUE_SQUARED, VALUE_BLOCK)
     splits = tl.num_programs(1)
     column = tl.arange(0, BLOCK_N)
 
-    weight = _weight(norms + head * dim, channel, dim, SQUARED)
-    kept += b * kept_b + h * kept_h
-    bits += b * bits_b + h * bits_h
-    scale += b * scale_b + h * scale_h
-    share = tl.cdiv(tl.cdiv(packed, splits), BLOCK_N) * BLOCK_N
-    end = tl.minimum((split + 1) * share, packed)
-    for first in range(split * share, end, BLOCK_N):
-        token = first + sinks + column
-        # Behind the last row stands the last row again; ``valid`` leaves it out.
-        row = tl.minimum(column, end - 1 - first)
-        at = _int64(first)
-        value = _value_block(
-            values + (at + sinks) * values_s, value_bits + (at + sinks) * vbits_s,
-            value_scale + (at + sinks) * vscale_s, row,
-            values_s, vbits_s, vscale_s, value_dim, value_count,
-            DTYPE, VALUE_PRUNED, VALUE_INT8, VALUE_WORDS, VALUE_BITS, BLOCK_V,
+    share = tl.cdiv(tl.cdiv(packed - stale, splits), BLOCK_N) * BLOCK_N
+    end = tl.minimum(stale + (split + 1) * share, packed)
+    for start in range(stale + split * share, end, BLOCK_N):
+        # After the last token stands the last token again; ``valid`` leaves it out.
+        token = tl.minimum(start + column, end - 1)
+        value = decoded(
+            records(value_pages, token, value_slots, P, VALUE_PAGE, VALUE_RECORD), value_weight,
+            VALUE_DIM, VALUE_COUNT, DTYPE, LARGEST, VALUE_PRUNED, VALUE_INT8, VALUE_RECOVERY,
+            VALUE_AMOUNT, VALUE_STEP, VALUE_CHANNELS, VALUE_KEEP, VALUE_NEGATIVE, VALUE_UNITS,
+            VALUE_UNIT, VALUE_BLOCK,
         )  # fmt: skip
-        key = _packed_keys(
-            kept + at * kept_s, bits + at * bits_s, scale + at * scale_s, weight, row,
-            kept_s, bits_s, scale_s, count,
-            DTYPE, LARGEST, KEY_INT8, SIGNS, KEY_WORDS, KEY_BITS, BLOCK_D,
+        key = decoded(
+            records(key_pages, token, key_slots, P, KEY_PAGE, KEY_RECORD), key_weight,
+            KEY_DIM, KEY_COUNT, DTYPE, LARGEST, KEY_PRUNED, KEY_INT8, KEY_RECOVERY,
+            KEY_AMOUNT, KEY_STEP, KEY_CHANNELS, KEY_KEEP, KEY_NEGATIVE, KEY_UNITS, KEY_UNIT,
+            KEY_BLOCK,
         )  # fmt: skip
         scores = tl.dot(rows, tl.trans(key), input_precision=PRECISION)
         scores = _visible(
-            scores, token, column < end - first, real, mask, mask_row, mask_s, latest, attn_scale,
-            softcap, CAUSAL, MASK, SOFTCAP,
+            scores, start + column + sink_tokens - evicted, column < end - start,
+            real, mask, mask_row, mask_s, mask_tokens, latest, attn_scale, softcap,
+            CAUSAL, MASK, SOFTCAP,
         )  # fmt: skip
         top, total, output = _softmax_step(scores, value, top, total, output, PRECISION)
 
-    # The tail is shared out from the last program down: those have the fewest packed rows.
-    tail += b * tail_b + h * tail_h
+    # The dense rows are shared out from the last program down: those have the fewest packed ones.
+    key_tail = as_type(key_head + KEY_TAIL, DTYPE)
+    value_tail = as_type(value_head + VALUE_TAIL, DTYPE)
     share = tl.cdiv(tl.cdiv(dense, splits), BLOCK_N) * BLOCK_N
     split_down = splits - 1 - split
-    end = tl.minimum((split_down + 1) * share, dense)
-    for first in range(split_down * share, end, BLOCK_N):
-        row = tl.minimum(column, end - 1 - first)
-        at = _int64(first)
-        value = _value_block(
-            values, value_bits, value_scale,
-            (first + row + tl.where(first + row < sinks, 0, packed)).to(tl.int64),
-            values_s, vbits_s, vscale_s, value_dim, value_count,
-            DTYPE, VALUE_PRUNED, VALUE_INT8, VALUE_WORDS, VALUE_BITS, BLOCK_V,
-        )  # fmt: skip
-        place = (row * tail_s)[:, None] + tl.minimum(channel, dim - 1)[None, :]
-        key = tl.load(tail + at * tail_s + place)
+    end = tl.minimum(begin + (split_down + 1) * share, end_dense)
+    for start in range(begin + split_down * share, end, BLOCK_N):
+        row = tl.minimum(start + column, end - 1)
+        value_row = dense_rows(value_tail, value_new, row, filled, value_new_s, VALUE_DIM)
+        value = tl.load(value_row[:, None] + columns(VALUE_DIM, VALUE_BLOCK))
+        key_row = dense_rows(key_tail, key_new, row, filled, key_new_s, KEY_DIM)
+        key = tl.load(key_row[:, None] + columns(KEY_DIM, KEY_BLOCK))
         scores = tl.dot(rows, tl.trans(key), input_precision=PRECISION)
-        token = first + column + tl.where(first + column < sinks, 0, packed)
+        token = start + column + tl.where(start + column < sink_tokens, 0, packed)
         scores = _visible(
-            scores, token, column < end - first, real, mask, mask_row, mask_s, latest, attn_scale,
-            softcap, CAUSAL, MASK, SOFTCAP,
+            scores, token - evicted, column < end - start, real, mask, mask_row, mask_s,
+            mask_tokens, latest, attn_scale, softcap, CAUSAL, MASK, SOFTCAP,
         )  # fmt: skip
         top, total, output = _softmax_step(scores, value, top, total, output, PRECISION)
 
     part = (head.to(tl.int64) * group * queries + m) * splits + split
     tl.store(part_top + part, top, mask=real)
     tl.store(part_total + part, total, mask=real)
-    filled_columns = (real & (total > 0))[:, None] & (value_channel < value_dim)[None, :]
-    target = part_output + part[:, None] * value_dim + value_channel[None, :]
+    filled_columns = (real & (total > 0))[:, None] & (value_channel < VALUE_DIM)[None, :]
+    target = part_output + part[:, None] * VALUE_DIM + value_channel[None, :]
     tl.store(target, output, mask=filled_columns)
 
 
-@triton.jit(do_not_specialize=["splits", "rows"])
+@triton.jit(do_not_specialize=["splits", "rows", "queries"])
 def merge_splits(
     part_output: tl.tensor, part_top: tl.tensor, part_total: tl.tensor, sinks: tl.tensor,
-    result: tl.tensor, lse: tl.tensor, splits: tl.tensor, rows: tl.tensor, query_heads: tl.tensor,
-    queries: tl.tensor, value_dim: tl.tensor, SINKS: tl.constexpr, LSE: tl.constexpr,
-    BLOCK_SPLITS: tl.constexpr, BLOCK_V: tl.constexpr,
+    result: tl.tensor, splits: tl.tensor, query_heads: tl.tensor, queries: tl.tensor,
+    value_dim: tl.tensor, SINKS: tl.constexpr, BLOCK_SPLITS: tl.constexpr, BLOCK_V: tl.constexpr,
 ) -> None:  # fmt: skip
-    """The output [B, Hq, L, Dv] and its log-sum-exp [B, Hq, L] from the shares of each row."""
+    """The output [B, Hq, L, Dv] from the shares of each row."""
     row = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, BLOCK_V)
     top = tl.full((), -float("inf"), tl.float32)
@@ -283,9 +223,5 @@ def merge_splits(
         output = output * shrink + tl.sum(parts * weights[:, None], axis=0)
         total = total * shrink + tl.sum(totals * weights, axis=0)
         top = higher
-    seen = tl.where(total > 0, total, 1.0)
-    merged = (output / seen).to(result.dtype.element_ty)
+    merged = (output / tl.where(total > 0, total, 1.0)).to(result.dtype.element_ty)
     tl.store(result + row * value_dim + channel, merged, mask=channel < value_dim)
-    if LSE:
-        logarithm = tl.where(total > 0, (top + tl.log2(seen)) / _LOG2E, -float("inf"))
-        tl.store(lse + row, logarithm)

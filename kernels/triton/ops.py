@@ -2,12 +2,15 @@
 
 ``torch.ops.spark_triton.<name>`` takes what ``torch.ops.spark.<name>`` does. As a
 ``torch.library.triton_op`` it is decomposed by functionalization, so that Inductor sees the kernels
-(export keeps it whole); the packed length goes to the device, since reading it would break the
-graph. Called eagerly, ``torch.ops.spark.<name>`` reads it, a number on the CPU, and starts the same
-kernels without the layers of Python that a custom operator has.
+(export keeps it whole). Called eagerly, ``torch.ops.spark.<name>`` starts the same kernels without
+the layers of Python that a custom operator has.
 
-What the kernels cannot do, a random recovery or heads too large for the registers, the reference
-does (``torch.ops.spark_reference``).
+Nothing is read from the device: the counters of a cache stay there, so that a step can be captured
+in a graph. What then cannot be raised is bounded: tokens without room are dropped, positions are
+taken to be consecutive, one after the last token appends, and a mask hides what it does not cover.
+
+What the kernels cannot do, a random recovery, a format that they do not know, several dtypes or
+heads too large for the registers, the reference does (``torch.ops.spark_reference``).
 """
 
 from __future__ import annotations
@@ -20,174 +23,124 @@ import torch
 from torch import Tensor
 from torch.library import triton_op
 
-from ..layout import value_head_dim
-from . import blocks, checks, launch
+from ..layout import FIRST, LENGTH, counters
+from ..reference.store import ALL, query_stats
+from ..spec import SIDES, Side, Spec, parse_spec
+from . import launch, sides
 
 
-@triton_op("spark_triton::prune", mutates_args=())
-def prune(
-    key: Tensor,
-    select_norms: Tensor,
-    recovery_norms: Tensor,
-    kept_channels: int,
-    recovery: str,
-    saliency: str,
-    quantized: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``spark::prune``; "gaussian" recovery is the reference's."""
-    return _prune(
-        key, select_norms, recovery_norms, kept_channels, recovery, saliency, quantized
-    )  # fmt: skip
-
-
-@triton_op("spark_triton::pack_values", mutates_args=())
-def pack_values(
-    value: Tensor, bias: Tensor | None, kept_channels: int, quantized: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``spark::pack_values``."""
-    return launch.pack_values(value, bias, kept_channels, quantized)
-
-
-@triton_op("spark_triton::append", mutates_args=("rows",))
-def append(rows: Tensor, new: Tensor, start: int, packed_length: Tensor | None = None) -> None:
-    """``spark::append``."""
-    launch.append(rows, new, start, _on_device(packed_length, rows))
-
-
-@triton_op("spark_triton::append_values", mutates_args=("values", "value_bits", "value_scale"))
-def append_values(
-    values: Tensor,
-    value_bits: Tensor | None,
-    value_scale: Tensor | None,
-    value_bias: Tensor | None,
-    new: Tensor,
-    start: int,
-) -> None:
-    """``spark::append_values``."""
-    launch.append_values(values, value_bits, value_scale, value_bias, new, start)
-
-
-@triton_op("spark_triton::attend", mutates_args=())
-def attend(
-    query: Tensor, kept: Tensor, bits: Tensor, scale: Tensor, norms: Tensor, packed_length: Tensor,
-    tail: Tensor, values: Tensor, length: int, attn_mask: Tensor | None, causal_offset: int | None,
-    attn_scale: float, softcap: float, sinks: Tensor | None, sink_tokens: int, recovery: str,
-    saliency: str, return_lse: bool = False, value_bits: Tensor | None = None,
-    value_scale: Tensor | None = None, value_bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """``spark::attend``."""
-    return _attend(
-        query, kept, bits, scale, norms, packed_length, _on_device(packed_length, query),
-        tail, values, length, attn_mask, causal_offset, attn_scale, softcap, sinks, sink_tokens,
-        recovery, saliency, return_lse, value_bits, value_scale, value_bias,
-    )  # fmt: skip
+@triton_op("spark_triton::build", mutates_args=())
+def build(
+    key: Tensor, value: Tensor, queries: list[Tensor], spec: str, capacity: int | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``spark::build``."""
+    return _build(key, value, queries, spec, capacity)
 
 
 @triton_op(
-    "spark_triton::append_attend", mutates_args=("tail", "values", "value_bits", "value_scale")
+    "spark_triton::step", mutates_args=("key_pages", "key_head", "value_pages", "value_head")
 )
-def append_attend(
-    query: Tensor, new_key: Tensor, new_value: Tensor,
-    kept: Tensor, bits: Tensor, scale: Tensor, norms: Tensor, packed_length: Tensor,
-    tail: Tensor, values: Tensor, length: int, attn_mask: Tensor | None, causal_offset: int | None,
-    attn_scale: float, softcap: float, sinks: Tensor | None, sink_tokens: int, recovery: str,
-    saliency: str, return_lse: bool = False, value_bits: Tensor | None = None,
-    value_scale: Tensor | None = None, value_bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """``spark::append_attend``."""
-    return _append_attend(
-        query, new_key, new_value, kept, bits, scale, norms, packed_length,
-        _on_device(packed_length, query), tail, values, length, attn_mask, causal_offset,
-        attn_scale, softcap, sinks, sink_tokens, recovery, saliency, return_lse, value_bits,
-        value_scale, value_bias,
+def step(
+    query: Tensor, new_key: Tensor, new_value: Tensor, key_pages: Tensor, key_head: Tensor,
+    value_pages: Tensor, value_head: Tensor, attn_mask: Tensor | None, sinks: Tensor | None,
+    causal_offset: int | None, keep: int | None, position: Tensor | None, spec: str,
+) -> Tensor:  # fmt: skip
+    """``spark::step``."""
+    return _step(
+        query, new_key, new_value, key_pages, key_head, value_pages, value_head, attn_mask, sinks,
+        causal_offset, keep, position, spec,
     )  # fmt: skip
 
 
-def _prune(
-    key: Tensor, select_norms: Tensor, recovery_norms: Tensor, kept_channels: int, recovery: str,
-    saliency: str, quantized: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    if recovery == "gaussian":
-        packed: tuple[Tensor, Tensor, Tensor] = _reference(
-            "prune", key, select_norms, recovery_norms, kept_channels, recovery, saliency, quantized
+def _build(
+    key: Tensor, value: Tensor, queries: list[Tensor], spec: str, capacity: int | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    parsed = parse_spec(spec)
+    if not sides.can(parsed):
+        built: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.spark_reference.build(
+            key, value, queries, spec, capacity
         )
-        return packed
-    return launch.prune(key, select_norms, recovery_norms, kept_channels, saliency, quantized)
+        return built
+    stored: list[Tensor] = []
+    for side, rows in zip(SIDES, (key, value), strict=True):
+        stored += _build_side(rows, queries, parsed, side, capacity)
+    return stored[0], stored[1], stored[2], stored[3]
 
 
-def _attend(
-    query: Tensor, kept: Tensor, bits: Tensor, scale: Tensor, norms: Tensor, packed_length: Tensor,
-    packed: int | Tensor, tail: Tensor, values: Tensor, length: int, *how: Any,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Attend with the kernels if they can, else by the reference; ``how`` as in the schema."""
-    recovery, value_bias = how[6], how[11]
-    value_dim = value_head_dim(values, value_bias)
-    native = recovery in checks.RECOVERIES
-    if native and blocks.fits(query.shape[3], value_dim, query.dtype):
-        return launch.attend(
-            query, kept, bits, scale, norms, packed, tail, values, length, *how
+def _build_side(
+    rows: Tensor, queries: list[Tensor], spec: Spec, side: Side, capacity: int | None
+) -> tuple[Tensor, Tensor]:
+    """pages and head of one side, whose statistics and constants are plain PyTorch."""
+    batch, heads, tokens, _ = rows.shape
+    layout, format = spec.head(side), spec.format(side)
+    room, tail_rows = spec.page_room(tokens, capacity), spec.tail_rows(tokens, capacity)
+    pages = rows.new_zeros((batch, heads, room, spec.pages(side).page_bytes), dtype=torch.uint8)
+    head = rows.new_zeros((batch, heads, layout.head_bytes(tail_rows)), dtype=torch.uint8)
+    stats, norms = layout.stats(head), None
+    if stats is not None:
+        noted = sum(query_stats(query, heads, spec.window) for query in queries)
+        stats += noted.unsqueeze(2) if isinstance(noted, Tensor) else 0  # both slots: STEP is 0
+    if type(tokens) is not int or spec.pages_due(tokens, tokens):
+        if stats is not None:
+            norms = stats[:, :, 0].sqrt()
+        for name, constant in format.constants(rows, norms).items():
+            layout.constants(head)[name].copy_(constant)
+    operand = _operand(pages, head, rows, rows, spec, side)
+    launch.append(None, operand, ALL, spec, constants_are_known=True)
+    return pages, head
+
+
+def _step(
+    query: Tensor, new_key: Tensor, new_value: Tensor, key_pages: Tensor, key_head: Tensor,
+    value_pages: Tensor, value_head: Tensor, attn_mask: Tensor | None, sinks: Tensor | None,
+    causal_offset: int | None, keep: int | None, position: Tensor | None, spec: str,
+) -> Tensor:  # fmt: skip
+    parsed = parse_spec(spec)
+    if not sides.can(parsed) or query.dtype != parsed.key.dtype:
+        attended: Tensor = torch.ops.spark_reference.step(
+            query, new_key, new_value, key_pages, key_head, value_pages, value_head, attn_mask,
+            sinks, causal_offset, keep, position, spec,
         )  # fmt: skip
-    attended: tuple[Tensor, Tensor] = _reference(
-        "attend", query, kept, bits, scale, norms, packed_length, tail, values, length, *how
-    )
-    return attended
+        return attended
+    _check_query(query, new_key, sinks)
+    keys = _operand(key_pages, key_head, new_key, new_key, parsed, "key")
+    values = _operand(value_pages, value_head, new_value, new_key, parsed, "value")
+    if position is not None and position.numel():
+        for operand in (keys, values):
+            launch.rewind(position.to(query.device), operand, parsed)
+    if parsed.rolls and keep is not None:
+        for head in (key_head, value_head):
+            stored = counters(head)
+            evicted = torch.maximum(stored[..., FIRST], stored[..., LENGTH] - keep)
+            stored[..., FIRST].copy_(evicted)
+    output = launch.attend(query, keys, values, attn_mask, sinks, causal_offset, parsed)
+    for operand in (keys, values):
+        if keep is None:
+            launch.observe(query, operand, parsed)
+        else:
+            launch.append(query, operand, keep, parsed)
+    return output
 
 
-def _append_attend(
-    query: Tensor, new_key: Tensor, new_value: Tensor,
-    kept: Tensor, bits: Tensor, scale: Tensor, norms: Tensor, packed_length: Tensor,
-    packed: int | Tensor, tail: Tensor, values: Tensor, length: int, *how: Any,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Append, then attend over ``length + L`` tokens; nothing is written if there is no room."""
-    value_bits, value_scale, value_bias = how[9:]
-    checks.check_room(values, length, 0, new_value.shape[2])
-    launch.append(tail, new_key, length, packed)
-    launch.append_values(values, value_bits, value_scale, value_bias, new_value, length)
-    return _attend(
-        query, kept, bits, scale, norms, packed_length, packed, tail, values,
-        length + new_key.shape[2], *how,
-    )  # fmt: skip
+def _operand(
+    pages: Tensor, head: Tensor, new: Tensor, like: Tensor, spec: Spec, side: Side
+) -> sides.Operand:
+    sides.check(pages, head, new, like, spec, side)
+    return sides.operand(pages, head, launch.by_channel(new), spec, side)
 
 
-def _on_device(packed_length: Tensor | None, like: Tensor) -> int | Tensor:
-    return 0 if packed_length is None else packed_length.to(like.device)
+def _check_query(query: Tensor, new_key: Tensor, sinks: Tensor | None) -> None:
+    batch, heads, _, dim = new_key.shape
+    fits = query.dim() == 4 and query.shape[0] == batch and query.shape[3] == dim
+    if not fits or query.shape[1] % heads:
+        raise ValueError(
+            f"query is {list(query.shape)}: allowed is [{batch}, n * {heads}, L, {dim}]"
+        )
+    if sinks is not None and tuple(sinks.shape) != (query.shape[1],):
+        raise ValueError(f"sinks is {list(sinks.shape)}: allowed is [{query.shape[1]}]")
 
 
-def _reference(name: str, *args: Any) -> Any:
-    return getattr(torch.ops.spark_reference, name)(*args)
-
-
-# How the eager operators read their arguments: the packed length's place in the schema, and what
-# takes the place and the number.
-def _eager_append(rows: Tensor, new: Tensor, start: int, packed: Tensor | None = None) -> None:
-    launch.append(rows, new, start, 0 if packed is None else int(packed))
-
-
-def _eager_attend(*args: Any) -> tuple[Tensor, Tensor]:
-    return _attend(*args[:6], int(args[5]), *_defaulted(args[6:], 15))
-
-
-def _eager_append_attend(*args: Any) -> tuple[Tensor, Tensor]:
-    return _append_attend(*args[:8], int(args[7]), *_defaulted(args[8:], 15))
-
-
-def _defaulted(args: tuple[Any, ...], count: int) -> tuple[Any, ...]:
-    """The arguments behind the packed length with those that the dispatcher left out.
-
-    It leaves out the last ones of return_lse, value_bits, value_scale and value_bias.
-    """
-    missing = count - len(args)
-    return args + (False, None, None, None)[4 - missing :]
-
-
-EAGER: dict[str, Callable[..., Any]] = {
-    "prune": _prune,
-    "pack_values": launch.pack_values,
-    "append": _eager_append,
-    "append_values": launch.append_values,
-    "attend": _eager_attend,
-    "append_attend": _eager_append_attend,
-}
+EAGER: dict[str, Callable[..., Any]] = {"build": _build, "step": _step}
 """What ``torch.ops.spark.<name>`` calls on a GPU."""
 
 

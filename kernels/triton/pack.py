@@ -1,4 +1,4 @@
-"""Choosing the channels of keys and values and packing them (``kernels/reference/prune``)."""
+"""Encoding the pages that are due, of one side of a cache (``kernels/formats``)."""
 
 # mypy: disable-error-code="import-untyped, untyped-decorator"
 
@@ -10,10 +10,11 @@ import triton
 import triton.language as tl
 
 from .bits import store_plane
+from .records import as_type, dense_rows, floored_power, load_counters, pages_due, records
 
 
 @triton.jit
-def _keep_top(order: tl.tensor, count: tl.tensor) -> Any:
+def _keep_top(order: tl.tensor, count: tl.constexpr) -> Any:
     """The ``count`` largest of each row of int32 [N, D], of equal ones the first; bool [N, D].
 
     Bisection over the bits: the largest threshold that at least ``count`` entries reach is built
@@ -30,69 +31,91 @@ def _keep_top(order: tl.tensor, count: tl.tensor) -> Any:
     return above | (equal & (tl.cumsum(equal.to(tl.int32), axis=1) <= missing[:, None]))
 
 
-@triton.jit(do_not_specialize=["tokens", "start"])
-def pack_rows(
-    source: tl.tensor, select: tl.tensor, recover: tl.tensor, kept: tl.tensor, bits: tl.tensor,
-    scale: tl.tensor, tokens: tl.tensor, start: tl.tensor, capacity: tl.tensor, heads: tl.tensor,
-    dim: tl.tensor, count: tl.tensor, plane_bytes: tl.tensor, source_b: tl.tensor,
-    source_h: tl.tensor, source_s: tl.tensor, kept_b: tl.tensor, kept_h: tl.tensor,
-    kept_s: tl.tensor, bits_b: tl.tensor, bits_h: tl.tensor, bits_s: tl.tensor,
-    bits_plane: tl.tensor, scale_b: tl.tensor, scale_h: tl.tensor, scale_s: tl.tensor,
-    LARGEST: tl.constexpr, KEYS: tl.constexpr, SQUARED: tl.constexpr, PRUNED: tl.constexpr,
-    QUANTIZED: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
-) -> None:  # fmt: skip
-    """Pack rows ``source`` [B, H, tokens, dim] into buffers from row ``start`` on.
+@triton.jit
+def _select(
+    row: tl.tensor, head: tl.tensor, step: tl.tensor, DIM: tl.constexpr, COUNT: tl.constexpr,
+    LARGEST: tl.constexpr, SPARK: tl.constexpr, SQUARED: tl.constexpr, CONSTANT: tl.constexpr,
+    STATS: tl.constexpr, BLOCK: tl.constexpr,
+) -> Any:  # fmt: skip
+    """Which channels of float32 rows [N, BLOCK] are kept, and the amount [N] for the others."""
+    channel = tl.arange(0, BLOCK)
+    inside = channel < DIM
+    magnitude = tl.abs(row)
+    constant = tl.load(as_type(head + CONSTANT, tl.float32) + channel, mask=inside, other=0)
+    if SPARK:
+        stats = as_type(head + STATS, tl.float32) + (1 - step) * DIM
+        norms = tl.sqrt_rn(tl.load(stats + channel, mask=inside, other=0))
+        salient = magnitude * floored_power(norms, inside, DIM, SQUARED)[None, :]
+        amount = magnitude * floored_power(constant, inside, DIM, SQUARED)[None, :]
+        amount = amount * amount if SQUARED else amount
+    else:
+        salient = magnitude + constant[None, :]
+        amount = row
+    # Floats that are not negative sort as their bits do.
+    keep = _keep_top(tl.where(inside[None, :], salient.to(tl.int32, bitcast=True), -1), COUNT)
+    mean = tl.sum(tl.where(keep, 0.0, amount), axis=1) / (DIM - COUNT if DIM > COUNT else 1)
+    if SPARK:
+        mean = tl.minimum(tl.sqrt_rn(mean) if SQUARED else mean, LARGEST)
+    return keep, mean
 
-    ``select`` [B, H, dim] float32 multiplies the magnitude of keys and is added to that of values;
-    ``recover`` [B, H, dim] float32 multiplies the magnitudes whose mean a key's scale is. LARGEST
-    is the largest number of the scale's dtype.
-    """
-    head = tl.program_id(0)
-    b, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
-    token = tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)
-    channel = tl.arange(0, BLOCK_D)
-    row = start + token.to(tl.int64)
-    valid = (token < tokens) & (row >= 0) & (row < capacity)
-    real = (channel < dim)[None, :]
-    inside = valid[:, None] & real
-    offsets = b * source_b + h * source_h + token.to(tl.int64) * source_s
-    value = tl.load(source + offsets[:, None] + channel[None, :], mask=inside, other=0)
-    wide = value.to(tl.float32)
-    magnitude = tl.abs(wide)
-    scale += b * scale_b + h * scale_h
-    entry = 0
-    keep = inside
+
+@triton.jit
+def _quantized(row: tl.tensor, keep: tl.tensor, DTYPE: tl.constexpr) -> Any:
+    """int8 levels [N, BLOCK] of float32 rows and their steps [N] over the kept channels."""
+    step = tl.div_rn(tl.max(tl.where(keep, tl.abs(row), 0.0), axis=1), 127.0).to(DTYPE)
+    divisor = tl.where(step.to(tl.float32) > 0, step.to(tl.float32), 1.0)
+    level = tl.div_rn(row, tl.broadcast_to(divisor[:, None], row.shape))
+    level = tl.minimum(tl.maximum(level, -127.0), 127.0)
+    # 1.5 * 2^23 has no fraction bits: adding it rounds to the nearest even, as torch does.
+    return ((level + 12582912.0) - 12582912.0).to(tl.int8), step
+
+
+@triton.jit(do_not_specialize=["new_tokens"])
+def pack_rows(
+    heads: tl.tensor, new_tokens: tl.tensor, sink_tokens: tl.tensor, recent: tl.tensor,
+    min_tokens: tl.tensor, pages: tl.tensor, head: tl.tensor, new: tl.tensor, slots: tl.tensor,
+    rows: tl.tensor, pages_b: tl.tensor, pages_h: tl.tensor, head_b: tl.tensor, head_h: tl.tensor,
+    new_b: tl.tensor, new_h: tl.tensor, new_s: tl.tensor, P: tl.constexpr, LARGEST: tl.constexpr,
+    DIM: tl.constexpr, COUNT: tl.constexpr, PAGE: tl.constexpr, RECORD: tl.constexpr,
+    SPARK: tl.constexpr, PRUNED: tl.constexpr, INT8: tl.constexpr, SQUARED: tl.constexpr,
+    AMOUNT: tl.constexpr, STEP: tl.constexpr, CHANNELS: tl.constexpr, KEEP: tl.constexpr,
+    NEGATIVE: tl.constexpr, PLANE: tl.constexpr, CONSTANT: tl.constexpr, STATS: tl.constexpr,
+    TAIL: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr,
+) -> None:  # fmt: skip
+    """Encode BLOCK_S of the tokens of the pages that are due; none where none is."""
+    DTYPE: tl.constexpr = new.dtype.element_ty
+    b = (tl.program_id(1) // heads).to(tl.int64)
+    h = (tl.program_id(1) % heads).to(tl.int64)
+    head += b * head_b + h * head_h
+    length, packed, first, step = load_counters(head)
+    due = pages_due(length + new_tokens, first, packed, sink_tokens, recent, min_tokens, P)
+    filled = tl.minimum(length - packed, rows)
+    end = tl.minimum(due * P, filled + new_tokens - sink_tokens)
+    start = tl.program_id(0) * BLOCK_S
+    if start >= end:
+        return
+    index = start + tl.arange(0, BLOCK_S)
+    channel = tl.arange(0, BLOCK)
+    valid = index < end
+    inside = valid[:, None] & (channel < DIM)[None, :]
+    tail = as_type(head + TAIL, DTYPE)
+    source = dense_rows(tail, new + b * new_b + h * new_h, sink_tokens + index, filled, new_s, DIM)
+    row = tl.load(source[:, None] + channel[None, :], mask=inside, other=0)
+    record = pages + b * pages_b + h * pages_h
+    record = records(record, packed + index, slots, P, PAGE, RECORD)
+    keep, place = inside, channel[None, :]
     if PRUNED:
-        weight = tl.load(select + head * dim + channel, mask=channel < dim, other=0)[None, :]
-        salient = magnitude * weight if KEYS else magnitude + weight
-        # Floats that are not negative sort as their bits do.
-        keep = _keep_top(tl.where(real, salient.to(tl.int32, bitcast=True), -1), count)
-        pruned = tl.maximum(dim - count, 1).to(tl.float32)
-        if KEYS:
-            restore = tl.load(recover + head * dim + channel, mask=channel < dim, other=0)
-            amount = magnitude * restore[None, :]
-            amount = amount * amount if SQUARED else amount
-        else:
-            amount = wide
-        mean = tl.sum(tl.where(keep, 0.0, amount), axis=1) / pruned
-        if KEYS:
-            mean = tl.sqrt(mean) if SQUARED else mean
-            mean = tl.minimum(mean, LARGEST)
-        tl.store(scale + row * scale_s, mean.to(scale.dtype.element_ty), mask=valid)
-        entry = 1
-        bits += b * bits_b + h * bits_h
-        store_plane(bits, row, bits_s, valid, keep, plane_bytes)
-        if KEYS:
-            store_plane(bits + bits_plane, row, bits_s, valid, wide < 0, plane_bytes)
-    if QUANTIZED:
-        largest = tl.max(tl.where(keep, magnitude, 0.0), axis=1)
-        step = tl.div_rn(largest, 127.0).to(scale.dtype.element_ty)
-        tl.store(scale + row * scale_s + entry, step, mask=valid)
-        divisor = tl.where(step.to(tl.float32) > 0, step.to(tl.float32), 1.0)
-        level = tl.div_rn(wide, tl.broadcast_to(divisor[:, None], wide.shape))
-        level = tl.minimum(tl.maximum(level, -127.0), 127.0)
-        # 1.5 * 2^23 has no fraction bits: adding it rounds to the nearest even, as torch does.
-        value = ((level + 12582912.0) - 12582912.0).to(tl.int8)
-    rank = tl.cumsum(keep.to(tl.int32), axis=1) - 1 if PRUNED else channel[None, :]
-    target = kept + b * kept_b + h * kept_h + row[:, None] * kept_s + rank
-    tl.store(target, value, mask=inside & keep & (rank < count))
+        keep, mean = _select(
+            row.to(tl.float32), head, step, DIM, COUNT, LARGEST, SPARK, SQUARED, CONSTANT, STATS,
+            BLOCK,
+        )  # fmt: skip
+        tl.store(as_type(record + AMOUNT, DTYPE), mean.to(DTYPE), mask=valid)
+        store_plane(record + KEEP, valid, keep, PLANE)
+        if SPARK:
+            store_plane(record + NEGATIVE, valid, row.to(tl.float32) < 0, PLANE)
+        place = tl.cumsum(keep.to(tl.int32), axis=1) - 1
+    if INT8:
+        row, scale = _quantized(row.to(tl.float32), keep, DTYPE)
+        tl.store(as_type(record + STEP, DTYPE), scale, mask=valid)
+    target = as_type(record + CHANNELS, tl.int8 if INT8 else DTYPE)[:, None] + place
+    tl.store(target, row, mask=inside & keep & (place < COUNT))

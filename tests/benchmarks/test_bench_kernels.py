@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from benchmarks import bench_kernels, measure, store_case
-from benchmarks.attend_case import PACKED, STORED, Case, Shape, Stored, relative_errors
+from benchmarks.attend_case import PACKED, STORED, WINDOW, Case, Shape, filled, relative_errors
 from benchmarks.measure import Contender
-from spark_compile.kernels.layout import key_token_bytes, value_token_bytes
+from spark_compile.kernels.layout import LENGTH, counters
 
 SHAPE = Shape("tiny", query_heads=4, kv_heads=2, head_dim=16)
 
@@ -18,7 +18,7 @@ SHAPE = Shape("tiny", query_heads=4, kv_heads=2, head_dim=16)
 @pytest.fixture
 def case():
     torch.manual_seed(0)
-    return Case(SHAPE, batch=2, tokens=80, dtype=torch.float32)
+    return Case(SHAPE, batch=2, tokens=100, dtype=torch.float32)
 
 
 def test_contenders_compute_the_same_attention(case):
@@ -38,29 +38,54 @@ def test_contenders_rotate_over_the_asked_bytes(case):
 @pytest.mark.parametrize("stored", STORED, ids=lambda stored: stored.name)
 def test_bytes_are_those_of_the_layout(case, stored):
     named = {c.name: c.moved_bytes for c in case.contenders(rotate_bytes=1)}
-    key = key_token_bytes(16, stored.key_ratio, 4, "degenerate", stored.int8_keys)
-    value = value_token_bytes(16, 0.0, 4, stored.int8_values)
-    per_head = (80 - 48) * key + 80 * value + 48 * 16 * 4 + 16 * 4
-    assert named[stored.name] == 2 * 2 * per_head
-    assert named[PACKED] == 2 * 2 * 80 * 16 * 4 * 2
+    spec, total = stored.spec(16, torch.float32), 0
+    for side in ("key", "value"):
+        total += spec.pages(side).page_bytes + spec.head(side).offsets["tail"] + 48 * 16 * 4
+    assert named[stored.name] == 2 * 2 * total  # a page, and 48 tokens that wait
+    assert named[PACKED] == 2 * 2 * 81 * 16 * 4 * 2
 
 
-def test_filled_repeats_into_memory_of_its_own(case):
+@pytest.mark.parametrize("tokens", [96, 4096 + 96, 5000])
+def test_pages_and_tail_are_the_tokens_that_dense_attention_reads(tokens):
+    case = Case(SHAPE, batch=1, tokens=tokens, dtype=torch.float32)
+    output = case.step(case.layer(STORED[0]), keep=None)
+    dense = case.packed_queries(*case.rows(0, case.cached + 1))
+    torch.testing.assert_close(output, dense)
+    assert tokens - WINDOW - 1 <= case.cached < tokens
+
+
+def test_filled_repeats_into_memory_of_its_own():
     drawn = torch.arange(6.0).view(1, 1, 3, 2)
-    rows = case.filled(drawn, tokens=4, spare=1)
+    rows = filled(drawn, 4, spare=1)
     assert rows[0, 0].tolist() == [[0, 1], [2, 3], [4, 5], [0, 1], [0, 0]]
     assert rows.data_ptr() != drawn.data_ptr()
 
 
-@pytest.mark.parametrize(
-    "make", [store_case.prune_contenders, store_case.append_contenders], ids=["prune", "append"]
-)
+@pytest.mark.parametrize("make", [store_case.build_contenders, store_case.step_contenders])
 def test_storing_contenders_run(case, make):
     contenders = make(case, 1)
     for contender in contenders:
         contender.calls[0]()
         assert contender.moved_bytes > 0
-    assert {"spark 0.8", "spark 0.8 + int8"} <= {c.name for c in contenders}
+    assert {stored.name for stored in STORED} <= {c.name for c in contenders}
+
+
+def test_one_step_in_a_window_packs(case):
+    count, stored = 5, STORED[2]
+    calls = [
+        store_case.Appending(case, stored, store_case.first_packing(index, count))
+        for index in range(count)
+    ]
+    pages = [call.layer.pages[0][:, :, -1] for call in calls]
+    packed = []
+    for number in range(2 * WINDOW + 9):
+        call, page = calls[number % count], pages[number % count]
+        page.zero_()
+        call()
+        packed += [number] if page.any() else []
+    assert packed == [0, WINDOW, 2 * WINDOW]
+    lengths = [int(counters(call.layer.heads[0])[0, 0, LENGTH]) for call in calls]
+    assert all(64 <= length < 64 + WINDOW for length in lengths)
 
 
 def test_a_row_compares_within_the_run():
@@ -82,10 +107,11 @@ def test_interleave_takes_turns_and_changes_layers():
     assert [len(c.times_ms) for c in contenders] == [4, 4]
 
 
-def test_names_of_what_is_stored():
-    assert Stored(0.8, int8_keys=True, int8_values=True).name == "spark 0.8 + int8"
-    assert Stored(0.8, int8_values=True).name == "spark 0.8 + int8 values"
-    assert Stored(0.0).name == "spark 0"
+def test_interleave_times_whole_periods():
+    log = []
+    contender = Contender("a", [lambda: log.append(1)], 1, period=7)
+    measure.interleave([contender], repeats=2, pass_ms=0)
+    assert len(log) == 2 + 2 * 7
 
 
 def test_json_tells_the_machine(tmp_path, monkeypatch):

@@ -30,6 +30,8 @@ EAGER = (
     "xglm",
 )  # fmt: skip
 """Those whose attention is written out in the model alone."""
+LONG = {"ctrl", "falcon_h1", "gemma4_text", "jamba", "qwen3_next", "zamba2"}
+"""A quarter of a minute each: left to the slow tests."""
 LEFT_ALONE = {
     "deepseek_v2": "latent attention",
     "diffllama": "other heads",
@@ -41,7 +43,8 @@ LEFT_ALONE = {
 def cases() -> Iterator[Any]:
     for number, name in enumerate(BOTH):
         attention = ("sdpa", "eager")[number % 2]
-        yield pytest.param(name, attention, id=f"{name}-{attention}")
+        marks = [pytest.mark.slow] if name in LONG else []
+        yield pytest.param(name, attention, id=f"{name}-{attention}", marks=marks)
     for name in EAGER:
         yield pytest.param(name, "eager", id=f"{name}-eager")
 

@@ -10,7 +10,7 @@ from benchmarks import coverage, coverage_process
 from benchmarks.coverage_case import NOT_FOUND, Settings
 from benchmarks.coverage_models import MOST_LAYERS, architectures, chosen_layers, tiny_config
 from benchmarks.coverage_report import figures, judge, markdown, summarize
-from spark_compile.passes.insert_spark import LATENT
+from spark_compile.passes.eligibility import LATENT
 
 HEADER = {"torch": "2.0", "transformers": "5.0", "settings": {
     "inner": "eager", "prompt": 16, "steps": 24, "window": 4, "key_ratio": 0.5,

@@ -1,4 +1,4 @@
-"""The native CPU kernels against the reference, on whatever shapes hypothesis thinks of.
+"""The native CPU kernels against the reference, on whatever hypothesis thinks of.
 
 Everything here runs for the level of instruction sets that $SPARK_COMPILE_CPU names, by default
 the best one; the last test runs all of it again for each of the others.
@@ -6,6 +6,8 @@ the best one; the last test runs all of it again for each of the others.
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import os
 import subprocess
 import sys
@@ -15,203 +17,356 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stores import Store, store, with_room
+from stores import Cache, assert_close, assert_same, format_of
 from torch import Tensor
 
 from spark_compile import ops
-from spark_compile.kernels import cpu
+from spark_compile.kernels import cpu, layout
 from spark_compile.kernels.cpu.build import level, supported
+from spark_compile.kernels.formats import Dense, Spark
+from spark_compile.kernels.layout import FIRST, LENGTH, PACKED
+from spark_compile.kernels.reference.store import ALL
+from spark_compile.kernels.spec import Spec
 
-pytestmark = pytest.mark.skipif(not cpu.load(), reason="there are no native kernels here")
+pytestmark = [
+    pytest.mark.skipif(not cpu.load(), reason="there are no native kernels here"),
+    pytest.mark.filterwarnings("ignore:no native kernel"),
+]
 
 reference = torch.ops.spark_reference
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
-"""Largest error relative to the largest number, by dtype."""
+FORMATS = (
+    "spark", "spark-int8", "spark-absolute", "spark-none", "dense", "int8", "pruned", "pruned-int8",
+)  # fmt: skip
+EMULATED_TILES = "-DSPARK_EMULATED_TILES"
 
 thorough = settings(max_examples=120, deadline=None, derandomize=True, database=None)
 
 
-def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
-    assert actual.dtype == expected.dtype
-    assert actual.shape == expected.shape
-    if expected.numel() == 0:
-        return
-    assert torch.equal(actual.isfinite(), expected.isfinite())
-    actual, expected = (t.float().nan_to_num(0, 0, 0) for t in (actual, expected))
-    error = (actual - expected).abs().max() / expected.abs().max().clamp(min=1e-3)
-    assert error <= TOLERANCE[dtype], f"error {error:.2e}, allowed {TOLERANCE[dtype]:.0e}"
+@st.composite
+def specs(draw: st.DrawFn) -> Spec:
+    dtype = draw(st.sampled_from(DTYPES))
+    key_dim = draw(st.sampled_from([1, 3, 8, 12, 16, 20, 32, 64, 80, 96, 128, 256]))
+    value_dim = draw(st.sampled_from([key_dim, key_dim, 1, 5, 24, 64, 128, 130]))
+    # Values that note queries must have as many channels as those.
+    names = FORMATS if key_dim == value_dim else FORMATS[4:]
+    return Spec(
+        format_of(draw(st.sampled_from(FORMATS)), key_dim, dtype, draw(st.integers(1, key_dim))),
+        format_of(draw(st.sampled_from(names)), value_dim, dtype, draw(st.integers(1, value_dim))),
+        window=draw(st.sampled_from([1, 3, 8, 32, 32, 33])),
+        recent=draw(st.sampled_from([0, 5, 32])),
+        sinks=draw(st.sampled_from([0, 0, 3])),
+        min_tokens=draw(st.sampled_from([0, 0, 50])),
+        scale=0.4,
+        softcap=draw(st.sampled_from([0.0, 3.0])),
+    )
 
 
 @st.composite
-def stores(draw: st.DrawFn) -> Store:
-    """Stores of every format with NaN in their unused rows."""
+def prompts(draw: st.DrawFn) -> tuple[Spec, Tensor, Tensor, list[Tensor]]:
+    """A spec and tokens for it: keys, values, queries."""
     torch.manual_seed(draw(st.integers(0, 10**6)))
-    key_dim = draw(st.sampled_from([1, 3, 8, 12, 16, 20, 32, 64, 80, 96, 128, 256]))
-    value_dim = draw(st.sampled_from([1, 5, 8, 16, 24, 64, 128, 130]))
+    spec = draw(specs())
     kv_heads, group = draw(st.sampled_from([(1, 1), (2, 3), (3, 1), (1, 7), (2, 4), (1, 17)]))
-    packed = draw(st.sampled_from([0, 1, 6, 31, 32, 33, 63, 64, 65, 129, 300, 900]))
-    dense = draw(st.sampled_from([0, 1, 5, 40]) if packed else st.sampled_from([1, 5, 40]))
-    return store(
-        draw(st.sampled_from(DTYPES)),
-        queries=draw(st.sampled_from([1, 1, 2, 5, 19])),
-        packed=packed,
-        dense=dense,
-        room=draw(st.sampled_from([0, 3])),
-        dims=(key_dim, value_dim),
-        heads=(kv_heads * group, kv_heads),
-        kept=draw(st.integers(1, key_dim)),
-        sink_tokens=draw(st.integers(0, min(dense, 3))),
-        recovery=draw(st.sampled_from(["degenerate", "none"])),
-        saliency=draw(st.sampled_from(["squared", "absolute"])),
-        poison=torch.nan,
-        quantized=(draw(st.booleans()), draw(st.booleans())),
-        value_kept=draw(st.one_of(st.none(), st.integers(1, value_dim))),
-    )
-
-
-def hows(draw: st.DrawFn, s: Store, length: int) -> tuple[Any, ...]:
-    """Mask, causal offset, scale, softcap and sinks."""
-    queries, heads = s.query.shape[2], s.query.shape[1]
-    shape = draw(st.sampled_from([
-        (2, heads, queries, length), (2, 1, queries, length), (queries, length), (1, 1, 1, length),
-    ]))  # fmt: skip
-    mask = draw(st.sampled_from([None, "bool", torch.float32, s.query.dtype]))
-    if mask == "bool":
-        mask = torch.rand(shape) < 0.7
-    elif mask is not None:
-        mask = torch.randn(shape).masked_fill(torch.rand(shape) < 0.2, -torch.inf).to(mask)
-    offset = draw(st.sampled_from([None, length - queries, length // 2, -1]))
-    sinks = draw(st.sampled_from([None, s.query.dtype]))
-    sinks = None if sinks is None else torch.randn(heads).to(sinks)
-    return mask, offset, 0.4, draw(st.sampled_from([0.0, 3.0])), sinks
-
-
-@thorough
-@given(st.data())
-def test_attend(data: st.DataObject) -> None:
-    s = data.draw(stores())
-    how = (*hows(data.draw, s, s.length), *s.method, True)
-    given_ = (s.query, *s.buffers(), *how, *s.value_buffers())
-    for actual, expected in zip(ops.attend(*given_), reference.attend(*given_), strict=True):
-        assert_close(actual, expected, s.query.dtype)
-
-
-@settings(thorough, max_examples=40)
-@given(st.data())
-def test_malformed_bits_lead_nowhere(data: st.DataObject) -> None:
-    # More bits than stored channels, as in a damaged file: `make sanitize` sees what is read.
-    s = data.draw(stores())
-    kept, bits, *rest = s.packed
-    value_bits, scale, bias = s.packed_values
-    full = None if value_bits is None else torch.full_like(value_bits, 255)
-    s = Store(**{**vars(s), "packed": (kept, torch.full_like(bits, 255), *rest),
-                 "packed_values": (full, scale, bias)})  # fmt: skip
-    how = (*hows(data.draw, s, s.length), *s.method, True)
-    output, lse = ops.attend(s.query, *s.buffers(), *how, *s.value_buffers())
-    assert (output.shape[:3], output.dtype) == (lse.shape, s.query.dtype)
-
-
-@thorough
-@given(st.data())
-def test_append_attend(data: st.DataObject) -> None:
-    s = data.draw(stores())
-    count, dtype = s.query.shape[2], s.query.dtype
-    s = Store(**{**vars(s), **grown(s, count)})
-    new = [torch.randn(*t.shape[:2], count, t.shape[3], dtype=dtype) for t in (s.tail, s.value)]
-    how = (*hows(data.draw, s, s.length + count), *s.method, True)
-    calls = [(s.query, *new, *s.buffers(), *how, *s.value_buffers()) for _ in range(2)]
-    results = [
-        f(*c) for f, c in zip((ops.append_attend, reference.append_attend), calls, strict=True)
-    ]
-    for actual, expected in zip(*results, strict=True):
-        assert_close(actual, expected, dtype)
-    for actual, expected in zip(*calls, strict=True):
-        if isinstance(actual, Tensor):
-            torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
-
-
-def grown(s: Store, count: int) -> dict[str, Any]:
-    """The growable buffers of a store with room for ``count`` more rows."""
-
-    def more(t: Tensor | None) -> Tensor | None:
-        return None if t is None else with_room(t, count, torch.nan)
-
-    bits, scale, bias = s.packed_values
-    return {"tail": more(s.tail), "values": more(s.values),
-            "packed_values": (more(bits), more(scale), bias)}  # fmt: skip
-
-
-@thorough
-@given(st.data())
-def test_prune(data: st.DataObject) -> None:
-    draw = data.draw
-    torch.manual_seed(draw(st.integers(0, 10**6)))
-    dtype, channels = draw(st.sampled_from(DTYPES)), draw(st.sampled_from([1, 7, 16, 40, 64, 128]))
-    key = torch.randn(2, 3, draw(st.sampled_from([0, 1, 5, 70])), channels, dtype=dtype)
+    tokens = draw(st.sampled_from([1, 6, 31, 33, 64, 65, 129, 300, 900]))
+    key = rows(draw, kv_heads, tokens, spec.key)
     if draw(st.booleans()):
-        key = key.round()  # many equal saliencies, and zeros
-    norms = [torch.rand(2, 3, channels).mul(3).round() for _ in range(2)]
-    how = (draw(st.sampled_from(["degenerate", "gaussian"])),
-           draw(st.sampled_from(["squared", "absolute"])), draw(st.booleans()))  # fmt: skip
-    given_ = (key, *norms, draw(st.integers(1, channels)), *how)
-    actual, expected = ops.prune(*given_), reference.prune(*given_)
-    assert torch.equal(actual[0], expected[0])
-    assert torch.equal(actual[1], expected[1])
-    torch.testing.assert_close(actual[2], expected[2])
+        key = key.round()  # many channels that are equally salient, and zeros
+    count = draw(st.sampled_from([1, 5, 40]))
+    sharers = draw(st.sampled_from([1, 1, 2]))
+    queries = [rows(draw, kv_heads * group, count, spec.key) for _ in range(sharers)]
+    return spec, key, rows(draw, kv_heads, tokens, spec.value), queries
+
+
+def rows(draw: st.DrawFn, heads: int, count: int, like: Any) -> Tensor:
+    """Tokens [2, H, L, D] that lie in memory as models have them."""
+    shape = (2, heads, count, like.head_dim)
+    lies = draw(st.sampled_from(["contiguous", "transposed", "sliced", "expanded"]))
+    if lies == "transposed":
+        return torch.randn(2, count, heads, like.head_dim).to(like.dtype).transpose(1, 2)
+    if lies == "sliced":
+        return torch.randn(2, heads, count + 2, like.head_dim + 3).to(like.dtype)[:, :, 1:-1, 2:-1]
+    if lies == "expanded":
+        return torch.randn(1, *shape[1:]).to(like.dtype).expand(shape)
+    return torch.randn(shape).to(like.dtype)
+
+
+def built(prompt: tuple[Spec, Tensor, Tensor, list[Tensor]], capacity: int | None) -> Cache:
+    spec, key, value, queries = prompt
+    return Cache(spec, *reference.build(key, value, queries, spec.text, capacity))
+
+
+@settings(thorough, max_examples=80)
+@given(st.data())
+def test_build(data: st.DataObject) -> None:
+    prompt = data.draw(prompts())
+    spec, key, value, queries = prompt
+    capacity = data.draw(st.sampled_from([None, key.shape[2], key.shape[2] + 77]))
+    actual = Cache(spec, *ops.build(key, value, queries, spec.text, capacity))
+    expected = built(prompt, capacity)
+    assert_same(actual, expected)
+    for mine, theirs in zip(actual.tensors, expected.tensors, strict=True):
+        assert (mine.shape, mine.dtype, mine.stride()) == (
+            theirs.shape,
+            theirs.dtype,
+            theirs.stride(),
+        )
+    for side, pages, _ in actual.sides():
+        full = expected.count(PACKED) // spec.window
+        assert not pages[:, :, full:].any(), f"{side} pages that are not used yet are zeros"
+
+
+def one_step(draw: st.DrawFn, cache: Cache, query_heads: int) -> tuple[Any, ...]:
+    """What ``step`` takes in front of and after the cache."""
+    spec, kv_heads = cache.spec, cache.key_head.shape[1]
+    count = draw(st.sampled_from([1, 1, 1, 2, 5, 19, 80]))
+    queries = count if draw(st.booleans()) else draw(st.sampled_from([1, 4, 33]))
+    query = rows(draw, query_heads, queries, spec.key)
+    new_key, new_value = (rows(draw, kv_heads, count, f) for f in (spec.key, spec.value))
+    # Sinks are no part of a window that slides.
+    evicts = [ALL, ALL, None] if spec.sinks else [ALL, None, 10, 100]
+    keep = draw(st.sampled_from(evicts))
+    length, first = cache.count(LENGTH), cache.count(FIRST)
+    position, start = None, length
+    if draw(st.integers(0, 3)) == 0:
+        dense = max(cache.count(PACKED) + spec.sinks, first)
+        start = draw(st.sampled_from([0, length, length // 2, dense, min(dense + 2, length)]))
+        position = start + torch.arange(draw(st.sampled_from([1, count])))
+    visible = start - min(first, start) + count
+    mask, sinks = masks(draw, query, visible), draw(st.sampled_from([None, spec.key.dtype]))
+    sinks = None if sinks is None else torch.randn(query_heads).to(sinks)
+    offset = draw(st.sampled_from([None, visible - queries, visible // 2, -1]))
+    return (query, new_key, new_value), (mask, sinks, offset, keep, position, spec.text)
+
+
+def masks(draw: st.DrawFn, query: Tensor, visible: int) -> Tensor | None:
+    """A mask of some shape and kind, perhaps for more tokens than there are."""
+    heads, queries = query.shape[1:3]
+    tokens = visible + draw(st.sampled_from([0, 0, 7]))
+    shapes = [(2, heads, queries, tokens), (2, 1, queries, tokens), (queries, tokens)]
+    shape = draw(st.sampled_from([*shapes, (1, 1, 1, tokens), (2, 1, 1, 1)]))
+    kind = draw(st.sampled_from([None, "bool", torch.float32, query.dtype]))
+    if kind is None:
+        return None
+    if kind == "bool":
+        return torch.rand(shape) < 0.7
+    return torch.randn(shape).masked_fill(torch.rand(shape) < 0.2, -torch.inf).to(kind)
 
 
 @thorough
 @given(st.data())
-def test_pack_values(data: st.DataObject) -> None:
+def test_steps(data: st.DataObject) -> None:
+    prompt = data.draw(prompts())
+    spec, key = prompt[:2]
+    expected = built(prompt, data.draw(st.sampled_from([None, key.shape[2] + 300])))
+    if data.draw(st.booleans()):
+        expected = slice_of_more(expected)
+    for _ in range(data.draw(st.integers(1, 4))):
+        expected.poison()
+        actual = expected.clone()
+        before, after = one_step(data.draw, expected, prompt[3][0].shape[1])
+        results = [
+            output_or_error(operator, before, cache, after)
+            for operator, cache in ((ops.step, actual), (reference.step, expected))
+        ]
+        if isinstance(results[1], str):
+            assert results[0] == results[1]
+            continue
+        assert_close(*results, spec.key.dtype)
+        assert_same(actual, expected)
+
+
+def slice_of_more(cache: Cache) -> Cache:
+    """The same as batch entries of a larger cache."""
+    return Cache(cache.spec, *(torch.cat((t, t, t))[1:3] for t in cache.tensors))
+
+
+def output_or_error(operator: Any, before: Any, cache: Cache, after: Any) -> Any:
+    saved = cache.clone()
+    try:
+        return operator(*before, *cache.tensors, *after)
+    except ValueError as error:
+        for mine, theirs in zip(cache.tensors, saved.tensors, strict=True):
+            assert torch.equal(mine, theirs)
+        return str(error)
+
+
+@settings(thorough, max_examples=60)
+@given(st.data())
+def test_malformed_bytes_lead_nowhere(data: st.DataObject) -> None:
+    # As in a damaged file: `make sanitize` sees what is read and written.
     draw = data.draw
-    torch.manual_seed(draw(st.integers(0, 10**6)))
-    dtype, channels = draw(st.sampled_from(DTYPES)), draw(st.sampled_from([1, 7, 16, 40, 64, 128]))
-    value = torch.randn(2, 3, draw(st.sampled_from([0, 1, 5, 300])), channels, dtype=dtype)
-    bias = draw(st.sampled_from([None, torch.rand(2, 3, channels)]))
-    kept = channels if bias is None else draw(st.integers(1, channels))
-    given_ = (value, bias, kept, True if bias is None else draw(st.booleans()))
-    actual, expected = ops.pack_values(*given_), reference.pack_values(*given_)
-    assert torch.equal(actual[1], expected[1])
-    assert torch.equal(actual[0], expected[0])
-    torch.testing.assert_close(actual[2], expected[2])
+    prompt = draw(prompts())
+    cache = built(prompt, None)
+    counters = [layout.counters(head).clone() for head in (cache.key_head, cache.value_head)]
+    for tensor in cache.tensors:
+        if draw(st.booleans()):
+            tensor.random_(0, 256)
+    if draw(st.booleans()):
+        counters[0][..., draw(st.integers(0, 3))] = draw(COUNTS)
+        if draw(st.booleans()):
+            counters[1] = counters[0]
+    if draw(st.integers(0, 4)):
+        for head, filled in zip((cache.key_head, cache.value_head), counters, strict=True):
+            layout.counters(head).copy_(filled)
+    (query, *new), (_, sinks, offset, keep, position, text) = one_step(
+        draw, built(prompt, None), prompt[3][0].shape[1]
+    )
+    try:
+        output = ops.step(query, *new, *cache.tensors, None, sinks, offset, keep, position, text)
+    except ValueError:
+        return
+    assert output.shape == (*query.shape[:3], cache.spec.value.head_dim)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_query_stats(dtype: torch.dtype) -> None:
-    query = torch.randn(2, 5, 6, 9, dtype=dtype).transpose(1, 2)  # [B, Hq, L, D] as models have it
-    for window in (1, 3, 50):
-        actual = ops.query_stats(query, 3, window)
-        torch.testing.assert_close(actual, reference.query_stats(query, 3, window))
+COUNTS = st.one_of(
+    st.sampled_from([-1, 1, 2, 32, 64, 10**9, 2**40, 2**62, 2**63 - 1, -(2**63)]),
+    st.integers(0, 1000),
+)
+
+
+def cache_for(spec: Spec, tokens: int, capacity: int | None = None) -> tuple[Cache, Tensor]:
+    """A cache of two key heads, and four query heads."""
+    key, value = (torch.randn(2, 2, tokens, f.head_dim).to(f.dtype) for f in (spec.key, spec.value))
+    query = torch.randn(2, 4, 3, spec.key.head_dim).to(spec.key.dtype)
+    return Cache(spec, *reference.build(key, value, [query], spec.text, capacity)), query
+
+
+def new_tokens(spec: Spec, count: int = 1) -> list[Tensor]:
+    return [torch.randn(2, 2, count, f.head_dim).to(f.dtype) for f in (spec.key, spec.value)]
 
 
 def test_a_prefix_of_a_long_context_takes_any_number_of_chunks() -> None:
-    s = store(packed=9000, dense=40, dims=(32, 16), kept=7)
-    how = (None, None, 0.3, 0.0, None, *s.method, True)
-    given_ = (s.query, *s.buffers(), *how)
-    for actual, expected in zip(ops.attend(*given_), reference.attend(*given_), strict=True):
-        assert_close(actual, expected, torch.float32)
+    dtype = torch.float32
+    spec = Spec(format_of("spark", 32, dtype, 7), format_of("dense", 16, dtype), 32, 32, sinks=4)
+    cache, query = cache_for(spec, 9000)
+    given_ = (*new_tokens(spec), *cache.tensors, None, None, None, None, None, spec.text)
+    assert_close(ops.step(query, *given_), reference.step(query, *given_), dtype)
 
 
-@pytest.mark.parametrize("what", ["float64", "draws", "wide", "scattered"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dims", "queries"), [((64, 64), 1), ((128, 128), 7), ((40, 40), 3)])
+def test_every_pair_of_formats_has_a_native_kernel(
+    dtype: torch.dtype, dims: tuple[int, int], queries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked_for(name: str, args: Any) -> None:
+        pytest.fail(f"{name} went to the reference")
+
+    for names in itertools.product(FORMATS, FORMATS):
+        formats = (format_of(n, d, dtype, d // 3) for n, d in zip(names, dims, strict=True))
+        spec = Spec(*formats, 8, 4, sinks=2, scale=0.3)
+        expected, _ = cache_for(spec, 150)
+        actual, new = expected.clone(), new_tokens(spec, queries)
+        query = torch.randn(2, 4, queries, dims[0]).to(dtype)
+        rest = (None, None, expected.visible, ALL, torch.tensor([148]), spec.text)
+        monkeypatch.setattr(ops, "_warn_slow", asked_for)
+        ops.build(*new, [query], spec.text, None)
+        output = ops.step(query, *new, *actual.tensors, *rest)
+        monkeypatch.undo()
+        assert_close(output, reference.step(query, *new, *expected.tensors, *rest), dtype)
+        assert_same(actual, expected)
+
+
+class Negated(Dense):
+    """A format of a user's own."""
+
+    NAME = "negated"
+
+    def encode(self, rows: Tensor, norms: Any, constants: Any) -> dict[str, Tensor]:
+        return {"rows": -rows}
+
+    def decode(self, stored: Any, constants: Any, first: int = 0) -> Tensor:
+        return -super().decode(stored, constants, first)
+
+
+@pytest.mark.parametrize("what", ["query", "draws", "wide", "scattered", "own format", "cut page"])
 def test_what_the_kernel_cannot_do_goes_to_the_reference(what: str) -> None:
-    dims = (12, 1100) if what == "wide" else (12, 10)
-    s = store(dims=dims, recovery="gaussian" if what == "draws" else "degenerate")
-    given_ = [s.query, *s.buffers(), None, None, 0.3, 0.0, None, *s.method, True]
-    if what == "float64":
-        given_[0] = s.query.double()
+    dtype = torch.float32
+    key, value = format_of("spark", 12, dtype), Dense(1100 if what == "wide" else 10, dtype)
+    if what == "draws":
+        key = Spark(12, dtype, 5, recovery="gaussian")
+    if what == "own format":
+        key = Negated(12, dtype)
+    spec = Spec(key, value, 8, 4)
+    expected, query = cache_for(spec, 100)
+    new_key, new_value = new_tokens(spec)
+    if what == "query":
+        query = query.bfloat16()
     if what == "scattered":
-        given_[7] = s.values.mT.contiguous().mT
-    for actual, expected in zip(ops.attend(*given_), reference.attend(*given_), strict=True):
-        assert_close(actual, expected, torch.float32)
+        new_value = torch.randn(2, 2, 1, 20)[..., ::2]
+    position = torch.tensor([51]) if what == "cut page" else None
+    actual = expected.clone()
+    results = [
+        operator(
+            query, new_key, new_value, *cache.tensors, None, None, None, ALL, position, spec.text
+        )
+        for operator, cache in ((ops.step, actual), (reference.step, expected))
+    ]
+    assert_close(*results, dtype)
+    assert_same(actual, expected)
 
 
-@pytest.mark.parametrize("other", [name for name in supported() if name != level()])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"new_key": torch.zeros(2, 2, 1, 11)},
+            r"new_key is torch.float32\[2, 2, 1, 11\]: allowed",
+        ),
+        ({"new_value": torch.zeros(2, 2, 2, 10)}, r"new_value is .*: allowed is .*2, 2, 1, 10\]"),
+        ({"key_pages": torch.zeros(2, 2, 3, 8, dtype=torch.uint8)}, "key_pages is"),
+        ({"value_head": torch.zeros(2, 2, 40, dtype=torch.uint8)}, "keys and values are of other"),
+        ({"attn_mask": torch.zeros(1, 99)}, r"attn_mask is \[1, 99\]: .* to \[2, 4, 3, 101\]"),
+        ({"position": torch.tensor([101])}, "position 101 leaves a gap after 100 tokens"),
+        ({"position": torch.tensor([7, 9])}, r"positions \[7, 9\] are not consecutive"),
+    ],
+)
+def test_errors_are_those_of_the_reference(change: dict[str, Tensor], said: str) -> None:
+    spec = Spec(format_of("spark", 12, torch.float32), Dense(10, torch.float32), 8, 4)
+    cache, query = cache_for(spec, 100)
+    names = ("key_pages", "key_head", "value_pages", "value_head")
+    operands = dict(zip(names, cache.tensors, strict=True))
+    operands |= {"query": query, "position": None, "attn_mask": None}
+    operands |= dict(zip(("new_key", "new_value"), new_tokens(spec), strict=True)) | change
+    rest = {"sinks": None, "causal_offset": None, "keep": ALL, "spec": spec.text}
+    with pytest.raises(ValueError, match=said):
+        torch.ops.spark.step(**operands, **rest)
+
+
+def test_a_spec_with_another_scale_is_another_spec() -> None:
+    spec = Spec(format_of("spark", 12, torch.float32), Dense(10, torch.float32), 8, 4)
+    cache, query = cache_for(spec, 100)
+    new = new_tokens(spec)
+    outputs = []
+    for scale in (0.1, 1e-05, 0.1):
+        text = dataclasses.replace(spec, scale=scale).text
+        given_ = (query, *new, *cache.tensors, None, None, None, None, None, text)
+        assert_close(ops.step(*given_), reference.step(*given_), torch.float32)
+        outputs.append(ops.step(*given_))
+    assert torch.equal(outputs[0], outputs[2])
+    assert not torch.equal(outputs[0], outputs[1])
+
+
+def other_levels() -> list[str]:
+    """Levels to test in processes of their own, "amx" with emulated tiles where there are none."""
+    has = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    emulated = "amx" not in supported() and has.get("avx512_bf16") and has.get("avx512_vbmi2")
+    return [name for name in supported() if name != level()] + ["amx"] * bool(emulated)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        pytest.param(other, marks=[pytest.mark.slow] * (other in ("amx", "plain")))
+        for other in other_levels()
+    ],
+)
 def test_every_other_level(other: str) -> None:
     if "SPARK_COMPILE_CPU" in os.environ:
         pytest.skip("this is one of the other levels")
+    environment = {**os.environ, "SPARK_COMPILE_CPU": other}
+    if other not in supported():
+        environment["SPARK_COMPILE_CXXFLAGS"] = EMULATED_TILES
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    result = subprocess.run(
-        command, env={**os.environ, "SPARK_COMPILE_CPU": other}, capture_output=True, text=True
-    )
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]

@@ -1,84 +1,200 @@
-"""The packed layout: bit planes, the number of kept channels, and bytes that are really there."""
+"""Where the fields lie: every byte has one owner, and the views are those bytes and no others."""
 
 from __future__ import annotations
 
-import math
-from fractions import Fraction
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
-from spark_compile import ops
-from spark_compile.kernels.layout import (
-    kept_channels,
-    key_token_bytes,
-    pack_bits,
-    plane_bytes,
-    scale_entries,
-    unpack_bits,
+from spark_compile.kernels.formats import Field, Format, parse
+from spark_compile.kernels.layout import COUNTERS, HeadLayout, PageLayout, counters, typed
+
+FIELD_DTYPES = (torch.uint8, torch.int8, torch.float16, torch.float32, torch.int64)
+
+
+@dataclass(frozen=True)
+class Declared(Format):
+    """A format that is nothing but fields."""
+
+    declared: tuple[Field, ...] = ()
+    uses_queries: bool = False
+
+    NAME = "declared"
+
+    @property
+    def USES_QUERIES(self) -> bool:  # type: ignore[override]
+        return self.uses_queries
+
+    def fields(self) -> tuple[Field, ...]:
+        return self.declared
+
+    def encode(self, rows: Tensor, norms: Any, constants: Any) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    def decode(self, stored: Any, constants: Any, first: int = 0) -> Tensor:
+        raise NotImplementedError
+
+
+del Format.KNOWN["declared"]  # options shall not offer it
+
+FIELDS = st.lists(
+    st.tuples(
+        st.sampled_from(FIELD_DTYPES),
+        st.integers(1, 9),
+        st.sampled_from(["token", "token", "page", "head"]),
+    ),
+    min_size=1,
+    max_size=6,
 )
 
 
-@given(st.lists(st.booleans(), min_size=1, max_size=40))
-@settings(max_examples=60, deadline=None)
-def test_packed_bits_are_the_binary_digits_of_the_flags(flags: list[bool]) -> None:
-    packed = pack_bits(torch.tensor(flags))
-    assert packed.dtype == torch.uint8
-    assert packed.shape == (plane_bytes(len(flags)),)
-    number = sum(flag << j for j, flag in enumerate(flags))
-    assert packed.tolist() == list(number.to_bytes(len(packed), "little"))
-    assert unpack_bits(packed, len(flags)).tolist() == flags
+def declared(fields: list[tuple[torch.dtype, int, Any]], *, queries: bool = False) -> Declared:
+    named = (Field(f"f{i}", dtype, width, per) for i, (dtype, width, per) in enumerate(fields))
+    return Declared(7, torch.float16, tuple(named), queries)
 
 
-@pytest.mark.parametrize("head_dim", [1, 7, 8, 9, 12, 64, 65])
-def test_unpack_undoes_pack_in_every_row(head_dim: int) -> None:
-    flags = torch.rand(2, 3, 5, head_dim) < 0.5
-    assert torch.equal(unpack_bits(pack_bits(flags), head_dim), flags)
-    turned = flags.transpose(0, 2)  # not contiguous
-    assert torch.equal(unpack_bits(pack_bits(turned), head_dim), turned)
+def claim(owners: Tensor, view: Tensor, name: str) -> None:
+    """Note that a view's bytes are its own; fails if they have an owner."""
+    offset, base = view.storage_offset() * view.element_size(), owners.flatten()
+    assert offset % view.element_size() == 0
+    strides = [stride * view.element_size() for stride in view.stride()]
+    at = torch.tensor(offset)
+    for size, stride in zip((*view.shape, view.element_size()), (*strides, 1), strict=True):
+        at = at.unsqueeze(-1) + torch.arange(size) * stride
+    at = at.flatten()
+    assert not base[at].any(), f"{name} lies on another field"
+    base[at] = 1
 
 
-def test_unpack_never_reads_the_padding_bits() -> None:
-    packed = pack_bits(torch.zeros(5, dtype=torch.bool)) | 0b1110_0000
-    assert not unpack_bits(packed, 5).any()
+@given(FIELDS, st.integers(1, 5))
+@settings(max_examples=200, deadline=None)
+def test_no_byte_of_a_page_has_two_owners(fields: Any, tokens: int) -> None:
+    format = declared(fields)
+    layout = PageLayout(format, tokens)
+    pages = torch.zeros(2, 3, 4, layout.page_bytes, dtype=torch.uint8)
+    owners, total = torch.zeros(pages.numel(), dtype=torch.uint8), 0
+    views = layout.views(pages)
+    stored = [field for field in format.declared if field.per != "head"]
+    assert set(views) == {field.name for field in stored}
+    for field in stored:
+        view, per_token = views[field.name], field.per == "token"
+        assert view.shape == (2, 3, 4, *((tokens,) if per_token else ()), field.width)
+        assert view.dtype == field.dtype
+        claim(owners, view, field.name)
+        total += field.nbytes * (tokens if per_token else 1)
+    assert owners.sum() == 2 * 3 * 4 * total
+    padding = layout.page_bytes - total
+    assert 0 <= padding < (len(stored) + 1) * 8 * (tokens + 1)
+    assert layout.page_bytes % 8 == 0
 
 
-@pytest.mark.parametrize("head_dim", [1, 3, 8, 12, 64, 80, 96, 100, 128, 192, 256, 576])
-def test_kept_channels_is_exact_for_every_percentage(head_dim: int) -> None:
-    # In floats 0.29 * 100 is 28.999999999999996, and 0.57 * 100 is 56.99999999999999.
-    for percent in range(100):
-        exact = head_dim - math.floor(Fraction(percent, 100) * head_dim)
-        assert kept_channels(head_dim, percent / 100) == exact, percent
+@given(FIELDS, st.integers(1, 5))
+@settings(max_examples=100, deadline=None)
+def test_every_field_is_found_at_its_offset(fields: Any, tokens: int) -> None:
+    format = declared(fields)
+    layout = PageLayout(format, tokens)
+    pages = torch.randint(256, (1, 1, 2, layout.page_bytes), dtype=torch.uint8)
+    views = layout.views(pages)
+    for field in format.declared:
+        if field.per == "head":
+            continue
+        assert layout.offsets[field.name] % field.dtype.itemsize == 0
+        for page in range(2):
+            for token in range(tokens if field.per == "token" else 1):
+                first = layout.offsets[field.name] + token * layout.record_bytes
+                raw = pages[0, 0, page, first : first + field.nbytes]
+                view = views[field.name][0, 0, page]
+                own = view[token] if field.per == "token" else view
+                assert own.contiguous().view(torch.uint8).tolist() == raw.tolist()
 
 
-@given(st.integers(1, 1024), st.integers(0, 9999))
-@settings(deadline=None)
-def test_kept_channels_is_exact_for_four_digits(head_dim: int, share: int) -> None:
-    exact = head_dim - math.floor(Fraction(share, 10_000) * head_dim)
-    assert kept_channels(head_dim, share / 10_000) == exact
+@given(FIELDS, st.integers(0, 6), st.booleans())
+@settings(max_examples=100, deadline=None)
+def test_no_byte_of_a_head_has_two_owners(fields: Any, rows: int, queries: bool) -> None:
+    format = declared(fields, queries=queries)
+    layout = HeadLayout(format)
+    size = int(layout.head_bytes(rows))
+    head = torch.zeros(2, 3, size, dtype=torch.uint8)
+    owners = torch.zeros(head.numel(), dtype=torch.uint8)
+    assert counters(head).shape == (2, 3, COUNTERS)
+    claim(owners, counters(head), "counters")
+    constants, stats, tail = layout.constants(head), layout.stats(head), layout.tail(head)
+    own = [field for field in format.declared if field.per == "head"]
+    assert set(constants) == {field.name for field in own}
+    for field in own:
+        assert constants[field.name].shape == (2, 3, field.width)
+        claim(owners, constants[field.name], field.name)
+    assert (stats is not None) == queries
+    if stats is not None:
+        assert (stats.shape, stats.dtype) == ((2, 3, 2, 7), torch.float32)
+        claim(owners, stats, "stats")
+    assert tail.shape[2] == layout.tail_rows(head)
+    assert rows <= tail.shape[2] <= rows + 7 // layout.row_bytes
+    assert (tail.shape[3], tail.dtype) == (7, torch.float16)
+    claim(owners, tail, "tail")
+    declared_bytes = 8 * COUNTERS + sum(field.nbytes for field in own)
+    declared_bytes += 2 * 7 * 4 if queries else 0
+    assert owners.sum() == 2 * 3 * (declared_bytes + tail[0, 0].nbytes)
+    assert declared_bytes <= layout.offsets["tail"] < declared_bytes + 8 * (len(own) + 2)
+    assert size % 8 == 0
 
 
-@given(st.integers(1, 1024), st.floats(0, 1, exclude_max=True))
-@settings(deadline=None)
-def test_at_least_one_and_at_most_all_channels_are_kept(head_dim: int, ratio: float) -> None:
-    assert 1 <= kept_channels(head_dim, ratio) <= head_dim
+EXPECTED = [
+    ("dense", 8, {"rows": 0}, 16, 64),
+    ("int8", 8, {"step": 0, "levels": 2}, 10, 40),
+    ("spark(kept=5)", 12, {"amplitude": 0, "channels": 2, "keep": 12, "negative": 14}, 16, 64),
+    ("spark(kept=5,stored=int8,recovery=gaussian)", 12,
+     {"amplitude": 0, "step": 4, "channels": 6, "keep": 11, "negative": 13}, 16, 64),
+    ("pruned(kept=3)", 8, {"fill": 0, "channels": 2, "keep": 8}, 10, 40),
+    ("pruned(kept=3,stored=int8)", 8, {"fill": 0, "step": 2, "channels": 4, "keep": 7}, 8, 32),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("recovery", ["degenerate", "none", "exponential", "gaussian"])
-@pytest.mark.parametrize(("head_dim", "ratio"), [(12, 0.5), (64, 0.8), (9, 0.0), (5, 0.99)])
-def test_counted_bytes_are_those_of_the_stored_tensors(
-    head_dim: int, ratio: float, recovery: str, dtype: torch.dtype
+@pytest.mark.parametrize(("text", "dim", "offsets", "record_bytes", "page_bytes"), EXPECTED)
+def test_the_layout_of_each_format(
+    text: str, dim: int, offsets: dict[str, int], record_bytes: int, page_bytes: int
 ) -> None:
-    key, norms = torch.randn(2, 3, 7, head_dim, dtype=dtype), torch.rand(2, 3, head_dim)
-    kept = kept_channels(head_dim, ratio)
-    stored = ops.prune(key, norms, norms, kept, recovery, "squared")
-    assert [t.shape[3:] for t in stored] == [
-        (kept,),
-        (2, plane_bytes(head_dim)),
-        (scale_entries(recovery),),
-    ]
-    counted = key_token_bytes(head_dim, ratio, dtype.itemsize, recovery)
-    assert sum(t.untyped_storage().nbytes() for t in stored) == 2 * 3 * 7 * counted
+    """What files and native kernels rely on."""
+    layout = PageLayout(parse(text, dim, torch.bfloat16), 4)
+    assert layout.offsets == offsets
+    assert (layout.record_bytes, layout.page_bytes) == (record_bytes, page_bytes)
+
+
+def test_fields_per_page_follow_the_records() -> None:
+    fields = [
+        (torch.int8, 3, "token"), (torch.float32, 1, "page"), (torch.float16, 1, "token"),
+        (torch.uint8, 1, "page"),
+    ]  # fmt: skip
+    layout = PageLayout(declared(fields), 3)
+    assert layout.offsets == {"f0": 0, "f2": 4, "f1": 20, "f3": 24}
+    assert (layout.record_bytes, layout.page_bytes) == (6, 32)
+
+
+def test_the_head_has_counters_constants_statistics_and_the_tail() -> None:
+    layout = HeadLayout(parse("spark(kept=5)", 10, torch.bfloat16))
+    assert layout.offsets == {"norms": 32, "stats": 72, "tail": 152}
+    assert layout.head_bytes(3) == 152 + 64
+    assert HeadLayout(parse("dense", 10, torch.bfloat16)).offsets == {"tail": 32}
+
+
+def test_views_write_through() -> None:
+    layout = PageLayout(parse("int8", 5, torch.float16), 2)
+    pages = torch.zeros(1, 1, 3, layout.page_bytes, dtype=torch.uint8)
+    layout.views(pages)["levels"][0, 0, 1] = 7
+    written = pages[0, 0].nonzero().tolist()
+    assert written == [[1, 8 * record + 2 + level] for record in (0, 1) for level in range(5)]
+    field = Field("x", torch.int16, 2)
+    assert typed(torch.arange(8, dtype=torch.uint8), 2, field).tolist() == [0x0302, 0x0504]
+
+
+def test_fields_are_values() -> None:
+    field = Field("x", torch.float32, 3)
+    assert (field.nbytes, field.per) == (12, "token")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        field.width = 4  # type: ignore[misc]

@@ -8,29 +8,32 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from stores import with_room
 from torch import Tensor
 
 from spark_compile import ops as _ops  # noqa: F401  (defines spark_reference)
-from spark_compile.kernels.reference import prune as reference_prune
-from spark_compile.kernels.reference import values as reference_values
+from spark_compile.kernels.formats import parse
+from spark_compile.kernels.layout import STEP, counters
+from spark_compile.kernels.reference.store import ALL, Store, allocate
+from spark_compile.kernels.spec import SIDES, Spec
 
 pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not (INTERPRETED or torch.cuda.is_available()):
     pytest.skip("neither a GPU nor the interpreter", allow_module_level=True)
 
-from spark_compile.kernels.triton import launch  # noqa: E402
-from spark_compile.kernels.triton import ops as triton_ops  # noqa: E402
+from spark_compile.kernels.triton.ops import EAGER  # noqa: E402
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 REFERENCE = torch.ops.spark_reference
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
-DTYPES = tuple(TOLERANCES)
+KEYS = ("dense", "int8", "spark(kept=5)", "spark(kept=5,stored=int8,recovery=none)",
+        "spark(kept=12,stored=int8,saliency=absolute)", "pruned(kept=4)")  # fmt: skip
+VALUES = ("dense", "int8", "pruned(kept=3)", "pruned(kept=10,stored=int8)")
 
 
 @pytest.fixture(autouse=True)
@@ -67,260 +70,324 @@ def bfloat16_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(InterpreterBuilder, "create_dot", widened)
 
 
-def scattered(tensor: Tensor | None) -> Tensor | None:
+def spec_of(
+    key: str = "spark(kept=5)", value: str = "pruned(kept=3)", *,
+    dtype: torch.dtype = torch.float32, dims: tuple[int, int] = (12, 10), window: int = 4,
+    recent: int = 5, sinks: int = 0, min_tokens: int = 0, scale: float = 0.4,
+    softcap: float = 0.0,
+) -> Spec:  # fmt: skip
+    formats = [parse(text, dim, dtype) for text, dim in zip((key, value), dims, strict=True)]
+    return Spec(*formats, window, recent, sinks, min_tokens, scale, softcap)
+
+
+class Cache:
+    """A cache made by the reference, which operators step through; unused bytes are all ones."""
+
+    def __init__(
+        self, spec: Spec, tokens: int = 23, *, heads: tuple[int, int] = (2, 1), pages: int = 12,
+        garbage: int = 255,
+    ) -> None:  # fmt: skip
+        self.spec, self.heads, self.stored = spec, heads, list[Tensor]()
+        query = self.queries(min(tokens, 7))
+        for side, rows in zip(SIDES, self.new(tokens), strict=True):
+            empty = allocate(rows, spec, side, pages, int(spec.tail_rows(tokens)))
+            for stored in (empty.pages, empty.head[..., spec.head(side).offsets["tail"] :]):
+                stored.fill_(garbage)
+            store = Store(empty.pages, empty.head, spec, side)
+            store.observe(query)
+            store.append(rows, ALL)
+            self.stored += [store.pages, store.head]
+
+    def queries(self, tokens: int) -> Tensor:
+        format = self.spec.key
+        return torch.randn(2, self.heads[0], tokens, format.head_dim, dtype=format.dtype)
+
+    def new(self, tokens: int) -> list[Tensor]:
+        formats = (self.spec.key, self.spec.value)
+        return [torch.randn(2, self.heads[1], tokens, f.head_dim, dtype=f.dtype) for f in formats]
+
+    def sides(self) -> list[Store]:
+        return [
+            Store(*self.stored[2 * i : 2 * i + 2], self.spec, side) for i, side in enumerate(SIDES)
+        ]
+
+    @property
+    def visible(self) -> int:
+        return self.sides()[0].visible
+
+    def step(
+        self, tokens: int = 1, *, queries: int | None = None, keep: int | None = ALL,
+        position: int | None = None, operator: Any = EAGER["step"], spread: bool = False,
+        **how: Any,
+    ) -> Tensor:  # fmt: skip
+        """Step the kernels and, on a copy, the reference; the outputs and caches are the same."""
+        dtype = self.spec.key.dtype
+        given = [self.queries(tokens if queries is None else queries), *self.new(tokens)]
+        rest = (
+            how.get("mask"), how.get("sinks"), how.get("causal_offset"), keep,
+            None if position is None else torch.tensor([position]), self.spec.text,
+        )  # fmt: skip
+        expected = [t.clone() for t in self.stored]
+        wanted = REFERENCE.step(*given, *expected, *rest)
+        if spread:
+            given = [scattered(t) for t in given]
+        output: Tensor = operator(*given, *self.stored, *rest)
+        assert output.dtype == dtype
+        allowed = {"atol": TOLERANCES[dtype], "rtol": TOLERANCES[dtype]}
+        torch.testing.assert_close(output, wanted, **allowed)
+        check_same(self.stored, expected, self.spec)
+        return output
+
+
+def check_same(result: list[Tensor], expected: list[Tensor], spec: Spec) -> None:
+    """Counters are equal; tokens, current statistics and constants but for the order of sums."""
+    dtype = spec.key.dtype
+    allowed = {"atol": TOLERANCES[dtype], "rtol": TOLERANCES[dtype]}
+    for i, side in enumerate(SIDES):
+        pair = (slice(2 * i, 2 * i + 2), spec, side)
+        ours, theirs = (Store(*stored[pair[0]], *pair[1:]) for stored in (result, expected))
+        torch.testing.assert_close(ours.counters, theirs.counters)
+        torch.testing.assert_close(ours.rows(), theirs.rows(), **allowed)
+        if ours.stats is not None and theirs.stats is not None:
+            slot = ours.step % 2
+            torch.testing.assert_close(ours.stats[:, :, slot], theirs.stats[:, :, slot])
+        if ours.packed:
+            torch.testing.assert_close(ours.constants, theirs.constants)
+
+
+def scattered(tensor: Tensor) -> Tensor:
     """The same values with the dimensions reversed in memory and every second element unused."""
-    if tensor is None or tensor.dim() == 0:
-        return tensor
     spread = tensor.new_empty(*reversed(tensor.shape), 2)[..., 0]
     return spread.permute(*reversed(range(tensor.dim()))).copy_(tensor)
 
 
-def stored(
-    dtype: torch.dtype, *, dims: tuple[int, int] = (12, 10), heads: tuple[int, int] = (4, 2),
-    queries: int = 1, packed: int = 37, dense: int = 21, kept: int = 5, room: int = 4,
-    key_int8: bool = False, value_int8: bool = False, value_kept: int = 0,
-    saliency: str = "squared", recovery: str = "degenerate", sink_tokens: int = 2,
-) -> dict[str, Any]:  # fmt: skip
-    """Arguments of ``attend`` by name, but for the mask and what follows it."""
-    (query_heads, kv_heads), (dim, value_dim) = heads, dims
-    norms = torch.rand(2, kv_heads, dim) + 0.1
-    keys = torch.randn(2, kv_heads, packed, dim, dtype=dtype)
-    rows = reference_prune.prune(keys, norms, norms, kept, recovery, saliency, key_int8)
-    value = torch.randn(2, kv_heads, packed + dense, value_dim, dtype=dtype)
-    bias = torch.rand(2, kv_heads, value_dim) if value_kept else None
-    packed_values = reference_values.pack_values(value, bias, value_kept or value_dim, value_int8)
-    values, bits, scale = (with_room(t, room, torch.nan) for t in packed_values)
-    return {
-        "query": torch.randn(2, query_heads, queries, dim, dtype=dtype),
-        **dict(
-            zip(
-                ("kept", "bits", "scale"),
-                (with_room(t, room, torch.nan) for t in rows),
-                strict=True,
-            )
-        ),
-        "norms": norms,
-        "packed_length": torch.tensor(packed, device="cpu"),
-        "tail": with_room(torch.randn(2, kv_heads, dense, dim, dtype=dtype), room, torch.nan),
-        "values": values,
-        "length": packed + dense,
-        "attn_mask": None, "causal_offset": None, "attn_scale": 0.4, "softcap": 0.0, "sinks": None,
-        "sink_tokens": min(sink_tokens, dense), "recovery": recovery, "saliency": saliency,
-        "return_lse": True,
-        "value_bits": bits if value_kept else None,
-        "value_scale": scale if value_kept or value_int8 else None,
-        "value_bias": bias,
-    }  # fmt: skip
+@pytest.mark.parametrize("value", VALUES)
+@pytest.mark.parametrize("key", KEYS)
+def test_every_pair_of_formats(key: str, value: str) -> None:
+    """A page is packed in the first step and read in the second."""
+    cache = Cache(spec_of(key, value), tokens=24)
+    for tokens in (1, 3):
+        cache.step(tokens)
 
 
-def check_attend(case: dict[str, Any], dtype: torch.dtype, loaded: bool = False) -> None:
-    """The kernels give the reference's output, with the packed length as a number or loaded."""
-    expected = REFERENCE.attend(*case.values())
-    tolerance = {"atol": TOLERANCES[dtype], "rtol": TOLERANCES[dtype]}
-    attend = torch.ops.spark_triton.attend if loaded else triton_ops.EAGER["attend"]
-    result = attend(*case.values())
-    assert result[0].dtype == dtype
-    torch.testing.assert_close(result, expected, **tolerance)
+@pytest.mark.parametrize("sinks", [0, 2])
+def test_the_first_page_is_packed(sinks: int) -> None:
+    """With it, the constants are fixed."""
+    cache = Cache(spec_of("spark(kept=5,stored=int8)", sinks=sinks), tokens=7 + sinks)
+    for _ in range(7):
+        cache.step()
+    assert cache.sides()[0].packed == 8
 
 
 CASES: dict[str, dict[str, Any]] = {
-    "decode": {},
-    "odd group, odd sizes": {"dims": (13, 7), "heads": (6, 2), "queries": 3},
-    "one group of 20": {"heads": (20, 1), "dims": (32, 32), "kept": 16},
-    "words of 16 bits": {"dims": (80, 48), "kept": 40, "value_kept": 20},
-    "words of 8 bits": {"dims": (72, 40), "kept": 20, "value_kept": 9},
-    "words of 32 bits": {"dims": (128, 64), "kept": 26, "value_kept": 32, "queries": 2},
-    "all channels kept": {"kept": 12},
-    "one channel kept": {"kept": 1},
-    "no recovery": {"recovery": "none"},
-    "absolute saliency": {"saliency": "absolute"},
-    "int8 keys": {"key_int8": True},
-    "int8 values": {"value_int8": True},
-    "pruned values": {"value_kept": 3},
-    "int8 and pruned": {"key_int8": True, "value_int8": True, "value_kept": 3, "queries": 2},
-    "nothing packed": {"packed": 0, "room": 3},
-    "empty tail": {"dense": 0},
-    "one token": {"packed": 0, "dense": 1},
-    "many blocks": {"packed": 90, "dense": 70, "room": 40, "heads": (2, 1)},
-    "no room": {"room": 0},
+    "odd group, odd sizes": {"dims": (13, 7), "heads": (6, 2)},
+    "one group of 20": {"heads": (20, 1), "dims": (32, 32)},
+    "planes of 16 bits": {"dims": (80, 48)},
+    "planes of 8 bits": {"dims": (72, 40)},
+    "planes of 32 bits": {"dims": (128, 64), "key": "spark(kept=26)"},
+    "window of one": {"window": 1, "pages": 30},
+    "odd window": {"window": 7},
+    "wide window": {"window": 24, "tokens": 60},
+    "nothing recent": {"recent": 0},
+    "nothing packed": {"min_tokens": 1000, "steps": (1, 2, 1)},
+    "packed at last": {"min_tokens": 26},
+    "one token": {"tokens": 1},
+    "many blocks": {"tokens": 90, "heads": (2, 1), "recent": 40, "pages": 14},
+    "a format for both": {"key": "spark(kept=5)", "value": "spark(kept=4)", "dims": (12, 12)},
 }
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_attend(name: str) -> None:
-    check_attend(stored(torch.float32, **CASES[name]), torch.float32)
+def test_shapes(name: str) -> None:
+    case = dict(CASES[name])
+    steps = case.pop("steps", (1, 4, 1))
+    made = {n: case.pop(n) for n in ("heads", "tokens", "pages") if n in case}
+    cache = Cache(spec_of(**case), **made)
+    for tokens in steps:
+        cache.step(tokens)
 
 
-@pytest.mark.parametrize("name", ["odd group, odd sizes", "nothing packed", "empty tail"])
-def test_attend_with_a_loaded_length(name: str) -> None:
-    check_attend(stored(torch.float32, **CASES[name]), torch.float32, loaded=True)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("spark(kept=5,stored=int8)", "pruned(kept=4,stored=int8)"), ("int8", "dense")],
+)
+def test_half_precision(key: str, value: str, dtype: torch.dtype) -> None:
+    cache = Cache(spec_of(key, value, dtype=dtype), heads=(6, 2))
+    for tokens in (3, 1):
+        cache.step(tokens)
 
 
-@pytest.mark.parametrize("dtype", DTYPES[1:])
-@pytest.mark.parametrize("name", ["odd group, odd sizes", "int8 and pruned"])
-def test_attend_in_half_precision(name: str, dtype: torch.dtype) -> None:
-    check_attend(stored(dtype, **CASES[name]), dtype)
+@pytest.mark.parametrize("sinks", [0, 3])
+def test_a_chunk_that_is_longer_than_the_tail(sinks: int) -> None:
+    cache = Cache(spec_of(sinks=sinks), tokens=10)
+    for tokens in (19, 2):
+        cache.step(tokens, causal_offset=cache.visible)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_masks_offsets_caps_and_sinks(dtype: torch.dtype) -> None:
-    case = stored(dtype, queries=3, heads=(6, 2), packed=20, dense=11)
-    length = case["length"]
-    hows: tuple[dict[str, Any], ...] = (
-        {"causal_offset": length - 3},
-        {"causal_offset": 0, "sinks": torch.randn(6)},
-        {"attn_mask": torch.rand(2, 1, 3, length) < 0.7, "softcap": 3.0},
-        {"attn_mask": torch.randn(3, length, dtype=dtype), "causal_offset": 25},
-        {"attn_mask": torch.rand(2, 6, 1, length) < 0.7, "sinks": torch.randn(6)},
+def test_evicted_tokens_are_not_seen_and_their_pages_used_again() -> None:
+    cache = Cache(spec_of(), tokens=24, pages=6)
+    for tokens, keep in ((1, 20), (4, 18), (4, 18), (1, 3), (1, 18)):
+        cache.step(tokens, keep=keep)
+    assert cache.sides()[0].packed // 4 > 6
+    cache.step(7, keep=18, causal_offset=cache.visible)
+
+
+@pytest.mark.parametrize("spread", [False, True])
+def test_masks_offsets_caps_and_sinks(spread: bool) -> None:
+    hows: tuple[tuple[dict[str, Any], Any], ...] = (
+        ({"softcap": 3.0}, lambda n: {"mask": torch.rand(2, 1, 3, n) < 0.7}),
+        ({"sinks": 2}, lambda n: {"mask": torch.randn(3, n), "causal_offset": 15}),
+        ({}, lambda n: {"mask": torch.rand(2, 6, 1, n) < 0.7, "sinks": torch.randn(6)}),
+        ({}, lambda n: {"mask": torch.randn(2, 6, 3, 1), "causal_offset": 0}),
+        ({}, lambda n: {"mask": torch.rand(1, 1, 3, n + 9) < 0.7}),
+        ({"softcap": 2.0}, lambda n: {"sinks": torch.randn(6), "causal_offset": n - 3}),
     )
-    for how in hows if dtype == torch.float32 else hows[2:4]:
-        check_attend({**case, **how}, dtype)
+    for changes, how in hows:
+        cache = Cache(spec_of(**changes), heads=(6, 2))
+        given = how(cache.visible + 3)
+        if spread and "mask" in given:
+            given["mask"] = scattered(given["mask"])
+        cache.step(3, spread=spread, **given)
+
+
+def test_a_mask_begins_with_the_first_token_that_is_not_evicted() -> None:
+    cache = Cache(spec_of(), tokens=24)
+    cache.step(keep=11)
+    cache.step(mask=torch.rand(2, 1, 1, 12) < 0.5)
 
 
 def test_a_query_that_sees_nothing() -> None:
-    case = stored(torch.float32, queries=2, packed=9, dense=5)
-    mask = torch.ones(2, 1, 2, case["length"], dtype=torch.bool)
+    cache = Cache(spec_of())
+    mask = torch.ones(2, 1, 2, cache.visible + 2, dtype=torch.bool)
     mask[1, :, 1] = False
-    output, lse = triton_ops.EAGER["attend"](*{**case, "attn_mask": mask}.values())
+    output = cache.step(2, mask=mask)
     assert (output[1, :, 1] == 0).all()
-    assert lse[1, :, 1].isneginf().all()
-    check_attend({**case, "attn_mask": mask}, torch.float32)
-    check_attend({**case, "causal_offset": -1}, torch.float32)
+    cache.step(2, causal_offset=-1)
+
+
+def test_sharers_note_their_queries() -> None:
+    """A page is packed by norms of the queries of all."""
+    cache = Cache(spec_of(), tokens=23)
+    for _ in range(2):
+        cache.step(keep=None)
+        cache.step()
+
+
+@pytest.mark.parametrize("value", ["pruned(kept=3,stored=int8)", "int8"])
+@pytest.mark.parametrize(
+    ("sinks", "position"),
+    [(0, 22), (0, 10), (0, 8), (0, 0), (3, 24), (3, 12), (3, 11), (3, 2)],
+)
+def test_a_position_forgets_what_comes_after(position: int, sinks: int, value: str) -> None:
+    cache = Cache(spec_of("spark(kept=5,stored=int8)", value, sinks=sinks), tokens=24)
+    cache.step(2, position=position)
+    cache.step(1, position=position + 1)
+
+
+def test_a_position_may_cut_what_is_evicted() -> None:
+    cache = Cache(spec_of("dense", "dense"), tokens=24)
+    cache.step(keep=9)
+    cache.step(position=18)
+    cache.step(position=0)
+
+
+def test_a_position_after_the_last_token_appends() -> None:
+    """Nothing can be raised on the device."""
+    cache = Cache(spec_of())
+    expected = [t.clone() for t in cache.stored]
+    given = (cache.queries(1), *cache.new(1))
+    rest = (None, None, None, ALL)
+    wanted = REFERENCE.step(*given, *expected, *rest, None, cache.spec.text)
+    result = EAGER["step"](*given, *cache.stored, *rest, torch.tensor([99]), cache.spec.text)
+    torch.testing.assert_close(result, wanted)
+    check_same(cache.stored, expected, cache.spec)
+
+
+@pytest.mark.parametrize("key", ["spark(kept=5)", "int8", "dense"])
+def test_no_operand_has_to_be_contiguous(key: str) -> None:
+    cache = Cache(spec_of(key, "pruned(kept=3)"), heads=(6, 2), tokens=24)
+    for tokens in (3, 1):
+        cache.step(tokens, spread=True)
+
+
+def test_the_operator_for_compilers_does_the_same() -> None:
+    cache = Cache(spec_of(), tokens=23)
+    for position in (None, 24, 8):
+        cache.step(2, operator=torch.ops.spark_triton.step, position=position)
 
 
 def test_a_channel_that_no_query_looked_at_does_not_overflow() -> None:
-    case = stored(torch.float16, saliency="absolute")
-    case["norms"][:, :, 3] = 0.0
-    output, _ = triton_ops.EAGER["attend"](*case.values())
+    cache = Cache(spec_of("spark(kept=3,saliency=absolute)", dtype=torch.float16))
+    cache.sides()[0].constants["norms"][:, :, 3] = 0.0
+    how = (None, None, None, ALL, None, cache.spec.text)
+    output = EAGER["step"](cache.queries(1), *cache.new(1), *cache.stored, *how)
     assert output.isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["odd group, odd sizes", "int8 and pruned"])
-def test_non_contiguous_inputs_change_nothing(name: str) -> None:
-    case = stored(torch.float32, **CASES[name])
-    expected = triton_ops.EAGER["attend"](*case.values())
-    spread = [scattered(v) if isinstance(v, Tensor) else v for v in case.values()]
-    torch.testing.assert_close(triton_ops.EAGER["attend"](*spread), expected)
-
-
-def test_random_recoveries_go_to_the_reference() -> None:
-    for recovery in ("gaussian", "exponential"):
-        case = stored(torch.float32, recovery=recovery)
-        expected = REFERENCE.attend(*case.values())
-        result = triton_ops.EAGER["attend"](*case.values())
-        torch.testing.assert_close(result, expected, rtol=0, atol=0)
-
-
-def test_return_lse_and_what_follows_may_be_left_out() -> None:
-    *given, _, _, _, _ = stored(torch.float32).values()
-    assert triton_ops.EAGER["attend"](*given)[1].numel() == 0
-
-
-@pytest.mark.parametrize("name", ["decode", "int8 and pruned", "nothing packed", "empty tail"])
-@pytest.mark.parametrize("spread", [False, True])
-def test_append_attend(name: str, spread: bool) -> None:
-    case = stored(torch.float32, **{**CASES[name], "queries": 2, "heads": (6, 2)})
-    new = [torch.randn(2, 2, 2, size) for size in (12, 10)]
-    case["causal_offset"] = case["length"]
-    names = ("tail", "values", "value_bits", "value_scale")
-    buffers: list[dict[str, Any]] = [
-        {n: None if case[n] is None else case[n].clone() for n in names} for _ in range(3)
-    ]
-    if spread:
-        buffers[1] = {n: scattered(t) for n, t in buffers[1].items()}
-    operators = (
-        REFERENCE.append_attend,
-        triton_ops.EAGER["append_attend"],
-        torch.ops.spark_triton.append_attend,
-    )
-    query, *rest = case
-    results = []
-    for operator, changed in zip(operators, buffers, strict=True):
-        given = {**case, **changed}
-        results.append(operator(given[query], *new, *(given[n] for n in rest)))
-    for result, changed in zip(results[1:], buffers[1:], strict=True):
-        torch.testing.assert_close(result, results[0], atol=1e-5, rtol=1e-5)
-        for n in names:
-            if changed[n] is not None:
-                torch.testing.assert_close(changed[n], buffers[0][n], equal_nan=True)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("quantized", [False, True])
-@pytest.mark.parametrize("saliency", ["squared", "absolute"])
-def test_prune(saliency: str, quantized: bool, dtype: torch.dtype) -> None:
-    for dim, kept in ((12, 5), (13, 13), (72, 1)):
-        key, norms = torch.randn(2, 2, 5, dim, dtype=dtype), torch.rand(2, 2, dim)
-        given = (key, norms, norms.flip(1) + 0.1, kept, "degenerate", saliency, quantized)
-        expected = REFERENCE.prune(*given)
-        spread = [scattered(t) if isinstance(t, Tensor) else t for t in given]
-        check_packed(triton_ops.EAGER["prune"](*spread), expected)
-        check_packed(torch.ops.spark_triton.prune(*given), expected)
-
-
-def check_packed(result: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
-    """Rows and planes are equal, and the scale but for the order of its sum."""
-    torch.testing.assert_close(result[:2], expected[:2], rtol=0, atol=0)
-    torch.testing.assert_close(result[2], expected[2])
-
-
 def test_of_equally_salient_channels_the_first_are_kept() -> None:
-    key = torch.tensor([1.0, -1.0, 0.0, 1.0, 2.0, 1.0, 0.0, -0.0]).expand(1, 1, 3, 8)
-    norms = torch.ones(1, 1, 8)
     for kept in (1, 2, 3, 4, 7):
-        given = (key, norms, norms, kept, "none", "squared", False)
-        check_packed(triton_ops.EAGER["prune"](*given), REFERENCE.prune(*given))
+        spec = spec_of(f"spark(kept={kept},recovery=none)", "dense", dims=(8, 8), recent=0)
+        key = torch.tensor([1.0, -1.0, 0.0, 1.0, 2.0, 1.0, 0.0, -0.0]).expand(1, 1, 4, 8)
+        given = (key, key, [torch.ones(1, 1, 1, 8)], spec.text, None)
+        result, expected = EAGER["build"](*given), REFERENCE.build(*given)
+        torch.testing.assert_close(result[0], expected[0])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("kept", "quantized"), [(0, True), (4, False), (4, True)])
-def test_pack_and_append_values(kept: int, quantized: bool, dtype: torch.dtype) -> None:
-    for dim in (10, 33):
-        value, bias = torch.randn(2, 3, 5, dim, dtype=dtype), torch.rand(2, 3, dim)
-        given = (value, bias if kept else None, kept or dim, quantized)
-        packed = REFERENCE.pack_values(*given)
-        for pack in (triton_ops.EAGER["pack_values"], torch.ops.spark_triton.pack_values):
-            check_packed(pack(*given), packed)
-        buffers = [with_room(t, 4, torch.nan) if t.numel() else None for t in packed]
-        new = scattered(torch.randn(2, 3, 3, dim, dtype=dtype))
-        changed = [[None if t is None else t.clone() for t in buffers] for _ in range(3)]
-        changed[1] = [scattered(t) for t in changed[1]]
-        for append, stores in zip(
-            (REFERENCE.append_values, triton_ops.EAGER["append_values"],
-             torch.ops.spark_triton.append_values), changed, strict=True,
-        ):  # fmt: skip
-            append(*stores, bias if kept else None, new, 5)
-        for stores in changed[1:]:
-            torch.testing.assert_close(stores, changed[0], equal_nan=True)
+@pytest.mark.parametrize("tokens", [2, 9, 23])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("spark(kept=5)", "pruned(kept=3)"),
+        ("spark(kept=5,stored=int8)", "int8"),
+        ("dense", "dense"),
+    ],
+)
+def test_build(key: str, value: str, tokens: int) -> None:
+    for changes, operator in (
+        ({}, EAGER["build"]),
+        ({"sinks": 2}, torch.ops.spark_triton.build),
+        ({"min_tokens": 20}, EAGER["build"]),
+    ):
+        cache = Cache(replace(spec_of(key, value), **changes))
+        given = (*cache.new(tokens), [cache.queries(tokens), cache.queries(3)])
+        rest = (cache.spec.text, 40)
+        expected = list(REFERENCE.build(*given, *rest))
+        result = list(operator(scattered(given[0]), *given[1:], *rest))
+        assert [t.shape for t in result] == [t.shape for t in expected]
+        check_same(result, expected, cache.spec)
+        cache.stored = result
+        cache.step(4)
+
+
+def test_what_the_kernels_cannot_do_goes_to_the_reference() -> None:
+    for changes in ({"key": "spark(kept=5,recovery=gaussian)"}, {"dims": (300, 8)}):
+        cache = Cache(spec_of(**changes))  # type: ignore[arg-type]
+        cache.step()
 
 
 def test_what_does_not_fit_is_named() -> None:
-    case = stored(torch.float32, packed=6, dense=5, room=2)
-    attend = triton_ops.EAGER["attend"]
+    cache = Cache(spec_of(), pages=6, heads=(4, 2))
+    names = ("query", "new_key", "new_value", "key_pages", "key_head", "value_pages", "value_head")
+    given = dict(zip(names, (cache.queries(1), *cache.new(1), *cache.stored), strict=True))
     for changes, message in (
-        ({"length": 14}, "length is 14: allowed is 6 to 13"),
-        ({"packed_length": torch.tensor(9, device="cpu")}, "packed_length is 9: allowed is 0 to 8"),
-        ({"saliency": "cubic"}, "saliency is cubic: allowed is squared, absolute"),
-        ({"query": case["query"].double()}, "query.dtype is torch.float64"),
-        ({"norms": case["norms"][:, :1]}, "norms has the shape"),
-        ({"tail": case["tail"][..., :5]}, "tail has the shape"),
+        ({"query": given["query"][:, :3]}, r"n \* 2"),
+        ({"new_value": given["new_value"][..., :5]}, r"new_value is torch.float32\[2, 2, 1, 5\]"),
+        ({"key_pages": given["key_pages"][..., 1:]}, "key_pages is"),
+        ({"value_head": given["value_head"][..., :-8]}, "value_head has"),
+        (dict(zip(names[1:3], cache.new(40), strict=True)), "key_pages has 6 pages: at least 8"),
     ):
+        arguments = ({**given, **changes}[name] for name in names)
         with pytest.raises(ValueError, match=message):
-            attend(*{**case, **changes}.values())
-    rows = case["tail"].clone()
-    for start in (-1, 6):
-        with pytest.raises(ValueError, match="do not fit into a buffer of 7"):
-            launch.append(rows, torch.zeros(2, 2, 2, 12), start, 0)
-    torch.testing.assert_close(rows, case["tail"], equal_nan=True)
+            EAGER["step"](*arguments, None, None, None, ALL, None, cache.spec.text)
 
 
-def test_loaded_bounds_never_lead_out_of_the_buffers() -> None:
-    """Where the packed length is loaded, nothing can be raised; rows outside are left out."""
-    case = stored(torch.float32, packed=6, dense=5, room=2)
-    for packed in (10**9, -5):
-        given = {**case, "packed_length": torch.tensor(packed, device="cpu"), "length": 100}
-        torch.ops.spark_triton.attend(*given.values())
-    for packed, expected in ((0, [0, 0, 0, 1]), (4, [1, 1, 0, 0]), (99, [0, 0, 0, 0])):
-        rows = torch.zeros(1, 1, 4, 8)
-        launch.append(rows, torch.ones(1, 1, 3, 8), 3, torch.tensor(packed))
-        assert rows[0, 0, :, 0].tolist() == expected
+@pytest.mark.parametrize("value", [10**9, -5, 2**40 + 3])
+def test_no_counter_leads_out_of_the_buffers(value: int) -> None:
+    """Nothing can be raised on the device: rows outside are left out."""
+    for counter in range(STEP + 1):
+        cache = Cache(spec_of(sinks=0))
+        for head in cache.stored[1::2]:
+            counters(head)[..., counter] = value
+        arguments = (cache.queries(2), *cache.new(2), *cache.stored, None, None, 3, 9)
+        EAGER["step"](*arguments, torch.tensor([7]), cache.spec.text)

@@ -15,81 +15,107 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 pytest.importorskip("triton")
 
 from spark_compile import ops as spark_ops
+from spark_compile.kernels.formats import parse
+from spark_compile.kernels.spec import SIDES, Spec
 from spark_compile.kernels.triton import ops
+
+FORMATS = [
+    parse(text, 64, torch.bfloat16)
+    for text in ("spark(kept=13,stored=int8)", "pruned(kept=32,stored=int8)")
+]
+SPEC = Spec(*FORMATS, 32, 32, 4, 0, 0.125)
 
 
 class Step(torch.nn.Module):
     """A decoding step on the stored tensors."""
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, kept: Tensor, bits: Tensor, scale: Tensor,
-        norms: Tensor, packed: Tensor, tail: Tensor, values: Tensor,
+        self, query: Tensor, key: Tensor, value: Tensor, key_pages: Tensor, key_head: Tensor,
+        value_pages: Tensor, value_head: Tensor, position: Tensor,
     ) -> tuple[Tensor]:  # fmt: skip
-        length = values.shape[2] - 20
-        output, _ = torch.ops.spark_triton.append_attend(
-            query, key, value, kept, bits, scale, norms, packed, tail, values, length,
-            None, length, 0.1, 0.0, None, 4, "degenerate", "squared",
-        )  # fmt: skip
-        return (output,)
+        stored = (key_pages, key_head, value_pages, value_head)
+        how = (None, None, 500, 400, position, SPEC.text)
+        return (torch.ops.spark_triton.step(query, key, value, *stored, *how),)
 
 
-def stored(device: str = "cuda") -> tuple[Tensor, ...]:
+class Build(torch.nn.Module):
+    """A prefill."""
+
+    def forward(self, key: Tensor, value: Tensor, query: Tensor) -> tuple[Tensor, ...]:
+        stored: tuple[Tensor, ...] = torch.ops.spark_triton.build(
+            key, value, [query], SPEC.text, None
+        )
+        return stored
+
+
+def rows(heads: int, tokens: int) -> Tensor:
+    return torch.empty(2, heads, tokens, 64, dtype=torch.bfloat16)
+
+
+def stored() -> tuple[Tensor, ...]:
     """Arguments of ``Step``."""
-    half: dict[str, Any] = {"dtype": torch.bfloat16, "device": device}
-    return (
-        torch.empty(2, 8, 1, 64, **half),
-        torch.empty(2, 2, 1, 64, **half),
-        torch.empty(2, 2, 1, 64, **half),
-        torch.empty(2, 2, 256, 32, **half),
-        torch.empty(2, 2, 256, 2, 8, dtype=torch.uint8, device=device),
-        torch.empty(2, 2, 256, 1, **half),
-        torch.empty(2, 2, 64, device=device),
-        torch.empty((), dtype=torch.int64),
-        torch.empty(2, 2, 64, 64, **half),
-        torch.empty(2, 2, 400, 64, **half),
-    )
+    sides: list[Tensor] = []
+    for side in SIDES:
+        head, page = int(SPEC.head(side).head_bytes(96)), SPEC.pages(side).page_bytes
+        for shape in ((2, 2, 10, page), (2, 2, head)):
+            sides.append(torch.empty(shape, dtype=torch.uint8))
+    position = torch.empty(1, dtype=torch.int64)
+    return rows(8, 1), rows(2, 1), rows(2, 1), *sides, position
 
 
-def test_growing_buffers_make_no_guard() -> None:
+def kernels_of(module: torch.nn.Module, arguments: tuple[Any, ...]) -> list[Any]:
+    """The kernels in the graph that functionalization makes of a module."""
+    graph, _ = aot_export_module(module, arguments, trace_joint=False)
+    wrapper = torch.ops.higher_order.triton_kernel_wrapper_functional
+    return [node for node in graph.graph.nodes if node.target is wrapper]
+
+
+def test_growing_pages_make_no_guard() -> None:
     with FakeTensorMode(shape_env=ShapeEnv()):
         arguments = stored()
-    capacity, tail, values = Dim("capacity", min=2), Dim("tail", min=2), Dim("values", min=30)
-    grows = [{2: capacity}] * 3 + [None, None, {2: tail}, {2: values}]
-    program = export(Step(), arguments, dynamic_shapes=(None, None, None, *grows))
+    pages = Dim("pages", min=2)
+    grows = (None, None, None, {2: pages}, None, {2: pages}, None, None)
+    program = export(Step(), arguments, dynamic_shapes=grows)
     called = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
-    assert "spark_triton.append_attend.default" in called
+    assert "spark_triton.step.default" in called
+
+
+def test_a_prefill_of_any_length_makes_no_guard() -> None:
+    with FakeTensorMode(shape_env=ShapeEnv()):
+        arguments = rows(2, 300), rows(2, 300), rows(8, 300)
+    grows = ({2: Dim("tokens", min=100)},) * 3
+    program = export(Build(), arguments, dynamic_shapes=grows)
+    called = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert "spark_triton.build.default" in called
 
 
 def test_functionalization_sees_the_kernels() -> None:
     with FakeTensorMode(shape_env=ShapeEnv()):
-        arguments = stored()
-        graph, _ = aot_export_module(Step(), arguments, trace_joint=False)
-    kernels = [
-        node
-        for node in graph.graph.nodes
-        if node.target is torch.ops.higher_order.triton_kernel_wrapper_functional
-    ]
-    assert len(kernels) == 4  # append the key, append the value, attend, merge
+        # rewind, prepare, pack and update of both sides, attend and merge
+        assert len(kernels_of(Step(), stored())) == 10
+        # pack and update of both sides
+        assert len(kernels_of(Build(), (rows(2, 300), rows(2, 300), rows(8, 300)))) == 4
 
 
 def test_results_are_those_of_the_operators_they_stand_for() -> None:
     with FakeTensorMode(shape_env=ShapeEnv()):
-        arguments = stored()
-        how = (380, None, None, 0.1, 0.0, None, 4, "degenerate", "squared", True)
-        for name, given in (
-            ("append_attend", (*arguments, *how)),
-            ("attend", (arguments[0], *arguments[3:], *how)),
-            ("prune", (arguments[9], arguments[6], arguments[6], 32, "none", "squared", True)),
-            ("pack_values", (arguments[9], arguments[6], 20, True)),
+        *given, position = stored()
+        built = (rows(2, 300), rows(2, 300), [rows(8, 300)], SPEC.text)
+        for name, arguments in (
+            ("step", (*given, None, None, 500, 400, position, SPEC.text)),
+            ("build", (*built, None)),
+            ("build", (*built, 1000)),
         ):
-            expected = getattr(torch.ops.spark, name)(*given)
-            result = getattr(torch.ops.spark_triton, name)(*given)
+            expected = getattr(torch.ops.spark, name)(*arguments)
+            result = getattr(torch.ops.spark_triton, name)(*arguments)
+            if name == "step":
+                expected, result = (expected,), (result,)
             for ours, theirs in zip(result, expected, strict=True):
                 assert ours.shape == theirs.shape, name
                 assert ours.dtype == theirs.dtype, name
 
 
-def test_every_kernel_stands_behind_an_operator() -> None:
+def test_every_kernel_stands_for_an_operator() -> None:
     for name in ops.EAGER:
         assert hasattr(spark_ops, name)
         theirs = getattr(torch.ops.spark, name).default._schema

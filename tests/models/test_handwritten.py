@@ -44,11 +44,11 @@ EXPECTED = {
     "function": "rewritten",
     "in_attribute": "rewritten",
     "in_buffer": "rewritten",
-    "gpt_fast": "written into a buffer by aten.index_put",
-    "litgpt": "written into a buffer by aten.index_copy",
-    "slice_writes": "written into a buffer by aten.slice_scatter",
-    "tokens_first": OTHER_LAYOUT,
-    "einsum_over_tokens_first": OTHER_LAYOUT,
+    "gpt_fast": "rewritten",
+    "litgpt": "rewritten",
+    "slice_writes": "rewritten",
+    "tokens_first": "rewritten",
+    "einsum_over_tokens_first": "rewritten",
     "late_rotary": "the keys are computed from what is cached",
     "stacked": "the cache keeps the keys changed by aten.stack",
     "keys_transposed": OTHER_LAYOUT,
@@ -145,7 +145,7 @@ def test_bfloat16(name: str, ratio: float) -> None:
 def check_rewritten(graphs: list[GraphReport], layers: int, cache: list[tuple[Any, Any]]) -> None:
     """Every site of every graph is rewritten, and every layer's cache is compressed."""
     assert [graph.refusals() for graph in graphs] == [""] * len(graphs)
-    assert {graph.phase for graph in graphs} == {"prefill", "decode"}
+    assert {graph.phase for graph in graphs} <= {"prefill", "decode"}
     assert {len(graph.rewritten) for graph in graphs} == {layers}
     for key, value in cache:
         assert isinstance(key, PrunedKeys)

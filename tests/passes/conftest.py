@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch import fx
 
-from spark_compile.cache import PrunedKeys, StoredValues, new_keys, new_values
+from spark_compile import ops
 from spark_compile.config import SparkConfig
 from spark_compile.passes.dataflow import live_nodes
-from spark_compile.passes.insert_spark import store_keys, store_values
 from spark_compile.passes.lower import fake_inputs, lower
 from spark_compile.passes.pipeline import run_passes
 from spark_compile.passes.program import Program
+from spark_compile.state import SparkTensor, new_state
+from spark_compile.storage import StateForm
 
 CONFIG = SparkConfig(window=4, inner="eager")
 
@@ -95,10 +96,13 @@ def compressed() -> Callable[..., Any]:
 
 def compress(
     key: torch.Tensor, value: torch.Tensor, config: SparkConfig
-) -> tuple[PrunedKeys, StoredValues]:
+) -> tuple[SparkTensor, SparkTensor]:
     """What a rewritten prefill returns in the place of a key and a value."""
-    names = ("kept", "bits", "scale", "norms", "stats", "tail")
-    stats = torch.ops.spark.query_stats(key, key.shape[1], config.window)
-    stored = dict(zip(names, store_keys(key, stats, config), strict=True))
-    keys = new_keys(stored, key.shape[2], config)
-    return keys, new_values(store_values(value, config), value.shape[2], config)
+    spec = config.spec(
+        config.format_for("key", key.shape[3], key.dtype),
+        config.format_for("value", value.shape[3], value.dtype),
+    )
+    stored = ops.build(key, value, [key], spec.text, None)
+    form = StateForm(spec)
+    keys = new_state("key", form, *stored[:2], key.shape[2])
+    return keys, new_state("value", form, *stored[2:], key.shape[2])

@@ -11,8 +11,18 @@ import torch.nn.functional as F
 from decoders import decoder, prompt
 from torch import Tensor
 
+from spark_compile.kernels.reference.store import ALL
+from spark_compile.kernels.spec import SIDES
 from spark_compile.passes.pipeline import PIPELINE
-from spark_compile.passes.program import GrownState, NewState, PlainInput, PlainOutput, StateInput
+from spark_compile.passes.program import (
+    GrownState,
+    Growth,
+    NewState,
+    PlainInput,
+    PlainOutput,
+    StateInput,
+)
+from spark_compile.storage import StateForm
 
 CANONICAL = ("spark.attention", "spark.kv_append")
 SDPA = F.scaled_dot_product_attention
@@ -35,7 +45,7 @@ def test_nothing_canonical_is_left(capture: Any, compressed: Any, calls: Any, na
 
 
 def test_refused_sites_get_back_what_the_model_computed(capture: Any, calls: Any) -> None:
-    model = decoder("tokens_first")
+    model = decoder("scaled_late")
     program = capture(model, prompt(), passes=PIPELINE)
     assert calls(program) == calls(capture(model, prompt(), passes=PIPELINE[:1]))
     assert all(isinstance(plan, PlainOutput) for plan in program.outputs)
@@ -46,9 +56,12 @@ def test_the_plan_of_a_prefill(capture: Any) -> None:
     program = capture(decoder(layers=1), prompt(13), passes=PIPELINE)
     logits, key, value = program.outputs
     assert logits == PlainOutput(0)
-    assert key == NewState(True, tuple(range(1, 7)), 13)
-    assert value == NewState(False, (7,), 13)
-    assert len(program.returned()) == 8
+    spec = program.config.spec(
+        *(program.config.format_for(side, 8, torch.float32) for side in SIDES)
+    )
+    assert key == NewState("key", (1, 2), 13, StateForm(spec))
+    assert value == NewState("value", (3, 4), 13, StateForm(spec))
+    assert len(program.returned()) == 5
     assert program.matches["Cleanup"] == 0
 
 
@@ -59,9 +72,9 @@ def test_the_plan_of_a_decode(capture: Any, compressed: Any) -> None:
     assert logits == PlainOutput(0)
     assert isinstance(key, GrownState)
     assert isinstance(value, GrownState)
-    assert (key.stats_position, value.stats_position) == (1, None)
     plans = [program.inputs[plan.argument] for plan in (key, value)]
-    assert plans == [StateInput(1, True)] * 2
+    assert plans == [StateInput(Growth(1, ALL, shared=False), True)] * 2
+    assert len(program.returned()) == 1
     assert program.matches["Cleanup"] == 0
 
 
@@ -72,9 +85,8 @@ def test_a_refused_decode_recovers_its_past(
     model = decoder(name, layers=1)
     program = capture(model, prompt(1), compressed(model, prompt(13)), passes=PIPELINE)
     assert program.matches["Cleanup"] == len(program.states) == 2
-    assert count(program, "spark.recover") == 1
-    assert count(program, "spark.first_rows") == 1
-    assert count(program, "spark.append_attend") == 0
+    assert count(program, "spark.recover") == 2
+    assert count(program, "spark.step") == 0
     assert count(program, "aten.scaled_dot_product_attention") == 1
 
 
@@ -85,8 +97,8 @@ def test_a_state_that_is_only_read_is_recovered(capture: Any, compressed: Any, c
         return SDPA(query, key, value, enable_gqa=True), key.shape[2]
 
     program = capture(cross, torch.randn(1, 4, 1, 8), *past, passes=PIPELINE)
-    assert count(program, "spark.recover", "spark.first_rows") == 2
-    assert [plan.extra for plan in program.inputs if isinstance(plan, StateInput)] == [None, None]
+    assert count(program, "spark.recover") == 2
+    assert [plan.growth for plan in program.inputs if isinstance(plan, StateInput)] == [None, None]
 
 
 def test_a_state_whose_length_alone_is_read_is_not_recovered(

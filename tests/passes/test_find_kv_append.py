@@ -48,7 +48,8 @@ def test_every_form_becomes_one_append(capture: Any, count: Any, name: str) -> N
     assert program.matches["FindKVAppend"] == len(nodes) == 2
     assert count(program, "aten.cat") == 0
     for node in nodes:
-        past, new = node.args
+        past, new, position, dim = node.args
+        assert (position, dim) == (None, 2)
         assert past.meta["val"].shape[2] == 6
         assert new.meta["val"].shape[2] == 1
         assert node.meta["val"].shape == (1, 2, 7, 8)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from decoders import EmptyFirst, KeyValue, TokensFirst
+from decoders import EmptyFirst, KeyValue, ScaledLate
 from torch import Tensor, fx, nn
 
 from spark_compile.passes.pipeline import run_passes
@@ -101,7 +101,7 @@ def work_of(block: Program, layers: int, *, refused: bool) -> tuple[Counter[str]
     return work, nodes
 
 
-PHASES = {"prefill": EmptyFirst, "decode": EmptyFirst, "refused": TokensFirst}
+PHASES = {"prefill": EmptyFirst, "decode": EmptyFirst, "refused": ScaledLate}
 
 
 @pytest.mark.parametrize("phase", PHASES)

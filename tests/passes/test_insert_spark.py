@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import pytest
@@ -12,14 +11,18 @@ from decoders import ATTENTIONS, decoder, prompt
 from torch import Tensor
 
 from spark_compile.config import SparkConfig
+from spark_compile.kernels.reference.store import ALL
+from spark_compile.kernels.spec import parse_spec
 from spark_compile.passes.find_attention import FindAttention
 from spark_compile.passes.find_kv_append import FindKVAppend
-from spark_compile.passes.insert_spark import InsertSpark, store_keys, store_values
+from spark_compile.passes.insert_spark import InsertSpark
 from spark_compile.passes.normalize import Normalize
+from spark_compile.passes.program import Growth
 
 FIND = (Normalize(), FindAttention(), FindKVAppend())
 PASSES = (*FIND, InsertSpark())
 LENGTH, LAYERS = 13, 2
+STEP = torch.ops.spark.step.default
 
 
 def refusals(program: Any) -> list[str]:
@@ -27,17 +30,16 @@ def refusals(program: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ATTENTIONS)
-def test_prefill_attends_exactly_and_prunes_behind_it(capture: Any, name: str) -> None:
+def test_prefill_attends_exactly_and_then_stores(capture: Any, name: str) -> None:
     program = capture(decoder(name), prompt(LENGTH), passes=PASSES)
     assert program.matches["InsertSpark"] == LAYERS
     assert refusals(program) == [""] * LAYERS
     order = [str(node.target) for node in program.graph.nodes]
     attentions = [i for i, t in enumerate(order) if t.startswith(("aten.scaled", "aten.softmax"))]
-    prunings = [i for i, target in enumerate(order) if target == "spark.prune.default"]
-    assert len(attentions) == len(prunings) == LAYERS
-    assert attentions[0] < prunings[0] < attentions[1] < prunings[1], "the next layer comes first"
-    kinds = [replaced.is_key for replaced in program.replaced.values()]
-    assert kinds == [True, False] * LAYERS
+    builds = [i for i, target in enumerate(order) if target == "spark.build.default"]
+    assert len(attentions) == len(builds) == LAYERS
+    assert attentions[0] < builds[0] < attentions[1] < builds[1], "the next layer comes first"
+    assert [replaced.side for replaced in program.replaced.values()] == ["key", "value"] * LAYERS
     assert all(replaced.past is None for replaced in program.replaced.values())
     assert all(replaced.length == LENGTH for replaced in program.replaced.values())
     assert set(program.replaced) <= set(program.returned())
@@ -54,9 +56,9 @@ def test_decode_appends_and_attends_in_one_operator(
     program = capture(model, prompt(1), past, passes=PASSES)
     assert program.matches["InsertSpark"] == LAYERS
     assert refusals(program) == [""] * LAYERS
-    assert count(program, "spark.append_attend") == LAYERS
+    assert count(program, "spark.step") == LAYERS
     assert count(program, "spark.attention", "spark.recover", "aten.scaled") == 0
-    assert set(program.extra.values()) == {1}
+    assert set(program.growth.values()) == {Growth(1, ALL, shared=False)}
     pasts = [replaced.past for replaced in program.replaced.values()]
     assert set(pasts) == set(program.states)
 
@@ -65,13 +67,12 @@ def test_decode_appends_and_attends_in_one_operator(
 def test_a_mask_stays_bound(capture: Any, compressed: Any, name: str) -> None:
     model = decoder(name)
     program = capture(model, prompt(3), compressed(model, prompt(LENGTH)), passes=PASSES)
-    target = torch.ops.spark.append_attend.default
-    for node in program.graph.find_nodes(op="call_function", target=target):
-        mask, causal_offset = node.args[11:13]
+    for node in program.graph.find_nodes(op="call_function", target=STEP):
+        mask, _, causal_offset = node.args[7:10]
         assert mask.meta["val"].shape[-2] == 3
         assert causal_offset is None
-        assert node.args[13] == pytest.approx(8**-0.5)
-    assert set(program.extra.values()) == {3}
+        assert parse_spec(node.args[12]).scale == pytest.approx(8**-0.5)
+    assert set(program.growth.values()) == {Growth(3, ALL, shared=False)}
 
 
 def test_a_plain_past_is_compressed_after_an_exact_attention(capture: Any, count: Any) -> None:
@@ -80,12 +81,12 @@ def test_a_plain_past_is_compressed_after_an_exact_attention(capture: Any, count
     program = capture(model, prompt(1), past, passes=PASSES)
     assert refusals(program) == [""] * LAYERS
     assert count(program, "aten.scaled_dot_product_attention") == LAYERS
-    assert count(program, "spark.append_attend") == 0
+    assert count(program, "spark.step") == 0
     assert {int(replaced.length) for replaced in program.replaced.values()} == {LENGTH + 1}
 
 
 EXPECTED = {  # for a prefill and a decode; None: either way will do, "": for any reason
-    "tokens_first": ("in another layout", "in another layout"),
+    "tokens_first": (None, "in another layout"),
     "scaled_late": ("computed from what is cached", "computed from what is cached"),
     "one_tensor": ("same tensor", "keys and values"),
     "key_norms": (None, "the cache is also read by"),
@@ -113,23 +114,21 @@ def test_a_sliding_window_lets_go_of_its_first_tokens(capture: Any, compressed: 
     model = decoder("sliding", layers=1)
     prefill = capture(model, prompt(LENGTH), passes=PASSES)
     assert refusals(prefill) == [""]
-    assert all(made.slides and made.length == 8 for made in prefill.replaced.values())
+    assert all(made.length == 8 and not made.form.spec.sinks for made in prefill.replaced.values())
     with_past = capture(model, prompt(3), compressed(model, prompt(LENGTH)), passes=PASSES)
     assert refusals(with_past) == [""]
-    assert all(made.dropped == 3 for made in with_past.replaced.values())
+    assert set(with_past.growth.values()) == {Growth(3, 8, shared=False)}
 
 
 def test_a_cache_that_layers_share_grows_once(capture: Any, compressed: Any, count: Any) -> None:
     model = decoder("shared_cache", layers=1)
     program = capture(model, prompt(1), compressed(model, prompt(LENGTH)), passes=PASSES)
     assert refusals(program) == [""] * 2
-    assert count(program, "spark.append_attend") == 2
     assert len(program.replaced) == 2
-    first, second = program.graph.find_nodes(
-        op="call_function", target=torch.ops.spark.append_attend.default
-    )
-    assert [call.args[1].meta["val"].shape[2] for call in (first, second)] == [1, 0]
-    assert second.args[10].target is operator.add
+    first, second = program.graph.find_nodes(op="call_function", target=STEP)
+    assert first.args[1] is second.args[1], "both attend to the new tokens"
+    assert [call.args[10] for call in (first, second)] == [None, ALL], "the last one appends"
+    assert set(program.growth.values()) == {Growth(1, ALL, shared=True)}
 
 
 def test_cross_attention_without_a_cache_is_refused(capture: Any) -> None:
@@ -182,21 +181,6 @@ def test_sites_tell_their_shapes_and_bytes(capture: Any) -> None:
         assert (site.query_heads, site.kv_heads, site.key_dim, site.value_dim) == (6, 3, 16, 16)
         assert site.dense_token_bytes == 3 * (16 + 16) * 4
         assert site.stored_token_bytes == 3 * ((8 + 1) * 4 + 2 * 2 + 16 * 4)
-
-
-@pytest.mark.parametrize(("length", "packed"), [(3, 0), (8, 0), (9, 4), (30, 25)])
-def test_store_keeps_sinks_and_recent_tokens_dense(length: int, packed: int) -> None:
-    config = SparkConfig(window=4, sink_tokens=1, inner="eager")
-    key, query = torch.randn(2, 2, length, 8), torch.randn(2, 4, length, 8)
-    kept, bits, scale, _, stats, tail = store_keys(
-        key, torch.ops.spark.query_stats(query, 2, config.window), config
-    )
-    assert kept.shape[2] == bits.shape[2] == scale.shape[2] == (packed or config.window)
-    assert tail.shape[2] == length - packed + config.window
-    assert stats.any() == (packed == 0)
-    torch.testing.assert_close(tail[:, :, :1], key[:, :, :1])
-    torch.testing.assert_close(tail[:, :, 1 : length - packed], key[:, :, 1 + packed :])
-    torch.testing.assert_close(store_values(key, config)[0][:, :, :length], key)
 
 
 @pytest.mark.parametrize("name", ["sliding", "key_norms", "past_reader", "shared_cache"])

@@ -9,7 +9,7 @@ import torch
 from decoders import ATTENTIONS, Decoder, SdpaCausal, decode, decoder, prompt
 from torch import SymInt, Tensor, nn
 
-from spark_compile.cache import PrunedKeys, StoredValues
+from spark_compile.state import PrunedKeys, StoredValues
 
 
 class Counting(Decoder):

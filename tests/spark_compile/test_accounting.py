@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from states import BATCH, HEADS, KEY_DIM, VALUE_DIM, prefill, tokens
 from transformers import DynamicCache
 
 from spark_compile import SparkConfig, kv_bytes
-from spark_compile.kernels.layout import kept_channels, key_token_bytes
+from spark_compile.kernels.formats import kept_channels
 
 CONFIG = SparkConfig(key_ratio=0.6, window=4, sink_tokens=2)
 LENGTH = 40
@@ -35,27 +36,72 @@ def test_nested_tensors_are_summed_and_shared_storage_counts_once() -> None:
 def test_a_state_counts_with_all_that_it_stores() -> None:
     made = prefill(CONFIG, LENGTH)
     for state in (made.keys, made.values):
-        stored = sum(t.numel() * t.element_size() for t in state.stored().values())
+        stored = sum(t.numel() for t in state.stored().values())  # bytes
         assert kv_bytes(state) == state.stored_bytes() == stored
     assert kv_bytes(made.keys) + kv_bytes(made.values) == kv_bytes((made.keys, made.values))
 
 
-def test_the_bytes_are_those_of_the_layout() -> None:
+def test_the_bytes_are_those_of_the_declared_fields() -> None:
     made, rows = prefill(CONFIG, LENGTH), BATCH * HEADS
-    packed, dense = CONFIG.packed_length(LENGTH), CONFIG.dense_room
     assert kept_channels(KEY_DIM, CONFIG.key_ratio) == 5
-    per_token = key_token_bytes(KEY_DIM, CONFIG.key_ratio, 4, CONFIG.recovery)
-    expected = packed * per_token + dense * KEY_DIM * 4 + 2 * KEY_DIM * 4  # two norms
-    assert kv_bytes(made.keys) == rows * expected + 8  # the packed length
-    assert kv_bytes(made.values) == rows * (LENGTH + CONFIG.window) * VALUE_DIM * 4
+    packed, dense = 32, 2 + 4 + 4  # of 40 tokens 2 sinks and at least 4 recent ones stay dense
+    assert made.keys.packed_tokens() == packed
+    pages = packed // 4 + 1  # one to grow into
+    # amplitude, channels, two bit planes of 12 bits
+    record = 4 + 5 * 4 + 2 + 2
+    head = 4 * 8 + KEY_DIM * 4 + 2 * KEY_DIM * 4 + dense * KEY_DIM * 4
+    assert kv_bytes(made.keys) == rows * (pages * 4 * record + head)
+    # dense values: the row alone, and no constants
+    head = 4 * 8 + dense * VALUE_DIM * 4
+    assert kv_bytes(made.values) == rows * (pages * 4 * VALUE_DIM * 4 + head)
+
+
+FORMATS: list[dict[str, Any]] = [
+    {"key_ratio": 0}, {"key_ratio": 0.7, "value_ratio": 0.4}, {"key_dtype": "int8"},
+    {"key_ratio": 0, "key_dtype": "int8", "value_dtype": "int8"}, {"recovery": "gaussian"},
+    {"value_ratio": 0.9, "value_dtype": "int8"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", FORMATS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_format_stores_its_fields_and_little_more(
+    options: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """Padding aside: at most an item per record and 8 bytes per page and per field of a head."""
+    config = SparkConfig(window=8, **options)
+    made = prefill(config, 8 * 8, dtype=dtype)
+    for state in made.states:
+        fields = state.spec.format(state.SIDE).fields()
+        token, page, head = (
+            sum(field.nbytes for field in fields if field.per == per)
+            for per in ("token", "page", "head")
+        )
+        stats = 2 * 4 * state.shape[3] if state.SIDE == "key" and token and head else 0
+        tail = 16 * state.shape[3] * dtype.itemsize
+        pages = 7 + 1
+        least = pages * (8 * token + page) + head + stats + tail + 32
+        slack = pages * (8 * (dtype.itemsize - 1) + 8) + 24
+        assert BATCH * HEADS * least <= kv_bytes(state) <= BATCH * HEADS * (least + slack)
+        assert state.packed_tokens() == 7 * 8
 
 
 def test_handles_on_one_storage_count_once() -> None:
     made = prefill(CONFIG, LENGTH)
-    alone = kv_bytes(made.keys)
-    handles = (made.keys, made.keys[:, :, :20], made.keys.appended(tokens(1)[0]))
-    assert alone <= kv_bytes(handles) <= alone + 2 * 8  # a packed length each
-    assert kv_bytes((made.keys, made.keys.clone())) == 2 * alone
+    alone, head = kv_bytes(made.keys), made.keys.head.nbytes
+    longer = made.keys.appended(tokens(1)[0])
+    assert kv_bytes((made.keys, longer)) == alone
+    assert kv_bytes(longer) == alone
+    handles = (made.keys, longer, made.keys[:, :, :20])  # a crop has a head of its own
+    assert kv_bytes(handles) == alone + head
+    assert kv_bytes((made.keys, made.keys.clone())) == 2 * alone - made.keys.pages[:, :, :1].nbytes
+
+
+def test_superseded_handles_count_as_many_bytes_as_others() -> None:
+    made = [prefill(CONFIG, LENGTH) for _ in range(5)]
+    longer = [each.keys.appended(tokens(1)[0]) for each in made]
+    assert kv_bytes([each.keys for each in made]) == 5 * made[0].keys.stored_bytes()
+    assert kv_bytes([[each.keys for each in made], longer]) == 5 * made[0].keys.stored_bytes()
 
 
 def cache_of(keys: torch.Tensor, values: torch.Tensor, layers: int) -> DynamicCache:

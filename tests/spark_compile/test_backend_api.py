@@ -102,7 +102,7 @@ def test_a_wrong_option_is_named(name: str, value: Any, allowed: str) -> None:
         model(prompt(13))
 
 
-@pytest.mark.parametrize("name", ["tokens_first", "key_norms"])
+@pytest.mark.parametrize("name", ["scaled_late", "key_norms"])
 def test_strict_raises_where_a_warning_would_be_given(name: str) -> None:
     model_c = compiled(decoder(name, layers=1), strict=True)
     with pytest.raises(Exception, match="SparkError: spark rewrote nothing") as raised:
@@ -113,11 +113,11 @@ def test_strict_raises_where_a_warning_would_be_given(name: str) -> None:
 
 
 def test_a_refusal_warns_once() -> None:
-    model_c = compiled(decoder("tokens_first", layers=1))
+    model_c = compiled(decoder("scaled_late", layers=1))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(3):
             model_c(prompt(13))
     messages = [str(w.message) for w in caught if issubclass(w.category, SparkWarning)]
     assert len(messages) == 1
-    assert "in another layout than [B, H, S, D] (node " in messages[0]
+    assert "the keys are computed from what is cached, as in latent attention (node " in messages[0]

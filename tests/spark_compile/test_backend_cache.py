@@ -66,7 +66,7 @@ def test_two_models_and_two_options_in_one_process() -> None:
             logits, past = model_c(step, past)
             torch.testing.assert_close(logits, exact, **CLOSE)
             pasts[i] = exact_past, past
-    assert [past[0][0].config.window for _, past in pasts] == [4, 6, 5]
+    assert [past[0][0].spec.window for _, past in pasts] == [4, 6, 5]
 
 
 def test_a_cache_of_other_options_is_read_all_the_same() -> None:

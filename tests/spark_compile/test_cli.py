@@ -45,7 +45,8 @@ def test_help_names_the_options(arguments: list[str]) -> None:
 
 OTHERS = {"key_ratio": 0.25, "value_ratio": 0.5, "key_dtype": "int8", "value_dtype": "int8",
           "window": 4, "recovery": "none", "saliency": "absolute", "sink_tokens": 1,
-          "recent_tokens": 3, "min_tokens": 9, "inner": "eager", "strict": True}  # fmt: skip
+          "recent_tokens": 3, "min_tokens": 9, "inner": "eager", "strict": True,
+          "key_format": "int8", "value_format": "dense"}  # fmt: skip
 
 
 @pytest.mark.parametrize("given", [{}, OTHERS, {"min_tokens": 0}])

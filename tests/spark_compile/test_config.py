@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import pytest
+import torch
 
 from spark_compile import SparkConfig
 
@@ -30,6 +31,14 @@ OUT_OF_RANGE = [
     ("min_tokens", -1, "an integer >= 0"),
     ("inner", "cudagraphs", "'inductor', 'eager', 'aot_eager'"),
     ("inner", ["eager"], "'inductor', 'eager', 'aot_eager'"),
+    ("key_format", "int4", "the text of a format, or texts by layer: format 'int4' is not known"),
+    ("value_format", "spark", "the text of a format, or texts by layer: format 'spark': "),
+    ("key_format", {"*": "spark(kept=0)"}, "option 'kept' of format 'spark' is 0"),
+    ("key_format", {"a": "dense", "b": "spark(keep=3)"}, "has no option 'keep': allowed is kept"),
+    ("value_format", {"*": 3}, "format '3' is not known"),
+    ("value_format", 7, "the text of a format, or texts by layer"),
+    ("key_format", ("dense",), "the text of a format, or texts by layer"),
+    ("key_format", "", "format '' is not known"),
 ]
 WRONG_TYPE = [
     ("key_ratio", "0.5", "a number with 0 <= key_ratio < 1"),
@@ -60,7 +69,11 @@ EXTREMES = [
     *({"saliency": name} for name in ("squared", "absolute")),
     *({"inner": name} for name in ("inductor", "eager", "aot_eager")),
     {"strict": True},
-]
+    *({f"{side}_format": text} for side in ("key", "value") for text in ("dense", "int8",
+      "pruned(kept=3,stored=int8)", "spark(kept=26,recovery=none)")),
+    {"key_format": (("*.0.*", "dense"), ("*", "int8"))},
+    {"value_format": ()},
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -117,36 +130,93 @@ def test_options_cannot_be_changed(field: str) -> None:
         setattr(SparkConfig(), field, 3)
 
 
-def test_only_the_compiler_and_strictness_may_change_between_two_steps() -> None:
-    config = SparkConfig()
-    assert config.stores_like(SparkConfig(inner="eager", strict=True))
-    assert not config.stores_like(SparkConfig(key_ratio=0.4))
-    assert not config.stores_like(SparkConfig(sink_tokens=1, inner="eager"))
-
-
 def test_recent_is_the_window_unless_given() -> None:
     assert SparkConfig(window=7).recent == 7
     assert SparkConfig(window=7, recent_tokens=0).recent == 0
-    assert SparkConfig(window=7, recent_tokens=3, sink_tokens=2).dense_room == 2 + 3 + 7
 
 
-@pytest.mark.parametrize(
-    ("options", "length", "packed"),
-    [
-        ({}, 0, 0),
-        ({}, 7, 0),  # recent 4 and less than a window of 4 behind them
-        ({}, 8, 4),
-        ({}, 9, 5),
-        ({"recent_tokens": 0}, 3, 0),
-        ({"recent_tokens": 0}, 4, 4),
-        ({"sink_tokens": 2}, 9, 0),
-        ({"sink_tokens": 2}, 10, 4),
-        ({"min_tokens": 9}, 8, 0),
-        ({"min_tokens": 9}, 9, 5),
-        ({"min_tokens": 5}, 7, 0),
-        ({"sink_tokens": 3, "recent_tokens": 9, "min_tokens": 17}, 16, 0),
-        ({"sink_tokens": 3, "recent_tokens": 9, "min_tokens": 17}, 17, 5),
-    ],
-)
-def test_packed_length_around_its_limits(options: dict[str, int], length: int, packed: int) -> None:
-    assert SparkConfig(window=4, **options).packed_length(length) == packed
+FORMATS: list[tuple[dict[str, Any], str, str]] = [
+    ({}, "spark(kept=6,stored=model,recovery=degenerate,saliency=squared)", "dense"),
+    ({"key_ratio": 0}, "dense", "dense"),
+    ({"key_ratio": 0.05}, "dense", "dense"),  # less than a channel
+    ({"key_ratio": 0, "key_dtype": "int8", "value_dtype": "int8"}, "int8", "int8"),
+    ({"key_ratio": 0.8, "recovery": "none", "saliency": "absolute", "key_dtype": "int8"},
+     "spark(kept=3,stored=int8,recovery=none,saliency=absolute)", "dense"),
+    ({"key_ratio": 0, "value_ratio": 0.5}, "dense", "pruned(kept=4,stored=model)"),
+    ({"key_ratio": 0, "value_ratio": 0.99, "value_dtype": "int8"}, "dense",
+     "pruned(kept=1,stored=int8)"),
+    ({"key_format": "int8", "value_format": "dense", "value_ratio": 0.5}, "int8", "dense"),
+    ({"key_format": "pruned(kept=2)", "value_format": "spark(kept=2)"},
+     "pruned(kept=2,stored=model)",
+     "spark(kept=2,stored=model,recovery=degenerate,saliency=squared)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "key", "value"), FORMATS, ids=range(len(FORMATS)))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_options_choose_the_formats(
+    options: dict[str, Any], key: str, value: str, dtype: torch.dtype
+) -> None:
+    config = SparkConfig(**options)
+    formats = config.format_for("key", 12, dtype), config.format_for("value", 8, dtype, "layer")
+    assert [format.text for format in formats] == [key, value]
+    assert [format.head_dim for format in formats] == [12, 8]
+    assert {format.dtype for format in formats} == {dtype}
+
+
+PATTERNS = {"*.layers.0.*": "dense", "*.layers.[12].*": "int8", "*.layers.1.attn": "spark(kept=2)"}
+
+
+@pytest.mark.parametrize("as_pairs", [False, True])
+def test_the_first_pattern_that_matches_a_layer_counts(as_pairs: bool) -> None:
+    named: Any = tuple(PATTERNS.items()) if as_pairs else PATTERNS
+    config = SparkConfig(key_format=named, key_ratio=0.5)
+
+    def text(layer: str) -> str:
+        return config.format_for("key", 12, torch.float32, layer).text
+
+    assert text("model.layers.0.attn") == "dense"
+    assert text("model.layers.1.attn") == text("model.layers.2.attn") == "int8"
+    assert text("model.layers.10.attn").startswith("spark(kept=6")  # as the options say
+    assert text("MODEL.LAYERS.0.ATTN").startswith("spark(kept=6")
+    assert text("").startswith("spark(kept=6")
+    assert config.format_for("value", 12, torch.float32, "model.layers.0.attn").text == "dense"
+
+
+def test_a_mapping_and_its_pairs_are_one_key() -> None:
+    config = SparkConfig(key_format=PATTERNS)
+    pairs = SparkConfig(key_format=tuple(PATTERNS.items()))
+    assert config == pairs
+    assert hash(config) == hash(pairs)
+    assert config != SparkConfig(key_format=dict(reversed(PATTERNS.items())))
+    assert SparkConfig.from_options({"key_format": PATTERNS}) == config
+    assert dataclasses.replace(config, window=9).key_format == config.key_format
+
+
+def test_a_changed_mapping_changes_no_config() -> None:
+    named = {"*": "dense"}
+    config = SparkConfig(key_format=named)
+    named["*"] = "int8"
+    assert config.format_for("key", 12, torch.float32).text == "dense"
+
+
+def test_a_format_that_the_head_is_too_small_for_says_so() -> None:
+    config = SparkConfig(key_format="spark(kept=26)")
+    with pytest.raises(
+        ValueError, match="option 'kept' of format 'spark' is 26: allowed is 1 to 12"
+    ):
+        config.format_for("key", 12, torch.float32)
+
+
+def test_the_spec_has_the_policy() -> None:
+    config = SparkConfig(window=5, sink_tokens=2, recent_tokens=3, min_tokens=40)
+    formats = (
+        config.format_for("key", 12, torch.float32),
+        config.format_for("value", 8, torch.float32),
+    )
+    spec = config.spec(*formats)
+    assert (spec.key, spec.value) == formats
+    assert (spec.window, spec.recent, spec.sinks, spec.min_tokens) == (5, 3, 2, 40)
+    assert config.spec(*formats) is spec
+    assert config.spec(*formats, slides=True).sinks == 0
+    assert SparkConfig(window=5).spec(*formats).recent == 5

@@ -6,70 +6,84 @@ from typing import Any
 
 import pytest
 import torch
-from stores import Store, store
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from spark_compile import ops
+from spark_compile.kernels.formats import parse
 from spark_compile.kernels.reference.attend import attention
+from spark_compile.kernels.reference.store import ALL
+from spark_compile.kernels.spec import Spec
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+HEADS, GROUPS, KEY_DIM, VALUE_DIM = 2, 3, 13, 7
+FORMATS = [
+    ("dense", "dense"), ("int8", "int8"), ("spark(kept=5)", "pruned(kept=3)"),
+    ("spark(kept=5,stored=int8,recovery=gaussian)", "pruned(kept=3,stored=int8)"),
+]  # fmt: skip
 
 
-def samples(dtype: torch.dtype) -> dict[str, list[tuple[Any, tuple[Any, ...]]]]:
+def spec_of(formats: tuple[str, str], dtype: torch.dtype = torch.float32, **numbers: int) -> Spec:
+    key, value = formats
+    return Spec(
+        parse(key, KEY_DIM, dtype), parse(value, VALUE_DIM, dtype),
+        **{"window": 4, "recent": 3, **numbers}, scale=0.3, softcap=5.0,
+    )  # fmt: skip
+
+
+def tokens(count: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    """Random queries, keys and values."""
+    query = torch.randn(2, GROUPS * HEADS, count, KEY_DIM, dtype=dtype)
+    key, value = (torch.randn(2, HEADS, count, dim, dtype=dtype) for dim in (KEY_DIM, VALUE_DIM))
+    return query, key, value
+
+
+def built(spec: Spec, length: int, capacity: int | None = None) -> list[Tensor]:
+    """The stored tensors of random tokens."""
+    query, key, value = tokens(length, spec.key.dtype)
+    return list(ops.build(key, value, [query], spec.text, capacity))
+
+
+def copies(arguments: Any) -> Any:
+    """Arguments of an operator, with tensors that it may change."""
+    return [a.clone() if isinstance(a, Tensor) else a for a in arguments]
+
+
+def samples(dtype: torch.dtype) -> dict[str, list[tuple[Any, ...]]]:
     """Arguments of every operator, by its name, on odd shapes."""
-    s = store(dtype, queries=3, dims=(13, 7), heads=(6, 2))
-    dense = (s.query, s.key, s.value)
-    mask = torch.rand(2, 1, 3, s.length) < 0.8
-    bias = torch.randn(3, s.length, dtype=dtype)
-    sinks = torch.randn(6, dtype=dtype)
+    query, key, value = tokens(3, dtype)
+    _, past, past_value = tokens(9, dtype)
+    mask, bias = torch.rand(2, 1, 3, 9) < 0.8, torch.randn(3, 9, dtype=dtype)
+    sinks = torch.randn(GROUPS * HEADS, dtype=dtype)
     hows = [(None, 0, 0.3, 0.0, None), (mask, None, 0.3, 5.0, sinks), (bias, 8, 0.3, 0.0, None)]
-    new = tuple(torch.randn(2, 2, 2, dim, dtype=dtype) for dim in (13, 7))
-    longer_mask = torch.rand(2, 1, 3, s.length + 2) < 0.8
-    grown = [(None, 10, 0.3, 0.0, None), (longer_mask, None, 0.3, 5.0, sinks)]
-    norms = s.packed[3]
-    bias_of = torch.rand(2, 2, 7)
-    values = [(s.values, None, None, None)]
-    for bias, kept, quantized in ((None, 7, True), (bias_of, 3, False), (bias_of, 3, True)):
-        rows, bits, step = ops.pack_values(s.values, bias, kept, quantized)
-        values.append((rows, None if bias is None else bits, step, bias))
+    specs = [spec_of(formats, dtype, sinks=1) for formats in FORMATS]
+    specs.append(spec_of(FORMATS[2], dtype, min_tokens=40))
+    longer, at = torch.rand(2, 1, 3, 30) < 0.8, torch.tensor([9, 10, 11])
+    steps = [
+        (query, key, value, *built(spec, 20, capacity), *how, spec.text)
+        for spec in specs
+        for capacity in (None, 28)
+        for how in ((None, None, 20, ALL, None), (longer, sinks, None, ALL, at),
+                    (None, None, None, None, None))
+    ]  # fmt: skip
     return {
-        "attention": [(*dense, *how) for how in hows],
-        "kv_append": [(s.key, s.key[:, :, :1]), (None, s.key)],
-        "query_stats": [(s.query, 2, 2), (s.query, 2, 9)],
-        "prune": [
-            (s.key, norms, norms * 2, 4, recovery, saliency)
-            for recovery in ("degenerate", "gaussian")
-            for saliency in ("squared", "absolute")
+        "attention": [(query, past, past_value, *how) for how in hows],
+        "kv_append": [
+            (past, key, None, 2), (None, key, None, 2), (past, key, torch.tensor([4]), 2),
+            (past, past[:, :1], None, 1),
         ],
-        "append": [
-            (s.tail.clone(), new[0], s.length, s.packed[4]),
-            (s.values.clone(), new[1], s.length),
+        "build": [
+            (past, past_value, queries, spec.text, capacity)
+            for spec in specs
+            for queries in ([], [query], [query, tokens(9, dtype)[0]])
+            for capacity in (None, 28)
         ],
-        "attend": [
-            (s.query, *s.buffers(), *how, *s.method, lse)
-            for how in hows
-            for lse in (False, True)
-        ],
-        "append_attend": [
-            (s.query, *new, *s.buffers(), *how, *s.method, lse)
-            for how in grown
-            for lse in (False, True)
-        ],
-        "sliding_append_attend": [
-            (s.query, torch.tensor(0), torch.tensor(0), *new, *s.buffers(), *how, *s.method)
-            for how in grown
-        ],
-        "pack_values": [
-            (s.value, None, 7, True), (s.value, bias_of, 3, False), (s.value, bias_of, 3, True)
-        ],
-        "append_values": [
-            (*(None if t is None else t.clone() for t in stored), new[1], s.length)
-            for stored in values
-        ],
-        "recover": [(*s.packed, s.tail, s.length, *s.method)],
-        "first_rows": [
-            (s.values, s.length), (s.values, 0), *((v[0], s.length, *v[1:]) for v in values)
+        "step": steps,
+        "recover": [
+            (*built(spec, 20, capacity)[first : first + 2], spec.text, first == 0, length)
+            for spec in specs
+            for first in (0, 2)
+            for capacity, length in ((None, 20), (28, 28))
         ],
     }  # fmt: skip
 
@@ -89,101 +103,124 @@ def test_every_operator_is_sampled() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_registration_holds(name: str) -> None:
     half_precision = samples(torch.bfloat16)[name][-1]
-    for arguments in (*samples(torch.float32)[name], half_precision):
-        torch.library.opcheck(getattr(torch.ops.spark, name).default, arguments)
+    for arguments in (*samples(torch.float32)[name][::2], half_precision):
+        torch.library.opcheck(getattr(torch.ops.spark, name).default, tuple(copies(arguments)))
 
 
-def test_a_growing_store_needs_one_graph() -> None:
+@pytest.mark.parametrize("name", ["build", "step", "recover"])
+@pytest.mark.parametrize("min_tokens", [0, 15])
+def test_lengths_that_change_need_one_graph(name: str, min_tokens: int) -> None:
     compiled = CompileCounterWithBackend("aot_eager")
+    spec = spec_of(FORMATS[2], min_tokens=min_tokens)
 
     @torch.compile(backend=compiled, dynamic=True, fullgraph=True)
-    def step(s: Store, length: int, new: tuple[Tensor, Tensor]) -> Tensor:
-        how = (None, length, 0.4, 0.0, None, *s.method)
-        return ops.append_attend(s.query, *new, *s.packed, s.tail, s.values, length, *how)[0]
+    def run(query: Tensor, key: Tensor, value: Tensor, stored: list[Tensor]) -> Any:
+        if name == "build":
+            return ops.build(key, value, [query], spec.text, None)
+        if name == "step":
+            return ops.step(query[:, :, -2:], key[:, :, -2:], value[:, :, -2:], *stored, None, None,
+                            key.shape[2], ALL, None, spec.text)  # fmt: skip
+        return ops.recover(*stored[:2], spec.text, True, key.shape[2])
 
-    for packed, dense in ((17, 11), (7, 9), (12, 3)):
-        s = store(packed=packed, dense=dense, sink_tokens=2)
-        new = torch.randn(2, 2, 1, 12), torch.randn(2, 2, 1, 10)
-        key, value = torch.cat((s.key, new[0]), 2), torch.cat((s.value, new[1]), 2)
-        expected, _ = attention(s.query, key, value, None, None, 0.4, 0.0, None)
-        torch.testing.assert_close(step(s, s.length, new), expected)
+    for length in (33, 17, 90):  # none is another size of the first call
+        dense = tokens(length)
+        stored = list(ops.build(*dense[1:], [dense[0]], spec.text, None))
+        result = run(*dense, copies(stored))
+        if name == "build":
+            assert all(map(torch.equal, result, stored))
+        elif name == "step":
+            args = [t[:, :, -2:] for t in dense]
+            expected = ops.step(*args, *stored, None, None, length, ALL, None, spec.text)
+            torch.testing.assert_close(result, expected)
+        else:
+            expected = ops.recover(*stored[:2], spec.text, True, length)
+            torch.testing.assert_close(result, expected)
     assert compiled.frame_count == 1
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["attention", "attend", "append_attend", "recover"])
+@pytest.mark.parametrize("name", ["attention", "step", "recover"])
 def test_outputs_have_the_dtype_of_the_inputs(name: str, dtype: torch.dtype) -> None:
     result = getattr(ops, name)(*samples(dtype)[name][-1])
-    assert (result if isinstance(result, Tensor) else result[0]).dtype == dtype
+    assert result.dtype == dtype
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_non_contiguous_inputs_change_nothing(name: str) -> None:
     for arguments in samples(torch.float32)[name]:
         scattered = [_scattered(a) if isinstance(a, Tensor) else a for a in arguments]
-        expected, result = (getattr(ops, name)(*given) for given in (arguments, scattered))
+        expected, result = (getattr(ops, name)(*given) for given in (copies(arguments), scattered))
+        if name == "build":  # what is worth the same may have been rounded otherwise
+            expected, result = (_recovered(stored, arguments) for stored in (expected, result))
         torch.testing.assert_close(result, expected)
-        if name == "append":
-            torch.testing.assert_close(scattered[0], arguments[0])
-        if name == "append_attend":
-            torch.testing.assert_close(scattered[8:10], list(arguments[8:10]))
+
+
+def _recovered(stored: list[Tensor], arguments: tuple[Any, ...]) -> list[Tensor]:
+    """What the stored tensors that ``build`` makes of its arguments are worth."""
+    text, length = arguments[3], arguments[0].shape[2]
+    return [ops.recover(*stored[i : i + 2], text, i == 0, length) for i in (0, 2)]
 
 
 def _scattered(tensor: Tensor) -> Tensor:
-    """The same values, laid out with the dimensions reversed and every second element unused."""
+    """The same values, laid out with the dimensions reversed and every second element unused.
+
+    The bytes of stored tensors stay side by side, as fields are views of them.
+    """
     if tensor.dim() == 0:
         return tensor
+    if tensor.dtype == torch.uint8:
+        spread = tensor.new_empty(*tensor.shape[-2::-1], tensor.shape[-1] + 8)[..., 8:]
+        order = [*reversed(range(tensor.dim() - 1)), tensor.dim() - 1]
+        return spread.permute(order).copy_(tensor)
     spread = tensor.new_empty(*reversed(tensor.shape), 2)[..., 0]
     return spread.permute(*reversed(range(tensor.dim()))).copy_(tensor)
 
 
-@pytest.mark.parametrize("recovery", ["degenerate", "none", "exponential", "gaussian"])
-@pytest.mark.parametrize("saliency", ["squared", "absolute"])
-@pytest.mark.parametrize("sink_tokens", [0, 2])
-def test_attend_is_recover_and_dense_attention(
-    recovery: str, saliency: str, sink_tokens: int
+@pytest.mark.parametrize("formats", FORMATS, ids=str)
+@pytest.mark.parametrize("numbers", [{}, {"sinks": 2}, {"min_tokens": 30}], ids=str)
+@pytest.mark.parametrize("how", ["plain", "causal", "mask and sinks"])
+def test_a_step_is_recover_attention_and_append(
+    formats: tuple[str, str], numbers: dict[str, int], how: str
 ) -> None:
-    s = store(queries=2, recovery=recovery, saliency=saliency, sink_tokens=sink_tokens)
-    how = (torch.rand(2, 4, 2, 11) < 0.7, 9, 0.4, 3.0, torch.randn(4))
-    output, lse = ops.attend(s.query, *s.buffers(), *how, *s.method, True)
-    expected, expected_lse = attention(s.query, s.key, s.value, *how)
+    spec = spec_of(formats, **numbers)
+    stored, new = built(spec, 20), tokens(3)
+    past = [ops.recover(*stored[i : i + 2], spec.text, i == 0, 20) for i in (0, 2)]
+    key, value = (torch.cat(pair, 2) for pair in zip(past, new[1:], strict=True))
+    mask = torch.rand(2, 1, 3, 23) < 0.7 if how == "mask and sinks" else None
+    sinks = torch.randn(6) if how == "mask and sinks" else None
+    offset = 20 if how == "causal" else None
+    output = ops.step(*new, *stored, mask, sinks, offset, ALL, None, spec.text)
+    expected, _ = attention(new[0], key, value, mask, offset, 0.3, 5.0, sinks)
     torch.testing.assert_close(output, expected)
-    torch.testing.assert_close(lse, expected_lse)
-    assert ops.attend(s.query, *s.buffers(), *how, *s.method)[1].numel() == 0
+    for i, dense in ((0, key), (2, value)):
+        after = ops.recover(*stored[i : i + 2], spec.text, i == 0, 23)
+        assert torch.equal(after[:, :, -3:], dense[:, :, -3:])
+        assert torch.equal(after[:, :, :13], dense[:, :, :13])
 
 
-@pytest.mark.parametrize(("packed", "dense"), [(0, 3), (6, 1), (6, 0), (4, 4)])
-def test_append_attend_is_append_and_dense_attention(packed: int, dense: int) -> None:
-    s = store(queries=3, packed=packed, dense=dense, sink_tokens=min(dense, 1))
-    new_key, new_value = torch.randn(2, 2, 3, 12), torch.randn(2, 2, 3, 10)
-    *rows, tail, values, length = s.buffers()
-    how = (None, length, 0.4, 0.0, None)
-    output, _ = ops.append_attend(
-        s.query, new_key, new_value, *rows, tail, values, length, *how, *s.method
-    )
-    key, value = torch.cat((s.key, new_key), 2), torch.cat((s.value, new_value), 2)
-    torch.testing.assert_close(output, attention(s.query, key, value, *how)[0])
-    assert torch.equal(tail[:, :, dense : dense + 3], new_key)
-    assert torch.equal(values[:, :, length : length + 3], new_value)
-    assert torch.equal(tail[:, :, :dense], s.tail[:, :, :dense])
-    assert torch.equal(values[:, :, :length], s.value)
-
-
-@pytest.mark.parametrize("recovery", ["degenerate", "none", "exponential", "gaussian"])
+@pytest.mark.parametrize("formats", FORMATS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_unused_rows_are_never_read(dtype: torch.dtype, recovery: str) -> None:
-    results = []
-    for poison in (0.0, torch.nan):
+def test_unused_bytes_are_never_read(dtype: torch.dtype, formats: tuple[str, str]) -> None:
+    spec, results = spec_of(formats, dtype, sinks=1), []
+    for poison in (0x00, 0xFF):  # of floats the second one is NaN
         torch.manual_seed(5)
-        s = store(dtype, queries=2, recovery=recovery, poison=poison)
-        new = torch.randn(2, 2, 2, 12, dtype=dtype), torch.randn(2, 2, 2, 10, dtype=dtype)
-        how = (None, s.length, 0.4, 0.0, None, *s.method, True)
-        results.append((
-            s.key,
-            *ops.attend(s.query, *s.buffers(), *how),
-            *ops.append_attend(s.query, *new, *s.buffers(), *how),
-            ops.first_rows(s.values, s.length),
-        ))  # fmt: skip
+        stored, new = built(spec, 20, 60), tokens(2, dtype)
+        for side, first in (("key", 0), ("value", 2)):
+            pages, head = stored[first : first + 2]
+            pages[:, :, 4:] = poison
+            spec.head(side).tail(head)[:, :, 4:].view(torch.uint8).fill_(poison)  # type: ignore[arg-type]
+        outputs = [ops.step(*new, *stored, None, None, None, ALL, None, spec.text) for _ in "abcd"]
+        sides = [ops.recover(*stored[i : i + 2], spec.text, i == 0, 40) for i in (0, 2)]
+        results.append((*outputs, *sides))
     for clean, poisoned in zip(*results, strict=True):
         assert clean.isfinite().all()
         assert torch.equal(clean, poisoned)
+
+
+def test_recover_fills_a_capacity_with_zeros() -> None:
+    spec = spec_of(FORMATS[0])
+    stored = built(spec, 20, 33)
+    dense = ops.recover(*stored[:2], spec.text, True, 33)
+    assert torch.equal(dense[:, :, :20], ops.recover(*stored[:2], spec.text, True, 20))
+    assert dense[:, :, :20].all()
+    assert not dense[:, :, 20:].any()

@@ -2,77 +2,157 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from stores import Store, store
+from torch import Tensor
 
 from spark_compile import ops
+from spark_compile.kernels.formats import parse
+from spark_compile.kernels.reference.store import ALL
+from spark_compile.kernels.spec import Spec
+
+NAMES = (
+    "query", "new_key", "new_value", "key_pages", "key_head", "value_pages", "value_head",
+    "attn_mask", "sinks", "causal_offset", "keep", "position", "spec",
+)  # fmt: skip
 
 
-def buffer(rows: int) -> torch.Tensor:
-    return torch.randn(2, 3, rows, 5)
+def spec_of(**numbers: int) -> Spec:
+    key, value = (parse(text, dim, torch.float32) for text, dim in (("spark(kept=5)", 12),
+                                                                    ("int8", 10)))  # fmt: skip
+    return Spec(key, value, **{"window": 4, "recent": 3, **numbers}, scale=0.3)
 
 
+def arguments(spec: Spec, length: int = 20, capacity: int | None = 28) -> dict[str, Any]:
+    """Those of a step of two tokens, by name."""
+    query, key, value = (
+        torch.randn(2, heads, length + 2, dim) for heads, dim in ((6, 12), (3, 12), (3, 10))
+    )
+    before, new = ([t[part] for t in (query, key, value)]
+                   for part in ((..., slice(length), slice(None)),
+                                (..., slice(length, None), slice(None))))  # fmt: skip
+    stored = ops.build(before[1], before[2], before[:1], spec.text, capacity)
+    how = (None, None, None, ALL, None, spec.text)
+    return dict(zip(NAMES, (*new, *stored, *how), strict=True))
+
+
+def refuse(given: dict[str, Any], match: str, error: Any = ValueError) -> None:
+    before = {name: t.clone() for name, t in given.items() if isinstance(t, Tensor)}
+    with pytest.raises(error, match=match):
+        ops.step(*given.values())
+    assert all(torch.equal(given[name], old) for name, old in before.items())
+
+
+@pytest.mark.parametrize("capacity", [28, 20])
+@pytest.mark.parametrize("start", [None, 17])
+def test_a_step_without_room_raises_and_writes_nothing(start: int | None, capacity: int) -> None:
+    """One page more than there is room for, or many, also after tokens that are forgotten."""
+    given = arguments(spec_of(), capacity=capacity)
+    count = 16 if start is None else 20
+    for name, heads, dim in (("query", 6, 12), ("new_key", 3, 12), ("new_value", 3, 10)):
+        given[name] = torch.randn(2, heads, count, dim)
+    given["position"] = None if start is None else torch.arange(start, start + count)
+    refuse(given, "do not fit into")
+
+
+def test_a_tail_without_room_raises_and_writes_nothing() -> None:
+    given = arguments(spec_of(min_tokens=100), capacity=None)
+    for name in ("query", "new_key", "new_value"):
+        given[name] = given[name].repeat(1, 1, 9, 1)
+    refuse(given, "38 dense tokens do not fit into a tail of 24")
+
+
+def test_the_room_of_a_capacity_can_be_filled() -> None:
+    given = arguments(spec_of())
+    for length in range(20, 28, 2):
+        ops.step(*given.values())
+        dense = ops.recover(given["key_pages"], given["key_head"], given["spec"], True, length + 2)
+        assert torch.equal(dense[:, :, -2:], given["new_key"])
+
+
+Change = Callable[[Tensor], Any]
+WRONG: list[tuple[str, Change, str]] = [
+    ("new_key", lambda t: t[:1], r"new_key is .*\[1, 3, 2, 12\]: allowed is .*\[2, 3, 2, 12\]"),
+    ("new_key", lambda t: t[:, :2], r"new_key is .*\[2, 2, 2, 12\]: allowed is"),
+    ("new_key", lambda t: t[..., :7], "new_key is .*: allowed is"),
+    ("new_key", lambda t: t.double(), "new_key is torch.*: allowed is torch.float32"),
+    ("new_key", lambda t: t[:, :, 0], "new_key is"),
+    ("new_value", lambda t: t[:, :, :1], "new_value is"),
+    ("new_value", lambda t: t.bfloat16(), "new_value is torch.bfloat16"),
+    ("new_value", lambda t: torch.cat((t, t), 3), "new_value is"),
+    ("query", lambda t: t[:, :5], "query is"),
+    ("query", lambda t: t[:1], "query is"),
+    ("query", lambda t: t[..., :8], "query is"),
+    ("key_pages", lambda t: t[..., :-8], "key_pages is"),
+    (
+        "key_pages",
+        lambda t: t.view(torch.int8),
+        "key_pages is torch.*: allowed is torch.uint8",
+    ),
+    ("key_head", lambda t: t[..., :32], "key_head is"),
+    ("key_head", lambda t: t[..., :-3], "key_head is"),
+    ("value_pages", lambda t: t[:, :, :, :8], "value_pages is"),
+    ("value_head", lambda t: t[:1], "value_(head|pages) is|of other heads"),
+    ("spec", lambda t: t.replace("int8:10", "int8:11"), "(value_pages|value_head|new_value) is"),
+    ("spec", lambda t: t.replace("int8", "int9"), "format 'int9' is not known"),
+    ("spec", lambda t: t.replace("window=4", "window=8"), "key_pages is"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "match"), WRONG, ids=range(len(WRONG)))
+def test_an_operand_that_does_not_fit_is_named(name: str, change: Change, match: str) -> None:
+    given = arguments(spec_of())
+    given[name] = change(given[name])
+    refuse(given, match)
+
+
+@pytest.mark.parametrize("start", [None, 9])
 @pytest.mark.parametrize(
-    ("start", "packed", "last"), [(3, None, 7), (8, 3, 9), (7, None, 11), (2, 5, 1)]
+    "shape", [(2, 6, 2, 8), (3, 1, 2, 30), (2, 4, 2, 30), (3, 30), (1, 2, 1, 2, 30), (2, 10)]
 )
-def test_append_without_room_raises_and_writes_nothing(
-    start: int, packed: int | None, last: int
+def test_a_mask_that_does_not_fit_changes_nothing(
+    shape: tuple[int, ...], start: int | None
 ) -> None:
-    rows = buffer(6)
-    before, packed_length = rows.clone(), None if packed is None else torch.tensor(packed)
-    with pytest.raises(ValueError, match=rf"to {last} do not fit into a buffer of 6"):
-        ops.append(rows, torch.zeros(2, 3, 4, 5), start, packed_length)
-    assert torch.equal(rows, before)
+    given = arguments(spec_of())
+    given["attn_mask"] = torch.ones(shape, dtype=torch.bool)
+    given["position"] = None if start is None else torch.arange(start, start + 2)
+    refuse(given, r"attn_mask is \[.*\]: allowed is what broadcasts to \[2, 6, 2, ")
 
 
-def test_append_fills_the_last_row() -> None:
-    rows = buffer(6)
-    ops.append(rows, torch.zeros(2, 3, 4, 5), 9, torch.tensor(7))
-    assert torch.equal(rows[:, :, 2:], torch.zeros(2, 3, 4, 5))
-    assert rows[:, :, :2].all()
+@pytest.mark.parametrize("shape", [(2, 6, 2, 22), (1, 30), (2, 1, 1, 40), (2, 1), ()])
+def test_a_mask_that_broadcasts_or_is_longer_is_taken(shape: tuple[int, ...]) -> None:
+    given = arguments(spec_of())
+    expected = ops.step(*{**given, **{n: t.clone() for n, t in given.items()
+                                      if isinstance(t, Tensor)}}.values())  # fmt: skip
+    given["attn_mask"] = torch.ones(shape, dtype=torch.bool)
+    assert torch.equal(ops.step(*given.values()), expected)
 
 
-@pytest.mark.parametrize("shape", [(1, 3, 2, 5), (2, 1, 2, 5), (2, 3, 2, 1)])
-def test_append_of_another_shape_raises_and_writes_nothing(shape: tuple[int, ...]) -> None:
-    rows = buffer(6)
-    before = rows.clone()
-    with pytest.raises((ValueError, RuntimeError)):
-        ops.append(rows, torch.zeros(shape), 0)
-    assert torch.equal(rows, before)
+@pytest.mark.parametrize("shape", [(5,), (12,), (2, 6), ()])
+def test_sinks_of_other_heads_change_nothing(shape: tuple[int, ...]) -> None:
+    given = arguments(spec_of())
+    given["sinks"] = torch.zeros(shape)
+    refuse(given, r"sinks is .*: allowed is .*\[6\]")
 
 
-def append_attend(s: Store, tail: torch.Tensor, values: torch.Tensor) -> Any:
-    new = torch.ones(2, 2, 3, 12), torch.ones(2, 2, 3, 10)
-    how = (None, None, 0.4, 0.0, None, *s.method)
-    return ops.append_attend(s.query, *new, *s.packed, tail, values, s.length, *how)
+@pytest.mark.parametrize("position", [[21, 22], [-1, 0], [4, 6], [4, 4], [5, 4]])
+def test_a_wrong_position_changes_nothing(position: list[int]) -> None:
+    given = arguments(spec_of())
+    given["position"] = torch.tensor(position)
+    refuse(given, "position")
 
 
-@pytest.mark.parametrize("short", ["tail", "values"])
-def test_append_attend_without_room_raises_and_writes_nothing(short: str) -> None:
-    s = store(room=4)
-    tail, values = s.tail.clone(), s.values.clone()
-    if short == "tail":
-        tail = tail[:, :, :-2]
-    else:
-        values = values[:, :, :-2]
-    before = tail.clone(), values.clone()
-    with pytest.raises(ValueError, match="do not fit"):
-        append_attend(s, tail, values)
-    assert torch.equal(tail, before[0])
-    assert torch.equal(values, before[1])
+def test_keys_and_values_of_other_lengths_change_nothing() -> None:
+    given, other = arguments(spec_of()), arguments(spec_of(), 19)
+    refuse({**given, **{name: other[name] for name in ("value_pages", "value_head")}}, "lengths")
 
 
-@pytest.mark.parametrize("kept", [0, -1, 13])
-def test_prune_refuses_a_wrong_number_of_channels(kept: int) -> None:
-    key, norms = torch.randn(1, 2, 3, 12), torch.rand(1, 2, 12)
-    with pytest.raises(ValueError, match=rf"kept_channels is {kept}: allowed is 1 to 12"):
-        ops.prune(key, norms, norms, kept, "degenerate", "squared")
-
-
-@pytest.mark.parametrize("kept", [1, 12])
-def test_prune_takes_the_extremes(kept: int) -> None:
-    key, norms = torch.randn(1, 2, 3, 12), torch.rand(1, 2, 12)
-    assert ops.prune(key, norms, norms, kept, "degenerate", "squared")[0].shape[3] == kept
+def test_more_tokens_than_the_length_are_not_recovered() -> None:
+    given = arguments(spec_of())
+    with pytest.raises(ValueError, match="length is 19: the cache has 20 tokens"):
+        ops.recover(given["key_pages"], given["key_head"], given["spec"], True, 19)
+    with pytest.raises(ValueError, match="value_pages is"):
+        ops.recover(given["key_pages"], given["key_head"], given["spec"], False, 20)

@@ -188,3 +188,8 @@ def test_blocks_are_the_elements_of_the_outermost_lists() -> None:
         {"inner": nn.ModuleDict({"layers": nn.ModuleList([block])}), "out": heads}
     )
     assert find_blocks(model) == {"inner.layers.0": block}
+
+
+def test_formats_by_layer_need_the_whole_model() -> None:
+    with pytest.raises(ValueError, match=r"'key_format' has formats by layer.*regional=True"):
+        spark_compile.optimize(llama(), regional=True, key_format={"*.0.*": "dense"})

@@ -71,6 +71,7 @@ def test_as_dict_is_json_with_everything() -> None:
     assert decode["sites"][0] == {
         "layer": "layers.0.attn", "query_heads": 9, "kv_heads": 3, "key_dim": 64, "value_dim": 32,
         "dense_token_bytes": 400, "stored_token_bytes": 300, "refusal": None,
+        "formats": ["", ""],
     }  # fmt: skip
     assert decode["sites"][1]["refusal"] == {"reason": "the mask is [b, h, l]", "node": "add_3"}
 

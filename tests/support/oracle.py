@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,9 +11,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from spark_compile import SparkConfig
-from spark_compile.kernels.layout import kept_channels
-from spark_compile.kernels.reference.prune import prune, query_stats, recover
-from spark_compile.kernels.reference.values import pack_values, unpack_values, value_bias
+from spark_compile.kernels.formats import Format
+from spark_compile.kernels.reference.store import query_stats
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2}
 """Largest relative error (root mean squares) by dtype; the only table of its kind."""
@@ -30,12 +29,13 @@ def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
 class _Layer:
     """What the method remembers of one layer, with dense keys in the place of packed ones."""
 
-    packed: Tensor
-    norms: Tensor
+    packed: dict[str, Tensor]
+    """What the packed keys and values are worth, [B, Hkv, n, D] float32 each."""
     stats: Tensor
-    values: Tensor
-    bias: Tensor | None = None
+    constants: dict[str, dict[str, Tensor]]
     tokens: int = 0
+    waiting: dict[str, Tensor] = field(default_factory=dict)
+    """The keys and values that the latest step's queries have met."""
 
 
 class SimulatedSpark(TorchFunctionMode):
@@ -67,69 +67,59 @@ class SimulatedSpark(TorchFunctionMode):
         bound = {**dict(zip(names, args, strict=False)), **kwargs}
         bound.pop("enable_gqa", None)
         query, key = bound["query"], bound["key"]
-        key = key[:, :: key.shape[1] // self.kv_heads]
-        layer, value = self._layer(query, key), bound["value"]
+        rows = {"key": key, "value": bound["value"]}
+        rows = {side: t[:, :: t.shape[1] // self.kv_heads] for side, t in rows.items()}
+        layer, tokens = self._layer(query, rows), key.shape[2]
         new = query.shape[1] * query.shape[2] // self.query_heads
-        left = layer.tokens - (key.shape[2] - new)  # what a sliding window has let go
-        layer.packed, layer.tokens = layer.packed[:, :, left:], key.shape[2]
-        value = value[:, :: value.shape[1] // self.kv_heads]
-        bound["key"] = self._expand(self._keys(layer, key), query)
-        bound["value"] = self._expand(self._values(layer, value), query)
+        evicted = layer.tokens - (tokens - new)  # by a sliding window
+        layer.packed = {side: packed[:, :, evicted:] for side, packed in layer.packed.items()}
+        # The step before packs once it has evicted, which is only seen now.
+        self._pack(layer, {side: dense[:, :, evicted:] for side, dense in layer.waiting.items()})
+        layer.tokens, layer.waiting = tokens, rows
+        for side, dense in rows.items():
+            bound[side] = self._expand(self._seen(layer, side, dense), query)
         output = F.scaled_dot_product_attention(**bound)
         # For a single token eager transformers hands over the queries of a group as rows.
-        self._advance(layer, query.reshape(query.shape[0], self.query_heads, -1, key.shape[3]), key)
+        heads = query.reshape(query.shape[0], self.query_heads, -1, query.shape[3])
+        layer.stats = layer.stats + query_stats(heads, self.kv_heads, self.config.window)
         return output
 
-    def _layer(self, query: Tensor, key: Tensor) -> _Layer:
+    def _layer(self, query: Tensor, rows: dict[str, Tensor]) -> _Layer:
         if self.call == len(self.layers):
-            zeros = torch.zeros(key.shape[0], self.kv_heads, key.shape[3])
-            none = key[:, :, :0].float()
-            self.layers.append(_Layer(none, zeros, zeros, none))
+            zeros = torch.zeros(query.shape[0], self.kv_heads, query.shape[3])
+            none = {side: dense[:, :, :0].float() for side, dense in rows.items()}
+            self.layers.append(_Layer(none, zeros, {}))
         self.call += 1
         return self.layers[self.call - 1]
 
     def _expand(self, tensor: Tensor, query: Tensor) -> Tensor:
         return tensor.repeat_interleave(query.shape[1] // tensor.shape[1], dim=1)
 
-    def _keys(self, layer: _Layer, key: Tensor) -> Tensor:
-        """The keys as the method sees them: sinks, packed and recovered, recent."""
-        sinks, packed = self.config.sink_tokens, layer.packed.shape[2]
-        if not packed:
-            return key
-        parts = (key[:, :, :sinks], layer.packed.to(key.dtype), key[:, :, sinks + packed :])
-        return torch.cat(parts, dim=2)
+    def _seen(self, layer: _Layer, side: str, dense: Tensor) -> Tensor:
+        """Keys or values as the method sees them: sinks, packed and recovered, recent."""
+        sinks, packed = self.config.sink_tokens, layer.packed[side]
+        if not packed.shape[2]:
+            return dense
+        rest = dense[:, :, sinks + packed.shape[2] :]
+        return torch.cat((dense[:, :, :sinks], packed.to(dense.dtype), rest), dim=2)
 
-    def _values(self, layer: _Layer, value: Tensor) -> Tensor:
-        """The values as the method sees them: exact in the prompt, as stored from then on."""
-        config, known = self.config, layer.values.shape[2]
-        if config.value_fields == ("rows",):
-            return value
-        if not known and config.value_ratio:
-            layer.bias = value_bias(value)
-        kept = kept_channels(value.shape[3], config.value_ratio)
-        quantized = config.value_dtype == "int8"
-        rows, bits, scale = pack_values(value[:, :, known:], layer.bias, kept, quantized)
-        stored = unpack_values(rows, None if layer.bias is None else bits, scale, value.shape[3])
-        layer.values = (
-            torch.cat((layer.values[..., : value.shape[3]], stored), dim=2) if known else stored
-        )
-        return layer.values.to(value.dtype) if known else value
-
-    def _advance(self, layer: _Layer, query: Tensor, key: Tensor) -> None:
-        config, length = self.config, key.shape[2]
-        layer.stats = layer.stats + query_stats(query, self.kv_heads, config.window)
-        packed = layer.packed.shape[2]
-        waiting = length - packed - config.sink_tokens - config.recent
-        if waiting < config.window or length < config.min_tokens:
+    def _pack(self, layer: _Layer, rows: dict[str, Tensor]) -> None:
+        """Encode and decode the tokens that are due, whole windows of them."""
+        config, packed = self.config, layer.packed["key"].shape[2]
+        if not rows or layer.tokens < config.min_tokens:
             return
-        select = layer.stats.sqrt()
-        if not packed:
-            layer.norms = select
+        waiting = rows["key"].shape[2] - packed - config.sink_tokens - config.recent
+        due = waiting // config.window * config.window
+        if due <= 0:
+            return
         first = config.sink_tokens + packed
-        how = (config.recovery, config.saliency)
-        kept = kept_channels(key.shape[3], config.key_ratio)
-        body = key[:, :, first : first + waiting]
-        rows = prune(body, select, layer.norms, kept, *how, config.key_dtype == "int8")
-        fresh = recover(*rows, layer.norms, "degenerate", config.saliency)
-        layer.packed = torch.cat((layer.packed, fresh), dim=2)
+        for side, dense in rows.items():
+            norms = layer.stats.sqrt() if side == "key" else None
+            form: Format = config.format_for(side, dense.shape[3], dense.dtype)  # type: ignore[arg-type]
+            if side not in layer.constants:
+                layer.constants[side] = form.constants(dense, norms)
+            body = dense[:, :, first : first + due].unsqueeze(2)
+            stored = form.encode(body, norms, layer.constants[side])
+            fresh = form.decode(stored, layer.constants[side]).flatten(2, 3)
+            layer.packed[side] = torch.cat((layer.packed[side], fresh), dim=2)
         layer.stats = torch.zeros_like(layer.stats)

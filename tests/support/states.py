@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from side_model import SideModel
 from torch import Tensor
 
-from spark_compile import PrunedKeys, SparkConfig, StoredValues
-from spark_compile.cache import new_keys, new_values
-from spark_compile.kernels.layout import kept_channels
-from spark_compile.kernels.reference.prune import prune, query_stats, recover
-from spark_compile.passes.insert_spark import store_keys, store_values
-from spark_compile.state import SparkTensor
+from spark_compile import PrunedKeys, SparkConfig, StoredValues, ops
+from spark_compile.kernels.reference.store import ALL, Store
+from spark_compile.kernels.spec import SIDES, Spec
+from spark_compile.state import SparkTensor, new_state
+from spark_compile.storage import StateForm
 
-_NAMES = ("kept", "bits", "scale", "norms", "stats", "tail")
 BATCH, HEADS, KEY_DIM, VALUE_DIM = 2, 3, 12, 10
 
 
@@ -28,6 +28,25 @@ class Prefill:
     keys: PrunedKeys
     values: StoredValues
 
+    @property
+    def states(self) -> tuple[SparkTensor, SparkTensor]:
+        return self.keys, self.values
+
+    def models(self) -> tuple[SideModel, SideModel]:
+        """What both states must be worth."""
+        models = []
+        for side, rows in zip(SIDES, (self.key, self.value), strict=True):
+            model = SideModel(self.keys.spec, side, *rows.shape[:2])
+            model.append(rows, ALL, self.query)
+            models.append(model)
+        return models[0], models[1]
+
+
+def spec_of(config: SparkConfig, dtype: torch.dtype = torch.float32) -> Spec:
+    """The spec of a site with the dimensions of this module."""
+    key = config.format_for("key", KEY_DIM, dtype)
+    return config.spec(key, config.format_for("value", VALUE_DIM, dtype))
+
 
 def prefill(
     config: SparkConfig, length: int = 21, batch: int = BATCH, dtype: torch.dtype = torch.float32
@@ -35,12 +54,43 @@ def prefill(
     """States of ``length`` random tokens; two query heads share a key head."""
     query = torch.randn(batch, 2 * HEADS, length, KEY_DIM, dtype=dtype)
     key, value = tokens(length, batch, dtype)
-    stored = dict(
-        zip(_NAMES, store_keys(key, query_stats(query, HEADS, config.window), config), strict=True)
-    )
-    keys = new_keys(stored, length, config)
-    values = new_values(store_values(value, config), length, config)
+    stored = ops.build(key, value, [query], spec_of(config, dtype).text, None)
+    keys, values = _states(StateForm(spec_of(config, dtype)), stored, length)
     return Prefill(query, key, value, keys, values)
+
+
+def static(config: SparkConfig, length: int, capacity: int) -> Prefill:
+    """States of a fixed capacity that hold ``length`` random tokens."""
+    query, (key, value), spec = queries(length), tokens(length), spec_of(config)
+    stored = ops.build(key, value, [query], spec.text, capacity)
+    return Prefill(query, key, value, *_states(StateForm(spec, True), stored, capacity))
+
+
+def _states(
+    form: StateForm, stored: tuple[Tensor, ...], length: int
+) -> tuple[PrunedKeys, StoredValues]:
+    keys, values = (
+        new_state(side, form, *stored[first : first + 2], length)
+        for side, first in zip(SIDES, (0, 2), strict=True)
+    )
+    assert isinstance(keys, PrunedKeys)
+    assert isinstance(values, StoredValues)
+    return keys, values
+
+
+def step(
+    keys: Any, values: Any, query: Tensor, new: tuple[Tensor, Tensor], keep: int = ALL
+) -> tuple[Any, Any]:
+    """The states after one decoding step, made as the runtime makes them."""
+    keys, values = (state.grown(new[0].shape[2], keep) for state in (keys, values))
+    buffers = keys.pages, keys.head, values.pages, values.head
+    ops.step(query, *new, *buffers, None, None, None, keep, None, keys.spec.text)
+    return keys, values
+
+
+def queries(count: int = 1, batch: int = BATCH, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Random queries of ``count`` tokens."""
+    return torch.randn(batch, 2 * HEADS, count, KEY_DIM, dtype=dtype)
 
 
 def tokens(
@@ -51,22 +101,36 @@ def tokens(
     return key, torch.randn(batch, HEADS, count, VALUE_DIM, dtype=dtype)
 
 
-def pruned_and_recovered(key: Tensor, select: Tensor, norms: Tensor, config: SparkConfig) -> Tensor:
-    """Keys [B, Hkv, S, D] after the reference's pruning and recovery."""
-    how = (config.recovery, config.saliency)
-    stored = prune(key, select, norms, kept_channels(key.shape[3], config.key_ratio), *how)
-    return recover(*stored, norms, *how).to(key.dtype)
-
-
-def expected_keys(made: Prefill, config: SparkConfig) -> Tensor:
-    """What the keys of a prefill are worth: dense sinks, recovered middle, dense recent tokens."""
-    first = config.sink_tokens
-    behind = first + config.packed_length(made.key.shape[2])
-    norms = query_stats(made.query, HEADS, config.window).sqrt()
-    middle = pruned_and_recovered(made.key[:, :, first:behind], norms, norms, config)
-    return torch.cat((made.key[:, :, :first], middle, made.key[:, :, behind:]), dim=2)
+def new_rows(state: Tensor, count: int) -> Tensor:
+    """Random dense tokens that can be appended to a state."""
+    return torch.randn(*state.shape[:2], count, state.shape[3], dtype=state.dtype)
 
 
 def dense(value: Tensor) -> Tensor:
     """The dense tensor of a state; a plain tensor is itself."""
     return value.dense() if isinstance(value, SparkTensor) else value
+
+
+def model_of(state: SparkTensor) -> SideModel:
+    """The model of what a state is now, from which both can be continued."""
+    stored, spec = state.stored(), state.spec
+    store = Store(stored["pages"], stored["head"], spec, state.SIDE)
+    model = SideModel(spec, state.SIDE, *state.shape[:2])
+    model.packed, model.first = store.packed, store.first
+    store.first = 0  # those that have left are still there, and take part in constants
+    model.all_rows = store.rows()
+    if store.packed:
+        model.constants = {name: t.clone() for name, t in store.constants.items()}
+    if store.stats is not None:
+        model.stats = store.stats[:, :, store.step % 2].clone()
+    return model
+
+
+def check_state(state: SparkTensor, model: SideModel) -> None:
+    """A state is worth what its model is, statistics included."""
+    own = model_of(state)
+    assert state.shape[2] == model.rows.shape[2]
+    assert own.packed - own.first == model.packed - model.first
+    torch.testing.assert_close(own.rows, model.rows, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(state.dense(), own.rows.to(state.dtype), rtol=0, atol=0)
+    torch.testing.assert_close(own.stats, model.stats)

@@ -1,0 +1,102 @@
+// Stored channels as vectors of 32 bfloat16 numbers or 64 bytes, as the tile engines want them.
+#pragma once
+
+#include <immintrin.h>
+
+#include "problem.h"
+
+namespace spark {
+
+inline __m512i words(__m512bh v) { return bit_cast<__m512i>(v); }
+
+// The 32 stored channels at p as bfloat16; int8 becomes whole numbers, which bfloat16 holds exactly.
+inline __m512i load_words(const bf16* p) { return _mm512_loadu_si512(p); }
+inline __m512i load_words(const int8_t* p) {
+  const __m512i low = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p));
+  const __m512i high = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(p + 16)));
+  return words(_mm512_cvtne2ps_pbh(_mm512_cvtepi32_ps(high), _mm512_cvtepi32_ps(low)));
+}
+// The first `count` of them; nothing after them is read.
+template <class Stored>
+inline __m512i load_words(const Stored* p, int64_t count) {
+  if (count >= 32) return load_words(p);
+  Stored few[32] = {};
+  std::memcpy(few, p, std::max<int64_t>(count, 0) * sizeof(Stored));
+  return load_words(few);
+}
+template <class Stored>
+inline __m512i load_words_guarded(const Stored* p, int count, const char* end) {
+  return reinterpret_cast<const char*>(p + 32) <= end ? load_words(p) : load_words(p, count);
+}
+
+// As expand() in simd.h. From memory the instruction takes several times as long, so that the
+// compiler must not be left to merge it with the load.
+inline __m512i expand_words(__m512i others, __m512i packed, uint32_t bits) {
+  asm("" : "+v"(packed));
+  return _mm512_mask_expand_epi16(others, bits, packed);
+}
+
+inline uint32_t plane_word(const uint8_t* plane, int64_t first, int64_t bytes) {
+  plane += first / 8, bytes -= first / 8;
+  if (bytes >= 4) return load<uint32_t>(plane);
+  return plane[0] | (bytes > 1 ? plane[1] << 8 : 0) | (bytes > 2 ? plane[2] << 16 : 0);
+}
+
+// One value, 32 channels after the other; zeros for a token that is not there.
+template <class V, bool PLANES>
+struct ValueRow {
+  ValueRow(const Problem& p, const Block& block, int t) {
+    if (t >= block.count) return;
+    const Format& f = *p.values.format;
+    const char* record = block.value(t);
+    row = reinterpret_cast<const V*>(record + (block.packed ? f.channels : 0));
+    if (std::is_same_v<V, int8_t>) {
+      step = to_float(*reinterpret_cast<const bf16*>(record + f.step));
+      if (step == 0) step = 1.0f;
+    }
+    if (PLANES) {
+      end = p.values.pages_end, left = int(f.kept), plane = f.plane();
+      keep = reinterpret_cast<const uint8_t*>(record + f.keep);
+      fill = _mm512_set1_epi16(from_float<bf16>(to_float(*reinterpret_cast<const bf16*>(record + f.scale)) / step).bits);
+    }
+  }
+
+  __m512i next(int64_t j, int64_t channels) {
+    if (!row) return _mm512_setzero_si512();
+    if (!PLANES) return load_words(row + j, channels - j);
+    const uint32_t kept = plane_word(keep, j, plane);
+    const int count = std::min(__builtin_popcount(kept), left);
+    const __m512i stored = load_words_guarded(row, count, end);
+    row += count, left -= count;
+    return expand_words(fill, stored, kept);
+  }
+
+  const V* row = nullptr;
+  float step = 1.0f;  // the row's numbers are in units of it; the weights carry it
+  const char* end = nullptr;
+  const uint8_t* keep = nullptr;
+  int64_t plane = 0;
+  __m512i fill = {};
+  int left = 0;  // stored channels; more bits may be set than there are
+};
+
+// The first `count` of 64 bytes, then zeros; nothing after them is read.
+inline __m512i some_bytes(const int8_t* p, int64_t count) {
+  return _mm512_maskz_loadu_epi8(_bzhi_u64(~uint64_t(0), unsigned(std::min<int64_t>(count, 64))), p);
+}
+
+// 64 bits of a plane of `bytes` bytes from channel `first` on.
+inline uint64_t plane_bytes(const uint8_t* plane, int64_t first, int64_t bytes) {
+  uint64_t bits = 0;
+  for (int64_t i = 0; i < std::min<int64_t>(8, bytes - first / 8); ++i) {
+    bits |= uint64_t(plane[first / 8 + i]) << (8 * i);
+  }
+  return bits;
+}
+
+// The bfloat16 numbers that lie at `from` and every `step` bytes after it.
+inline void read_column(const char* from, int64_t step, int count, float* numbers) {
+  for (int t = 0; t < count; ++t) numbers[t] = to_float(*reinterpret_cast<const bf16*>(from + t * step));
+}
+
+}  // namespace spark

@@ -1,0 +1,184 @@
+// Appending tokens to a side: query statistics, packing of the pages that are full, the new tail.
+#pragma once
+
+#include <span>
+
+#include "encode.h"
+#include "threads.h"
+
+namespace spark {
+
+// Queries [B, Hq, L, D] in the side's dtype.
+struct Queries {
+  Rows rows;
+  int64_t heads, count;
+};
+
+// Adds the sum over the last `window` queries of the squared mean query of the group.
+template <class T>
+void add_stats(const Queries& queries, const Side& side, int64_t b, int64_t h, float* stats) {
+  const int64_t channels = side.format->dim, group = queries.heads / side.heads;
+  const Scratch<float> sums = scratch<float>(channels), mean = uncleared_scratch<float>(channels);
+  for (int64_t i = std::max<int64_t>(queries.count - side.spec->window, 0); i < queries.count; ++i) {
+    std::fill_n(mean.get(), channels, 0.0f);
+    for (int64_t g = 0; g < group; ++g) {
+      const T* row = queries.rows.at<T>(b, h * group + g, i);
+      for (int64_t j = 0; j < channels; ++j) mean[j] += to_float(row[j]);
+    }
+    for (int64_t j = 0; j < channels; ++j) sums[j] += (mean[j] / group) * (mean[j] / group);
+  }
+  for (int64_t j = 0; j < channels; ++j) stats[j] += sums[j];
+}
+
+// Calls f(b, h) for all heads; each moves about `bytes`, and few of them are sooner done here.
+template <class Function>
+void for_heads(const Side& side, int64_t bytes, const Function& f) {
+  const int64_t grain = std::max<int64_t>((int64_t(1) << 16) / std::max<int64_t>(bytes, 1), 1);
+  const int64_t count = side.batch * side.heads;
+  const auto range = [&](int64_t first, int64_t last) {
+    for (int64_t at = first; at < last; ++at) f(at / side.heads, at % side.heads);
+  };
+  if (count <= grain) return range(0, count);
+  parallel(0, count, grain, range);
+}
+
+// Adds queries to the statistics that the next append will find.
+template <class T>
+void observe(const Side& side, std::span<const Queries> all) {
+  if (!side.format->uses_queries()) return;
+  for (const Queries& queries : all) {
+    const int64_t rows = std::min(queries.count, side.spec->window) * (queries.heads / side.heads);
+    for_heads(side, rows * side.format->row_bytes(), [&](int64_t b, int64_t h) {
+      add_stats<T>(queries, side, b, h, side.stats(b, h, side.step));
+    });
+  }
+}
+
+// The tail of a head, and the new tokens after it.
+template <class T>
+struct Pending {
+  Pending(const Side& side, int64_t b, int64_t h)
+      : tail(side.tail(b, h)), fresh(side.fresh.at(b, h, 0)), fresh_step(side.fresh.token),
+        row_bytes(side.format->row_bytes()), tail_count(side.length - side.packed) {}
+
+  const T* operator[](int64_t i) const {
+    const char* row = i < tail_count ? tail + i * row_bytes : fresh + (i - tail_count) * fresh_step;
+    return reinterpret_cast<const T*>(row);
+  }
+
+  char *tail, *fresh;
+  int64_t fresh_step, row_bytes, tail_count;
+};
+
+// Biases of pruned values: kernels/formats/pruned.py.
+template <class T>
+void value_bias(const Pending<T>& rows, int64_t count, int64_t channels, float* bias) {
+  const Scratch<double> mean = scratch<double>(channels), variance = scratch<double>(channels);
+  for (int64_t s = 0; s < count; ++s) {
+    for (int64_t j = 0; j < channels; ++j) mean[j] += to_float(rows[s][j]);
+  }
+  for (int64_t j = 0; j < channels; ++j) mean[j] /= double(count);
+  double most_of_tokens = 0, most_of_channels = 0;
+  for (int64_t s = 0; s < count; ++s) {
+    const T* row = rows[s];
+    double middle = 0, squares = 0;
+    for (int64_t j = 0; j < channels; ++j) middle += to_float(row[j]);
+    middle /= double(channels);
+    for (int64_t j = 0; j < channels; ++j) {
+      const double x = to_float(row[j]), centered = x - mean[j];
+      variance[j] += centered * centered;
+      squares += (x - middle) * (x - middle);
+    }
+    most_of_tokens = std::max(most_of_tokens, squares / double(std::max<int64_t>(channels - 1, 1)));
+  }
+  for (int64_t j = 0; j < channels; ++j) {
+    variance[j] /= double(std::max<int64_t>(count - 1, 1));
+    most_of_channels = std::max(most_of_channels, variance[j]);
+  }
+  const double largest = most_of_channels + most_of_tokens + 2e-8;
+  for (int64_t j = 0; j < channels; ++j) bias[j] = float(0.3 / 0.7 * variance[j] / largest);
+}
+
+// The constants of all heads, from all tokens of a cache that has no page yet.
+template <class T>
+void write_constants(const Side& side) {
+  const Format& f = *side.format;
+  if (!f.has_planes()) return;
+  const int64_t count = side.length + side.fresh_tokens;
+  for_heads(side, f.kind == Kind::pruned ? count * f.row_bytes() : 4 * f.dim, [&](int64_t b, int64_t h) {
+    float* constant = side.constant(b, h);
+    if (f.kind == Kind::pruned) return value_bias(Pending<T>(side, b, h), count, f.dim, constant);
+    const float* stats = side.stats(b, h, side.step);
+    for (int64_t j = 0; j < f.dim; ++j) constant[j] = std::sqrt(stats[j]);
+  });
+}
+
+// Packs `pages` pages from the tail and the new tokens.
+template <class T>
+void pack(const Side& side, int64_t pages) {
+  const Format& f = *side.format;
+  const int64_t window = side.spec->window, heads = side.heads;
+  // More of them than there is room for: the first ones would be written over at once.
+  const int64_t skipped = std::max<int64_t>(pages - side.slots, 0), count = pages - skipped;
+  // Grain: a range shares the powers of the norms, so it should be more than a few tokens.
+  parallel(0, side.batch * heads * count, std::max<int64_t>(64 / window, 1), [&](int64_t first, int64_t last) {
+    Encoder<T> encoder(f);
+    int64_t known = -1;
+    for (int64_t at = first; at < last; ++at) {
+      const int64_t head = at / count, b = head / heads, h = head % heads, page = skipped + at % count;
+      const float* stats = f.uses_queries() ? side.stats(b, h, side.step) : nullptr;
+      if (head != known) encoder.start(f.has_planes() ? side.constant(b, h) : nullptr, stats);
+      known = head;
+      const Pending<T> rows(side, b, h);
+      char* record = side.record(b, h, side.packed + page * window);
+      for (int64_t t = 0; t < window; ++t, record += f.record_bytes) {
+        encoder.encode(rows[side.spec->sinks + page * window + t], record);
+      }
+      std::memset(record, 0, f.page_bytes - window * f.record_bytes);
+    }
+  });
+}
+
+// What stays dense becomes the tail.
+template <class T>
+void move_tail(const Side& side, int64_t b, int64_t h, int64_t packed) {
+  const Pending<T> rows(side, b, h);
+  const int64_t bytes = rows.row_bytes, total = rows.tail_count + side.fresh_tokens;
+  const int64_t sinks = packed ? side.spec->sinks : rows.tail_count;
+  // Sinks may still be among the new tokens; what follows them moves up by the packed ones.
+  for (int64_t i = rows.tail_count; i < std::min(sinks, total); ++i) std::memcpy(rows.tail + i * bytes, rows[i], bytes);
+  const int64_t from = sinks + packed, old = std::max<int64_t>(rows.tail_count - from, 0);
+  if (packed) std::memmove(rows.tail + sinks * bytes, rows.tail + from * bytes, old * bytes);
+  for (int64_t i = from + old; i < total; ++i) std::memcpy(rows.tail + (i - packed) * bytes, rows[i], bytes);
+}
+
+// Appends the new tokens, packs `pages` pages (due()), evicts all but the latest `keep` tokens.
+template <class T>
+void append(Side& side, int64_t pages, int64_t keep, std::span<const Queries> queries) {
+  const Format& f = *side.format;
+  const int64_t packed = pages * side.spec->window;
+  if (f.uses_queries()) {
+    for_heads(side, 8 * f.dim, [&](int64_t b, int64_t h) {
+      std::memcpy(side.stats(b, h, side.step + 1), side.stats(b, h, side.step), 4 * f.dim);
+    });
+  }
+  side.step = int64_t(uint64_t(side.step) + 1);
+  observe<T>(side, queries);
+  if (pages) {
+    if (side.packed == 0) write_constants<T>(side);
+    pack<T>(side, pages);
+    if (f.uses_queries()) {
+      for_heads(side, 4 * f.dim, [&](int64_t b, int64_t h) {
+        std::fill_n(side.stats(b, h, side.step), f.dim, 0.0f);
+      });
+    }
+  }
+  const int64_t rows = side.fresh_tokens + (pages ? side.length - side.packed : 0);
+  for_heads(side, rows * f.row_bytes(), [&](int64_t b, int64_t h) { move_tail<T>(side, b, h, packed); });
+  side.length += side.fresh_tokens;
+  side.packed += packed;
+  side.first = std::max(side.first, side.length - keep);
+  side.write_counters();
+}
+
+}  // namespace spark

@@ -1,0 +1,108 @@
+// One side of a cache, the keys or the values, as kernels/layout.py lays it out.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+
+#include "memory.h"
+#include "spec.h"
+
+namespace spark {
+
+constexpr int64_t KEEP_ALL = int64_t(1) << 62;     // tokens
+constexpr int64_t MOST_TOKENS = int64_t(1) << 40;  // sums of counters never overflow
+
+struct Side {
+  const Spec* spec;
+  const Format* format;
+  int64_t batch, heads;
+  Rows pages, head;         // `token` of pages: from one page to the next
+  int64_t slots;            // pages that there is room for
+  const char* pages_end;    // after the last page
+  int64_t tail_rows;        // that there is room for
+  Rows fresh;               // the new tokens
+  int64_t fresh_tokens;
+  // The counters.
+  int64_t length, packed, first, step;
+
+  int64_t* counters(int64_t b, int64_t h) const { return head.at<int64_t>(b, h, 0); }
+  float* constant(int64_t b, int64_t h) const { return head_at<float>(b, h, format->constant); }
+  // The statistics in the slot of a step.
+  float* stats(int64_t b, int64_t h, int64_t of_step) const {
+    return head_at<float>(b, h, format->stats) + (of_step & 1) * format->dim;
+  }
+  char* tail(int64_t b, int64_t h) const { return head_at<char>(b, h, format->tail); }
+  // A packed token, counted from the first page.
+  char* record(int64_t b, int64_t h, int64_t token) const {
+    const int64_t window = spec->window;
+    return pages.at(b, h, token / window % slots) + token % window * format->record_bytes;
+  }
+  // How many tokens from `token` on have their records next to each other.
+  int64_t run(int64_t token) const {
+    const int64_t window = spec->window, left = window - token % window;
+    if (format->page_bytes != window * format->record_bytes) return left;
+    return left + (slots - 1 - token / window % slots) * window;
+  }
+  // Dense tokens in front of the packed ones.
+  int64_t sinks() const { return packed ? spec->sinks : 0; }
+  // Packed tokens that are no longer part of the cache.
+  int64_t stale() const { return std::min(first, packed); }
+  int64_t visible() const { return length - first; }
+
+  void read_counters() {
+    length = packed = first = step = 0;
+    if (batch * heads == 0) return;
+    const int64_t* of_first = counters(0, 0);
+    length = of_first[0], packed = of_first[1], first = of_first[2], step = of_first[3];
+  }
+  void write_counters() const {
+    for (int64_t at = 0; at < batch * heads; ++at) {
+      int64_t* of_head = counters(at / heads, at % heads);
+      of_head[0] = length, of_head[1] = packed, of_head[2] = first, of_head[3] = step;
+    }
+  }
+  // Whether the counters can be those of a cache in these tensors; nothing else may be read.
+  bool is_sound() const {
+    if (first < 0 || packed < 0 || length < packed || length < first || length > MOST_TOKENS) return false;
+    const int64_t dense = length - packed, window = spec->window;
+    if (packed % window || dense > tail_rows || dense < sinks()) return false;
+    return packed / window - stale() / window <= slots;
+  }
+
+  // Number of pages to pack when the new tokens are appended; there must be room for that.
+  int64_t due(int64_t keep) const {
+    const int64_t total = length + fresh_tokens, pages = spec->pages_due(total, total - first, packed);
+    const int64_t rows = total - packed - pages * spec->window;
+    if (rows > tail_rows) {
+      throw std::invalid_argument(std::to_string(rows) + " dense tokens do not fit into a tail of " +
+          std::to_string(tail_rows));
+    }
+    const int64_t evicted = std::max(first, total - keep);
+    const int64_t live = packed / spec->window + pages - evicted / spec->window;
+    if (pages && live > slots) {
+      throw std::invalid_argument(std::to_string(live) + " pages do not fit into " + std::to_string(slots));
+    }
+    return pages;
+  }
+
+  // Forgets the tokens from `count` on, as the counters have it; false if a page is cut, whose tokens
+  // would have to become dense ones.
+  bool crop(int64_t count) {
+    const int64_t sinks_ = spec->sinks, window = spec->window;
+    if (packed && count < packed + sinks_) {
+      const int64_t whole = std::max<int64_t>(count - sinks_, 0) / window * window;
+      if (count > sinks_ + whole) return false;
+      packed = whole;
+    }
+    length = count, first = std::min(first, count);
+    return true;
+  }
+
+ private:
+  template <class T>
+  T* head_at(int64_t b, int64_t h, int64_t offset) const {
+    return reinterpret_cast<T*>(head.at(b, h, 0) + offset);
+  }
+};
+
+}  // namespace spark

@@ -1,0 +1,170 @@
+// Encoding one token as a record of its format; formulas in kernels/formats.
+#pragma once
+
+#include <bit>
+
+#include "cache.h"
+
+namespace spark {
+
+// Bits t so that `count` of the numbers have bits >= t, or more where several equal t. Numbers >= 0
+// have the order of their bits; a negative one (padding) is below all. Exact, one bit per step.
+inline int32_t nth_largest(const float* numbers, int64_t width, int64_t count) {
+  int32_t threshold = 0;
+  for (int32_t bit = 1 << 30; bit; bit >>= 1) {
+    const I candidate = splat(threshold | bit);
+    int64_t found = 0;
+    for (int64_t j = 0; j < width; j += LANES) found += std::popcount(lane_bits(load<I>(numbers + j) >= candidate));
+    if (found >= count) threshold |= bit;
+    if (found == count) break;
+  }
+  return threshold;
+}
+
+// Which channels of a token are kept, LANES bits at a time.
+struct Kept {
+  uint32_t words[MAX_HEAD / LANES];
+
+  // The `count` largest, of equal ones the first; padding after the numbers is negative.
+  void choose(const float* salient, int64_t width, int64_t count) {
+    const int32_t threshold = nth_largest(salient, width, count);
+    for (int64_t j = 0; j < width; j += LANES) {
+      words[j / LANES] = lane_bits(load<I>(salient + j) > splat(threshold));
+      count -= std::popcount(words[j / LANES]);
+    }
+    for (int64_t j = 0; j < width && count > 0; j += LANES) {
+      uint32_t equal = lane_bits(load<I>(salient + j) == splat(threshold));
+      for (; equal && count > 0; equal &= equal - 1, --count) words[j / LANES] |= equal & -equal;
+    }
+  }
+
+  // The first `channels` channels.
+  void all(int64_t channels) {
+    for (int64_t j = 0; j < channels; j += LANES) {
+      words[j / LANES] = ~uint32_t(0) >> (32 - std::min<int64_t>(LANES, channels - j));
+    }
+  }
+
+  F mask(int64_t j) const { return bit_cast<F>(lane_mask(words[j / LANES])); }
+
+  // Copies the kept ones of `from`, which has a number per channel.
+  template <class Number>
+  void compress(const Number* from, int64_t channels, Number* to) const {
+    for (int64_t j = 0; j < channels; j += LANES) {
+      for (uint32_t left = words[j / LANES]; left; left &= left - 1) *to++ = from[j + std::countr_zero(left)];
+    }
+  }
+};
+
+// Writes LANES bits of a plane from channel `first` on; nothing after its end.
+inline void write_bits(uint8_t* plane, int64_t first, int64_t channels, uint32_t bits) {
+  plane[first / 8] = uint8_t(bits);
+  if (LANES > 8 && first + 8 < channels) plane[first / 8 + 1] = uint8_t(bits >> 8);
+}
+
+// sqrt(n) or n of a floored norm: what magnitudes are multiplied with.
+inline void norm_powers(const float* norms, int64_t channels, bool squared, float* powers) {
+  double total = 0;
+  for (int64_t j = 0; j < channels; ++j) total += norms[j];
+  const float lowest = std::max(float(total / channels) * 1e-3f, 1e-12f);
+  for (int64_t j = 0; j < channels; ++j) {
+    const float n = std::max(norms[j], lowest);
+    powers[j] = squared ? std::sqrt(n) : n;
+  }
+}
+
+// Encodes the tokens of one head after the other.
+template <class T>
+class Encoder {
+ public:
+  explicit Encoder(const Format& format)
+      : f_(format), width_(round_up(f_.dim, LANES)), numbers_(scratch<float>(width_)), salient_(scratch<float>(width_)),
+        select_(scratch<float>(width_)), recover_(scratch<float>(width_)), levels_(scratch<int8_t>(width_)) {
+    kept_.all(f_.dim);
+  }
+
+  // constant: of the head. stats: of the queries, whose square roots are the norms that select.
+  void start(const float* constant, const float* stats) {
+    if (f_.kind == Kind::pruned) std::copy_n(constant, f_.dim, select_.get());
+    if (f_.kind != Kind::spark) return;
+    for (int64_t j = 0; j < f_.dim; ++j) numbers_[j] = std::sqrt(stats[j]);
+    norm_powers(numbers_.get(), f_.dim, f_.squared, select_.get());
+    norm_powers(constant, f_.dim, f_.squared, recover_.get());
+  }
+
+  void encode(const T* row, char* record) {
+    if (f_.kind == Kind::dense) return (void)std::memcpy(record, row, f_.row_bytes());
+    for (int64_t j = 0; j < f_.dim; j += LANES) store(&numbers_[j], load_floats(row + j, f_.dim - j));
+    if (f_.kind == Kind::spark) prune_key(record);
+    if (f_.kind == Kind::pruned) prune_value(record);
+    if (f_.int8) quantize(record);
+    else kept_.compress(row, f_.dim, reinterpret_cast<T*>(record + f_.channels));
+    std::memset(record + f_.record_used, 0, f_.record_bytes - f_.record_used);
+  }
+
+ private:
+  void put(char* record, int64_t offset, float x) { *reinterpret_cast<T*>(record + offset) = from_float<T>(x); }
+
+  void choose(char* record) {
+    std::fill(&salient_[f_.dim], &salient_[width_], -1.0f);
+    kept_.choose(salient_.get(), width_, f_.kept);
+    uint8_t* plane = reinterpret_cast<uint8_t*>(record + f_.keep);
+    for (int64_t j = 0; j < width_; j += LANES) write_bits(plane, j, f_.dim, kept_.words[j / LANES]);
+  }
+
+  // The mean of f(j) over the pruned channels.
+  template <class Function>
+  float pruned_mean(Function f) const {
+    F total{};
+    for (int64_t j = 0; j < width_; j += LANES) total += select(bit_cast<I>(kept_.mask(j)), F{}, f(j));
+    return sum(total) / float(std::max<int64_t>(f_.dim - f_.kept, 1));
+  }
+
+  void prune_key(char* record) {
+    uint8_t* negative = reinterpret_cast<uint8_t*>(record + f_.negative);
+    for (int64_t j = 0; j < width_; j += LANES) {
+      const F key = load(&numbers_[j]);
+      store(&salient_[j], spark::abs(key) * load(&select_[j]));
+      write_bits(negative, j, f_.dim, lane_bits(key < F{}));
+    }
+    choose(record);
+    const float mean = pruned_mean([&](int64_t j) {
+      const F x = spark::abs(load(&numbers_[j])) * load(&recover_[j]);
+      return f_.squared ? x * x : x;
+    });
+    put(record, f_.scale, std::min(f_.squared ? std::sqrt(mean) : mean, largest<T>()));
+  }
+
+  void prune_value(char* record) {
+    for (int64_t j = 0; j < width_; j += LANES) store(&salient_[j], spark::abs(load(&numbers_[j])) + load(&select_[j]));
+    choose(record);
+    put(record, f_.scale, pruned_mean([&](int64_t j) { return load(&numbers_[j]); }));
+  }
+
+  // Kept channels as int8 in units of the largest one's 127th part.
+  void quantize(char* record) {
+    F top{};
+    for (int64_t j = 0; j < width_; j += LANES) {
+      top = spark::max(top, select(bit_cast<I>(kept_.mask(j)), spark::abs(load(&numbers_[j])), F{}));
+    }
+    put(record, f_.step, maximum(top) / 127);
+    const float step = to_float(*reinterpret_cast<const T*>(record + f_.step)), unit = step > 0 ? step : 1.0f;
+    typedef int8_t Bytes __attribute__((vector_size(LANES)));
+    for (int64_t j = 0; j < width_; j += LANES) {
+      F level = load(&numbers_[j]) / unit;
+      level = spark::max(select(level > splat(127.0f), splat(127.0f), level), splat(-127.0f));
+      // 1.5 * 2^23: what the sum loses is what rounding to a whole number takes.
+      const Bytes bytes = __builtin_convertvector(__builtin_convertvector((level + 12582912.0f) - 12582912.0f, I), Bytes);
+      std::memcpy(&levels_[j], &bytes, LANES);
+    }
+    kept_.compress(levels_.get(), f_.dim, reinterpret_cast<int8_t*>(record + f_.channels));
+  }
+
+  const Format& f_;
+  const int64_t width_;
+  Scratch<float> numbers_, salient_, select_, recover_;
+  Scratch<int8_t> levels_;
+  Kept kept_;
+};
+
+}  // namespace spark

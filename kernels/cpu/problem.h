@@ -1,0 +1,111 @@
+// One attention over a cache and new tokens, and its blocks of tokens.
+#pragma once
+
+#include "encode.h"
+
+namespace spark {
+
+enum class MaskKind { none, boolean, float32, bfloat16, float16 };
+
+// Rows that lie `step` bytes apart.
+struct Tokens {
+  const char* data;
+  int64_t step;
+
+  const char* at(int64_t t) const { return data + t * step; }
+};
+
+// Tokens of one kind. Packed ones are records that lie next to each other, dense ones are rows of
+// the tail and then new ones.
+struct Block {
+  int64_t batch, head, first;  // first: the first token among all that are attended to
+  int count;                   // tokens, at most the engine's BLOCK
+  bool packed;
+  int old;                     // tokens in `keys` and `values`, those in front of the new ones
+  Tokens keys, values, new_keys, new_values;
+
+  const char* key(int t) const { return t < old ? keys.at(t) : new_keys.at(t - old); }
+  const char* value(int t) const { return t < old ? values.at(t) : new_values.at(t - old); }
+};
+
+// The order of the tokens: dense sinks, packed ones, the rest of the tail, new ones.
+struct Problem {
+  Problem(const Side& keys, const Side& values) : keys(keys), values(values) {
+    batch = keys.batch, kv_heads = keys.heads;
+    key_dim = keys.format->dim, value_dim = values.format->dim;
+    sinks = keys.sinks(), packed = keys.packed - keys.stale();
+    length = keys.visible() + keys.fresh_tokens;
+  }
+
+  const Side &keys, &values;
+  int64_t batch, kv_heads, key_dim, value_dim;
+  int64_t length, packed, sinks;  // tokens: in all, packed, dense ones in front of the packed
+  int64_t query_heads = 0, queries = 0;
+  Rows query, output;
+  bool causal = false;
+  int64_t causal_offset = 0;
+  MaskKind mask_kind = MaskKind::none;
+  const char* mask = nullptr;
+  int64_t mask_strides[4] = {};
+  const float* sink_logits = nullptr;
+
+  int64_t group() const { return query_heads / kv_heads; }
+  int64_t query_rows() const { return group() * queries; }
+
+  // `count` packed tokens from position `first` on, or fewer where the next ones lie elsewhere.
+  Block packed_block(int64_t b, int64_t h, int64_t first, int64_t count) const {
+    const int64_t token = first - sinks + keys.stale();
+    count = std::min({count, keys.run(token), values.run(token)});
+    const auto records = [&](const Side& side) { return Tokens{side.record(b, h, token), side.format->record_bytes}; };
+    return {b, h, first, int(count), true, int(count), records(keys), records(values), {}, {}};
+  }
+  // `count` dense tokens from position `first` on, all sinks or none.
+  Block dense_block(int64_t b, int64_t h, int64_t first, int64_t count) const {
+    // Evicted tokens that are not packed are the first of the tail.
+    const int64_t row = first < sinks ? first : first - packed + keys.first - keys.stale();
+    const int64_t tail = keys.length - keys.packed, fresh = std::max<int64_t>(row - tail, 0);
+    const auto old_rows = [&](const Side& side) {
+      const int64_t bytes = side.format->row_bytes();
+      return Tokens{side.tail(b, h) + row * bytes, bytes};
+    };
+    const auto new_rows = [&](const Side& side) { return Tokens{side.fresh.at(b, h, fresh), side.fresh.token}; };
+    const int old = int(std::clamp<int64_t>(tail - row, 0, count));
+    return {b, h, first, int(count), false, old, old_rows(keys), old_rows(values), new_rows(keys), new_rows(values)};
+  }
+};
+
+// What q is multiplied with where a channel of the keys is pruned: 1 / n^p, or 0 without recovery.
+inline void recovery_weights(const Side& side, int64_t b, int64_t h, float* weights) {
+  const Format& f = *side.format;
+  if (f.kind != Kind::spark) return;
+  norm_powers(side.constant(b, h), f.dim, f.squared, weights);
+  for (int64_t j = 0; j < f.dim; ++j) weights[j] = f.recovers ? 1.0f / weights[j] : 0.0f;
+}
+
+// Asks for a part of the record that lies TOKENS after the one that is worked on. At most 16
+// lines are on their way at a time, and who asks for more has to wait: so it is done row by row.
+// Into the second-level cache: from there the lines displace nothing of the first one's.
+class Ahead {
+  static constexpr int64_t TOKENS = 64;
+
+ public:
+  // The bytes [first, last) of each record.
+  Ahead(int64_t record_bytes, int64_t first, int64_t last)
+      : first_(TOKENS * record_bytes + first), last_(TOKENS * record_bytes + last) {}
+
+  void operator()(const void* record) const {
+    const uintptr_t from = reinterpret_cast<uintptr_t>(record);
+    for (int64_t at = first_; at < last_; at += 64) {
+      __builtin_prefetch(reinterpret_cast<const void*>(from + at), 0, 2);
+      asm volatile("");  // GCC drops calls of functions that do nothing but prefetch
+    }
+  }
+
+ private:
+  int64_t first_, last_;
+};
+// Expanding keys leaves more time between two requests than expanding values does: the first half of
+// a value (in whole lines) is asked for with its key.
+inline int64_t early_bytes(const Format& f) { return round_up((f.kept * (f.int8 ? 1 : f.itemsize) + 1) / 2, 64); }
+
+}  // namespace spark

@@ -1,0 +1,227 @@
+// The spec text of a cache (kernels/spec.py) and where the fields of its formats lie
+// (kernels/layout.py), read once for each distinct text.
+#pragma once
+
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <charconv>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <shared_mutex>
+#include <string>
+#include <string_view>
+#include <unordered_map>
+
+#include "simd.h"
+
+namespace spark {
+
+using torch::headeronly::ScalarType;
+
+constexpr int MAX_HEAD = 1024;  // channels
+constexpr int64_t COUNTER_BYTES = 32;
+constexpr std::string_view LAYOUT_VERSION = "1";  // VERSION in kernels/layout.py
+
+enum class Kind { dense, int8, spark, pruned };
+
+// How the tokens of one side are stored. Offsets are bytes.
+struct Format {
+  Kind kind = Kind::dense;
+  bool int8 = false;                      // stored channels are int8, with a step
+  bool recovers = true, squared = true;   // of spark
+  int64_t dim = 0, kept = 0;              // channels of a token, and those of them that are stored
+  ScalarType dtype = ScalarType::Float;
+  int64_t itemsize = 0;
+  // In a record: `scale` is the amplitude (spark) or the fill (pruned).
+  int64_t scale = 0, step = 0, channels = 0, keep = 0, negative = 0;
+  int64_t record_used = 0, record_bytes = 0, page_bytes = 0;
+  // In a head: `constant` are the norms (spark) or the bias (pruned).
+  int64_t constant = 0, stats = 0, tail = 0;
+
+  bool has_planes() const { return kind == Kind::spark || kind == Kind::pruned; }
+  bool uses_queries() const { return kind == Kind::spark; }
+  int64_t plane() const { return (dim + 7) / 8; }
+  int64_t row_bytes() const { return dim * itemsize; }
+};
+
+struct Spec {
+  Format key, value;
+  int64_t window = 0, recent = 0, sinks = 0, min_tokens = 0;
+  float scale = 1.0f, softcap = 0.0f;
+  bool rolls = false;  // tokens are evicted before the attention too
+
+  // Number of pages that are full; `stored` since the first page, `visible` part of the cache.
+  int64_t pages_due(int64_t stored, int64_t visible, int64_t packed) const {
+    if (min_tokens && visible < min_tokens) return 0;
+    return std::max<int64_t>(stored - packed - sinks - recent, 0) / window;
+  }
+  int64_t page_room(int64_t tokens, std::optional<int64_t> capacity) const {
+    if (capacity) return std::max<int64_t>(*capacity - sinks - recent, 0) / window + 1;
+    const int64_t due = pages_due(tokens, tokens, 0);
+    return std::max<int64_t>(due + std::max<int64_t>(due / 32, 1), 2);
+  }
+  int64_t tail_rows(int64_t tokens, std::optional<int64_t> capacity) const {
+    const int64_t rows = sinks + recent + window;
+    if (min_tokens && capacity) return std::max(rows, std::min(*capacity, min_tokens));
+    return min_tokens && tokens < min_tokens ? std::max(rows, tokens + window) : rows;
+  }
+};
+
+namespace text {
+
+using View = std::string_view;
+
+inline View trimmed(View text) {
+  while (!text.empty() && text.front() == ' ') text.remove_prefix(1);
+  while (!text.empty() && text.back() == ' ') text.remove_suffix(1);
+  return text;
+}
+
+// What is in front of the first separator; `rest` becomes what is after it.
+inline View next(View& rest, char separator) {
+  const size_t end = std::min(rest.find(separator), rest.size());
+  const View part = rest.substr(0, end);
+  rest.remove_prefix(std::min(end + 1, rest.size()));
+  return part;
+}
+
+template <class Number>
+std::optional<Number> number(View text) {
+  Number value{};
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  if (error != std::errc{} || end != text.data() + text.size()) return std::nullopt;
+  return value;
+}
+
+// Sets an option of a format; false if native code does not know it.
+inline bool set_option(Format& format, View name, View value) {
+  const bool is_spark = format.kind == Kind::spark;
+  if (format.has_planes() && name == "kept") {
+    format.kept = number<int64_t>(value).value_or(0);
+    return true;
+  }
+  if (format.has_planes() && name == "stored") {
+    format.int8 = value == "int8";
+    return format.int8 || value == "model";
+  }
+  if (is_spark && name == "recovery") {  // draws from a distribution are the reference's alone
+    format.recovers = value == "degenerate";
+    return format.recovers || value == "none";
+  }
+  if (is_spark && name == "saliency") {
+    format.squared = value == "squared";
+    return format.squared || value == "absolute";
+  }
+  return false;
+}
+
+inline void lay_out(Format& f, int64_t page_tokens) {
+  const auto field = [end = int64_t(0)](int64_t itemsize, int64_t width) mutable {
+    const int64_t first = round_up(end, itemsize);
+    end = first + itemsize * width;
+    return first;
+  };
+  auto record = field;
+  if (f.has_planes()) f.scale = record(f.itemsize, 1);
+  if (f.int8) f.step = record(f.itemsize, 1);
+  f.channels = record(f.int8 ? 1 : f.itemsize, f.kept);
+  if (f.has_planes()) f.keep = record(1, f.plane());
+  if (f.kind == Kind::spark) f.negative = record(1, f.plane());
+  f.record_used = record(1, 0);
+  f.record_bytes = round_up(f.record_used, f.itemsize);
+  f.page_bytes = round_up(f.record_bytes * page_tokens, 8);
+  auto head = field;
+  head(1, COUNTER_BYTES);
+  if (f.has_planes()) f.constant = head(4, f.dim);
+  if (f.uses_queries()) f.stats = head(4, 2 * f.dim);
+  f.tail = head(8, 0);
+}
+
+// Reads "name(options):dim:dtype"; false if native code does not do that.
+inline bool read_format(View text, Format& f) {
+  const size_t last = text.rfind(':'), middle = last == View::npos ? last : text.rfind(':', last - 1);
+  if (middle == View::npos) return false;
+  f.dim = number<int64_t>(text.substr(middle + 1, last - middle - 1)).value_or(0);
+  const View dtype = text.substr(last + 1);
+  if (dtype == "float32") f.dtype = ScalarType::Float;
+  else if (dtype == "bfloat16") f.dtype = ScalarType::BFloat16;
+  else if (dtype == "float16") f.dtype = ScalarType::Half;
+  else return false;
+  f.itemsize = f.dtype == ScalarType::Float ? 4 : 2;
+  View options = trimmed(text.substr(0, middle));
+  const View name = next(options, '(');
+  if (name == "dense") f.kind = Kind::dense;
+  else if (name == "int8") f.kind = Kind::int8;
+  else if (name == "spark") f.kind = Kind::spark;
+  else if (name == "pruned") f.kind = Kind::pruned;
+  else return false;
+  f.int8 = f.kind == Kind::int8;
+  f.kept = f.has_planes() ? 0 : f.dim;
+  if (!options.empty() && options.back() != ')') return false;
+  if (!options.empty()) options.remove_suffix(1);
+  while (!options.empty()) {
+    View value = next(options, ',');
+    const View option = trimmed(next(value, '='));
+    if (!set_option(f, option, trimmed(value))) return false;
+  }
+  return f.dim >= 1 && f.dim <= MAX_HEAD && f.kept >= 1 && f.kept <= f.dim;
+}
+
+inline bool read_count(View text, int64_t& count) {
+  count = number<int64_t>(text).value_or(-1);
+  return count >= 0 && count < int64_t(1) << 32;  // sums of a few of them never overflow
+}
+
+inline bool read_float(View text, float& number_) {
+  const auto value = number<double>(text);
+  number_ = float(value.value_or(0));
+  return value.has_value();
+}
+
+// Nothing if native code does not do what the text asks for, or the text cannot be read.
+inline std::unique_ptr<const Spec> read_spec(View rest) {
+  auto spec = std::make_unique<Spec>();
+  int seen = 0;
+  while (!rest.empty()) {
+    View value = next(rest, ';');
+    const View name = next(value, '=');
+    bool done = false;
+    if (name == "key") done = read_format(value, spec->key), seen |= 1;
+    else if (name == "value") done = read_format(value, spec->value), seen |= 2;
+    else if (name == "window") done = read_count(value, spec->window), seen |= 4;
+    else if (name == "recent") done = read_count(value, spec->recent), seen |= 8;
+    else if (name == "sinks") done = read_count(value, spec->sinks), seen |= 16;
+    else if (name == "min_tokens") done = read_count(value, spec->min_tokens), seen |= 32;
+    else if (name == "scale") done = read_float(value, spec->scale);
+    else if (name == "softcap") done = read_float(value, spec->softcap);
+    else if (name == "layout") done = value == LAYOUT_VERSION;
+    else if (name == "rolls") done = spec->rolls = value == "1";
+    if (!done) return nullptr;
+  }
+  if (seen != 63 || spec->window < 1 || spec->key.dtype != spec->value.dtype) return nullptr;
+  lay_out(spec->key, spec->window);
+  lay_out(spec->value, spec->window);
+  return spec;
+}
+
+}  // namespace text
+
+// The spec of a text, or null if native code does not do what it asks for. Never forgotten: a
+// process has as many texts as its models have kinds of layers.
+inline const Spec* spec_of(std::string_view text) {
+  struct Hash : std::hash<std::string_view> {
+    using is_transparent = void;
+  };
+  using Known = std::unordered_map<std::string, std::unique_ptr<const Spec>, Hash, std::equal_to<>>;
+  static Known& known = *new Known;
+  static std::shared_mutex& mutex = *new std::shared_mutex;
+  {
+    const std::shared_lock lock(mutex);
+    if (const auto found = known.find(text); found != known.end()) return found->second.get();
+  }
+  const std::unique_lock lock(mutex);
+  return known.try_emplace(std::string(text), text::read_spec(text)).first->second.get();
+}
+
+}  // namespace spark

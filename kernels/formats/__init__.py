@@ -1,0 +1,12 @@
+"""The formats in which keys and values can be stored, one file each; ``base`` says what one is."""
+
+from __future__ import annotations
+
+from .base import Field, Format, parse
+from .dense import Dense
+from .int8 import Int8
+from .pruned import Pruned
+from .selection import kept_channels
+from .spark import Spark
+
+__all__ = ["Dense", "Field", "Format", "Int8", "Pruned", "Spark", "kept_channels", "parse"]

@@ -1,0 +1,161 @@
+"""The spec: how the cache of one site is stored and when it is packed, as one short text.
+
+    layout=1;key=spark(kept=26,stored=int8,recovery=degenerate,saliency=squared):128:bfloat16;
+    value=int8:128:bfloat16;window=32;recent=32;sinks=0;min_tokens=0
+
+Operators take it as a string, so that a new format changes no schema. Operators that attend get the
+constants of the attention behind it: ``;scale=0.125;softcap=0.0``.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from .formats import Format, parse
+from .layout import VERSION, Count, HeadLayout, PageLayout
+
+Side = Literal["key", "value"]
+SIDES: tuple[Side, Side] = ("key", "value")
+_NUMBERS = ("window", "recent", "sinks", "min_tokens")
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (torch.float32, torch.bfloat16, torch.float16)
+}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Formats of keys and values, and the rhythm in which both are packed."""
+
+    key: Format
+    value: Format
+    window: int
+    """P, tokens of a page; also the number of queries of a prefill that count."""
+    recent: int
+    """Latest tokens that stay dense."""
+    sinks: int = 0
+    """First tokens that stay dense."""
+    min_tokens: int = 0
+    """Shorter contexts stay dense."""
+    scale: float = 1.0
+    """What dot products are multiplied with."""
+    softcap: float = 0.0
+    """Scores s become softcap * tanh(s / softcap); 0 leaves them."""
+    rolls: bool = False
+    """Whether tokens are evicted before the attention too, as in a full buffer that rolls."""
+
+    def format(self, side: Side) -> Format:
+        return self.key if side == "key" else self.value
+
+    def pages(self, side: Side) -> PageLayout:
+        """The layout of a side's pages."""
+        return _page_layout(self.format(side), self.window)
+
+    def head(self, side: Side) -> HeadLayout:
+        """The layout of a side's head."""
+        return _head_layout(self.format(side))
+
+    def pages_due(self, stored: Count, visible: Count, packed: Count = 0) -> Count:
+        """Number of pages that are full and have to be packed.
+
+        Args:
+            stored: tokens since the first page.
+            visible: those that are part of the cache.
+            packed: those that are in pages.
+        """
+        waiting = stored - packed - self.sinks - self.recent
+        # sym_max asks many questions, too many for each step of each layer.
+        waiting = max(waiting, 0) if type(waiting) is int else torch.sym_max(waiting, 0)
+        due: Count = waiting // self.window
+        return due if self.min_tokens == 0 or visible >= self.min_tokens else 0
+
+    def page_room(self, tokens: Count, capacity: Count | None = None) -> Count:
+        """Number of pages to make room for, at least one; two where it grows.
+
+        Args:
+            tokens: of the cache now.
+            capacity: that it will ever have; None leaves a page in 32 for it to grow.
+        """
+        if capacity is not None:
+            # One more for a page of which the first tokens are evicted.
+            most = torch.sym_max(capacity - self.sinks - self.recent, 0) // self.window
+            room: Count = most + 1
+        else:
+            due = self.pages_due(tokens, tokens)
+            # Two: Dynamo holds a size of one for constant.
+            room = torch.sym_max(due + torch.sym_max(due // 32, 1), 2)
+        return room
+
+    def tail_rows(self, tokens: Count = 0, capacity: Count | None = None) -> Count:
+        """Room in a tail for what may stay dense.
+
+        Args:
+            tokens: of the cache now.
+            capacity: number of tokens that it will ever have; None lets it grow.
+        """
+        rows: Count = self.sinks + self.recent + self.window
+        if self.min_tokens and capacity is not None:
+            rows = torch.sym_max(rows, torch.sym_min(capacity, self.min_tokens))
+        elif self.min_tokens and tokens < self.min_tokens:
+            rows = torch.sym_max(rows, tokens + self.window)
+        return rows
+
+    def attending(self, scale: float, softcap: float, rolls: bool = False) -> Spec:
+        """The same with the constants of an attention."""
+        return replace(self, scale=scale, softcap=softcap, rolls=rolls)
+
+    @functools.cached_property
+    def text(self) -> str:
+        """The spec as :func:`parse_spec` reads it; without scale 1 and softcap 0."""
+        parts = [f"layout={VERSION}"]
+        parts += [
+            f"{side}={self.format(side).text}:{self.format(side).head_dim}:"
+            f"{str(self.format(side).dtype).removeprefix('torch.')}"
+            for side in SIDES
+        ]
+        parts += [f"{name}={getattr(self, name)}" for name in _NUMBERS]
+        if (self.scale, self.softcap) != (1.0, 0.0):
+            parts += [f"scale={self.scale!r}", f"softcap={self.softcap!r}"]
+        if self.rolls:
+            parts.append("rolls=1")
+        return ";".join(parts)
+
+
+@functools.lru_cache(maxsize=1024)
+def parse_spec(text: str) -> Spec:
+    """Undo ``Spec.text``.
+
+    Raises:
+        ValueError: the text does not have the form, is of another version of the layout, or names
+            a format that is not known.
+    """
+    parts = dict(part.partition("=")[::2] for part in text.split(";"))
+    if (version := parts.pop("layout", None)) != str(VERSION):
+        raise ValueError(f"spec {text!r} is of layout {version}: allowed is {VERSION}")
+    try:
+        formats = {side: _parse_side(parts.pop(side)) for side in SIDES}
+        numbers = {name: int(parts.pop(name)) for name in _NUMBERS}
+        rolls = parts.pop("rolls", "0") == "1"
+        floats = {name: float(value) for name, value in parts.items()}
+        return Spec(**formats, **numbers, **floats, rolls=rolls)  # type: ignore[arg-type]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"spec {text!r} cannot be read: {error}") from error
+
+
+def _parse_side(text: str) -> Format:
+    name, dim, dtype = text.rsplit(":", 2)
+    return parse(name, int(dim), DTYPES[dtype])
+
+
+@functools.cache
+def _page_layout(format: Format, tokens: int) -> PageLayout:
+    return PageLayout(format, tokens)
+
+
+@functools.cache
+def _head_layout(format: Format) -> HeadLayout:
+    return HeadLayout(format)

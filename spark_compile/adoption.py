@@ -1,0 +1,75 @@
+"""A buffer that the model preallocated for its cache becomes a static state.
+
+The tensor object stays: the model, its cache object or whoever holds it has the state from then on,
+and the dense storage is freed. Nothing dense is kept beside the compressed tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .kernels.reference.store import ALL, allocate
+from .passes.program import Adopted
+from .report import warn_once
+from .state import SparkTensor, new_state
+
+
+def adopt(buffer: Tensor, how: Adopted, args: Sequence[Any]) -> SparkTensor:
+    """The state of a buffer's tokens, in the buffer's place.
+
+    No queries of these tokens are known: with a format that chooses channels by queries their
+    magnitude alone decides.
+
+    Args:
+        buffer: of the logical shape of the state; a growing state where a prompt filled the buffer.
+        args: those of the graph that gets it, which tell how many tokens there are.
+
+    Raises:
+        ValueError: the position is not one of the buffer.
+    """
+    form, spec = how.form, how.form.spec
+    if isinstance(buffer, SparkTensor):
+        return _in_place_of(buffer, buffer.fixed())
+    rows = buffer.detach() if form.tokens_dim == 2 else buffer.detach().transpose(1, 2)
+    capacity = rows.shape[2]
+    filled = capacity if how.position is None else int(how.position(*args).flatten()[0])
+    if not 0 <= filled <= capacity:
+        raise ValueError(f"position {filled} is outside a cache of {capacity} tokens")
+    pages = int(spec.page_room(capacity, capacity))
+    tail_rows = int(spec.tail_rows(capacity, capacity))
+    store = allocate(rows, spec, how.side, pages, tail_rows)
+    if filled:
+        if store.stats is not None:
+            store.stats.fill_(1)
+        store.append(rows[:, :, :filled], ALL)
+        if store.stats is not None:
+            store.stats.zero_()
+    state = new_state(how.side, form, store.pages, store.head, capacity)
+    return _in_place_of(buffer, state)
+
+
+def is_static(value: object) -> bool:
+    """Whether a graph's argument is a static state already."""
+    return isinstance(value, SparkTensor) and value.static
+
+
+def _in_place_of(buffer: Tensor, state: SparkTensor) -> SparkTensor:
+    """Let the object ``buffer`` be the state; where torch does not, keep both and say so."""
+    try:
+        # Not torch.utils.swap_tensors: it refuses objects with weak references, which Dynamo has
+        # on every input. They go on to refer to the same object.
+        torch._C._swap_tensor_impl(buffer, state)
+    except RuntimeError as error:
+        warn_once(f"a cache buffer cannot be replaced, it stays beside the compressed one: {error}")
+        return state
+    kind, own = type(buffer), buffer.__dict__
+    buffer.__class__ = type(state)
+    buffer.__dict__ = state.__dict__
+    state.__class__ = kind  # type: ignore[assignment]
+    state.__dict__ = own
+    assert isinstance(buffer, SparkTensor)
+    return buffer

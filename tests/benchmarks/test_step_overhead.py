@@ -1,0 +1,26 @@
+"""That every figure of a step's overhead is found."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from benchmarks.step_overhead import measure
+from spark_compile.runtime import SparkGraph
+
+
+def test_figures_of_a_small_model():
+    call = SparkGraph.__call__
+    options = argparse.Namespace(
+        context=80, steps=2, layers=1, inner="eager", dtype="float32", key_ratio=0.5, stored="model"
+    )
+    with torch.no_grad():
+        found = measure(options)
+    assert found["graphs"] == 2, "prefill and decode"
+    assert found["tensors_per_layer"] == 4
+    assert found["largest_operator"] == "spark.step.default"
+    assert found["guards"] > 50
+    assert 0 < found["guards_ms"] < found["outside_ms"] < found["step_ms"]
+    assert 0 < found["wrapper_ms"] < found["step_ms"]
+    assert SparkGraph.__call__ is call

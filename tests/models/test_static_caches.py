@@ -1,0 +1,156 @@
+"""Caches with a capacity: transformers' static ones and preallocated buffers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from compiled import compiled
+from handwritten import BATCH, VOCABULARY
+from handwritten_caches import handwritten
+from torch import Tensor
+from zoo import tiny
+
+from spark_compile import PrunedKeys, StoredValues, kv_bytes, optimize
+from spark_compile.report import collect_report
+
+STATIC = {"cache_implementation": "static", "disable_compile": True}
+OPTIONS = {"inner": "eager", "window": 4, "strict": True}
+
+
+def generated(model: Any, ids: Tensor, tokens: int = 20, **how: Any) -> Any:
+    with torch.no_grad():
+        return model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False,
+            return_dict_in_generate=True, pad_token_id=0, **how,
+        )  # fmt: skip
+
+
+def prompt(length: int, batch: int = 2, vocabulary: int = 90) -> Tensor:
+    return torch.randint(1, vocabulary, (batch, length))
+
+
+def chunks(*lengths: int) -> list[Tensor]:
+    """For the hand-written decoders."""
+    return [prompt(length, BATCH, VOCABULARY) for length in lengths]
+
+
+def layers_of(output: Any) -> list[Any]:
+    return output.past_key_values.layers
+
+
+def assert_compressed(output: Any) -> None:
+    for layer in layers_of(output):
+        assert isinstance(layer.keys, PrunedKeys)
+        assert isinstance(layer.values, StoredValues)
+        assert layer.keys.static
+        assert layer.values.static
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_a_static_cache_gives_the_eager_tokens(name: str) -> None:
+    """One graph for the prefill and one for the decode; another prompt costs a prefill."""
+    ids, shorter = prompt(13), prompt(7)
+    expected = [generated(tiny(name, "sdpa"), each).sequences for each in (ids, shorter)]
+    model = optimize(tiny(name, "sdpa"), key_ratio=0.0, **OPTIONS)
+    with collect_report() as report:
+        output = generated(model, ids, **STATIC)
+    assert [graph.phase for graph in report.graphs] == ["prefill", "decode"]
+    assert torch.equal(output.sequences, expected[0])
+    assert_compressed(output)
+    assert torch.equal(generated(model, shorter, **STATIC).sequences, expected[1])
+
+
+def test_a_static_cache_is_stored_smaller() -> None:
+    ids, how = prompt(60), {"key_ratio": 0.8, "key_dtype": "int8", "value_dtype": "int8"}
+    dense = kv_bytes(generated(tiny("llama", "sdpa"), ids, **STATIC).past_key_values)
+    output = generated(optimize(tiny("llama", "sdpa"), **how, **OPTIONS), ids, **STATIC)
+    assert_compressed(output)
+    assert kv_bytes(output.past_key_values) < 0.7 * dense
+
+
+@pytest.mark.parametrize(
+    ("length", "batch"), [(13, 2), (30, 2), (13, 1)], ids=["grows_full", "starts_full", "alone"]
+)
+def test_a_static_sliding_window_rolls(length: int, batch: int) -> None:
+    """Alternating sliding and full layers; the prompt is shorter or longer than the window."""
+    ids = prompt(length, batch)
+    expected = generated(tiny("gemma3_sliding", "sdpa"), ids, tokens=24).sequences
+    model = optimize(tiny("gemma3_sliding", "sdpa"), key_ratio=0.0, **OPTIONS)
+    output = generated(model, ids, tokens=24, **STATIC)
+    assert torch.equal(output.sequences, expected)
+    assert_compressed(output)
+
+
+def test_decode_alone_is_compiled_with_a_compile_config() -> None:
+    """transformers' prefill is eager then: the buffers it leaves are taken over."""
+    ids = prompt(13)
+    expected = generated(tiny("llama", "sdpa"), ids).sequences
+    config = transformers.CompileConfig(
+        backend="spark", mode=None, options={"key_ratio": 0.0, **OPTIONS}
+    )
+    config._compile_all_devices = True
+    model = tiny("llama", "sdpa")
+    how = {"cache_implementation": "static", "compile_config": config}
+    output = generated(model, ids, **how)
+    assert torch.equal(output.sequences, expected)
+    assert_compressed(output)
+
+
+def test_reset_forgets_the_tokens() -> None:
+    ids = prompt(13)
+    model = optimize(tiny("llama", "sdpa"), key_ratio=0.0, **OPTIONS)
+    cache = generated(model, ids, **STATIC).past_key_values
+    cache.reset()
+    for layer in cache.layers:
+        assert not layer.keys.dense().any()
+        assert not layer.values.dense().any()
+
+
+def test_stored_tensors_keep_their_addresses() -> None:
+    """No growth, no new buffer and no new graph in a few hundred steps of decoding."""
+    model = optimize(tiny("llama", "sdpa"), **OPTIONS)
+    cache = transformers.StaticCache(config=model.config, max_cache_len=340)
+    ids, seen = prompt(13), set()
+    with torch.no_grad(), collect_report() as report:
+        model(input_ids=ids, past_key_values=cache)
+        for _ in range(300):
+            model(input_ids=ids[:, :1], past_key_values=cache)
+            stored = [
+                (t.pages, t.head) for layer in cache.layers for t in (layer.keys, layer.values)
+            ]
+            seen.add(tuple(part.data_ptr() for pair in stored for part in pair))
+    assert len(report.graphs) == 2
+    assert len(seen) == 1
+    assert cache.layers[0].keys.packed_tokens() >= 300
+
+
+@pytest.mark.parametrize("name", ["gpt_fast", "litgpt", "slice_writes"])
+def test_a_buffer_of_the_module_becomes_the_state(name: str) -> None:
+    """The object that the module holds is the state from then on: nothing dense stays beside it."""
+    model, tokens = handwritten(name), chunks(13, *[1] * 9)
+    exact, _ = model.feed(tokens)
+    logits, cache = model.feed(tokens, compiled(model))
+    torch.testing.assert_close(logits, exact, atol=1e-4, rtol=1e-4)
+    for attention, (key, value) in zip(model.attentions, cache, strict=True):
+        assert attention.k_cache is key
+        assert isinstance(key, PrunedKeys)
+        assert isinstance(value, StoredValues)
+
+
+def test_writing_again_from_an_earlier_position_forgets_what_came_after() -> None:
+    model = handwritten("gpt_fast")
+    call = compiled(model)
+    first, other = chunks(13, 5)
+    for attention in model.attentions:
+        attention.reset()
+    with torch.no_grad():
+        call(first, torch.arange(13))
+        again = call(other, torch.arange(6, 11))
+        for attention in model.attentions:
+            attention.reset()
+        model(first[:, :6], torch.arange(6))
+        expected = model(other, torch.arange(6, 11))
+    torch.testing.assert_close(again, expected, atol=1e-4, rtol=1e-4)
