@@ -78,7 +78,7 @@ class Spec:
 
         Args:
             tokens: of the cache now.
-            capacity: that it will ever have; None leaves a page in 32 for it to grow.
+            capacity: that it will ever have; None leaves a page for it to grow.
         """
         if capacity is not None:
             # One more for a page of which the first tokens are evicted.
@@ -87,7 +87,7 @@ class Spec:
         else:
             due = self.pages_due(tokens, tokens)
             # Two: Dynamo holds a size of one for constant.
-            room = torch.sym_max(due + torch.sym_max(due // 32, 1), 2)
+            room = torch.sym_max(due + 1, 2)
         return room
 
     def tail_rows(self, tokens: Count = 0, capacity: Count | None = None) -> Count:

@@ -59,7 +59,7 @@ struct Spec {
   int64_t page_room(int64_t tokens, std::optional<int64_t> capacity) const {
     if (capacity) return std::max<int64_t>(*capacity - sinks - recent, 0) / window + 1;
     const int64_t due = pages_due(tokens, tokens, 0);
-    return std::max<int64_t>(due + std::max<int64_t>(due / 32, 1), 2);
+    return std::max<int64_t>(due + 1, 2);
   }
   int64_t tail_rows(int64_t tokens, std::optional<int64_t> capacity) const {
     const int64_t rows = sinks + recent + window;

@@ -62,7 +62,7 @@ def test_no_compiler_is_said_once_and_leaves_the_reference(folder: Path) -> None
     code = (
         "import torch, warnings\n"
         "from spark_compile import ops\n"
-        "sides = 'key=dense:4:float32;value=dense:4:float32'\n"
+        "sides = 'layout=1;key=dense:4:float32;value=dense:4:float32'\n"
         "spec, rows = f'{sides};window=8;recent=0;sinks=0;min_tokens=0', torch.ones(1, 2, 3, 4)\n"
         "with warnings.catch_warnings(record=True) as seen:\n"
         "    warnings.simplefilter('always')\n"
