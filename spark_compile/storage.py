@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
 from . import ops
-from .kernels.layout import FIRST, counters
+from .kernels.layout import COUNTERS, FIRST, counters
 from .kernels.reference.store import ALL, Store
 from .kernels.spec import Side, Spec
 from .sharing import Share, copied_pages, is_writable, lock, slack
@@ -139,7 +139,7 @@ class Storage(torch.Tensor):
         with lock:
             if not self.static and self._counts is not None:
                 return self._counts
-            filled = counters(self.head)[:1, :1].flatten().tolist() or [0] * 4
+            filled = counters(self.head)[:1, :1].flatten().tolist() or [0] * COUNTERS
             self._counts = Counts(*filled[1:])
             return self._counts
 
@@ -218,9 +218,8 @@ class Storage(torch.Tensor):
             not due and not shared and total - after <= room and head_share.is_alone()
             and head_share.is_current() and is_writable(self.head)
         )  # fmt: skip
-        head, new_head = self.head, head_share
         if in_place:
-            new_head = Share(step + 1, shared_with=head_share)
+            head, new_head = self.head, Share(step + 1, shared_with=head_share)
         else:
             # The step reads the dense tokens of now before it packs some of them.
             rows = max(int(spec.tail_rows(total - first)), total - after, total - extra - packed)
@@ -242,8 +241,8 @@ class Storage(torch.Tensor):
         moved = stale * window
         counts = Counts(counts.packed - moved, counts.first - moved - stale_rows, counts.step)
         handle = self._handle(self.tokens, counts, pages, self.head)
-        handle.head = handle._copied_head()
         if stale_rows:
+            handle.head = handle._copied_head()
             tail = self.spec.head(self.SIDE).tail(handle.head)
             tail[:, :, : self.tokens] = tail[:, :, stale_rows:][:, :, : self.tokens].clone()
         handle.head = handle._copied_head(handle._least_rows(handle.tokens))
