@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, StaticLayer
 
 import spark_compile
 from spark_compile import PrunedKeys, SparkConfig, StoredValues
@@ -64,14 +64,21 @@ class Run:
     cache: Any
 
 
-def generate(model: Any, settings: Settings) -> Run:
-    """Generate greedily from prompts that are the same for every architecture."""
+def generate(model: Any, settings: Settings, static: bool = False) -> Run:
+    """Generate greedily from prompts that are the same for every architecture.
+
+    Args:
+        model: any causal language model of transformers.
+        settings: sizes.
+        static: with a cache of fixed capacity, which ``generate`` is not to compile by itself.
+    """
     shape, seed = (settings.batch, settings.prompt), torch.Generator().manual_seed(5)
     ids = torch.randint(3, 90, shape, generator=seed)
     config = transformers.GenerationConfig(
         max_new_tokens=settings.steps, do_sample=False, use_cache=True, pad_token_id=0,
         decoder_start_token_id=1, guidance_scale=1.0, num_return_sequences=1,
-        output_logits=True, return_dict_in_generate=True,
+        output_logits=True, return_dict_in_generate=True, disable_compile=True,
+        cache_implementation="static" if static else None,
     )  # fmt: skip
     torch.manual_seed(0)
     output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
@@ -106,6 +113,16 @@ def count_sites(cache: Any, prompt: int) -> dict[str, list[str]]:
         elif keys.shape[2] > prompt:
             found["growing"].append(name)
     return found
+
+
+def static_sites(cache: Any, prompt: int) -> list[str]:
+    """The layers with a fixed capacity that have more than ``prompt`` tokens."""
+    return [
+        name
+        for name, layer in cache_layers(cache).items()
+        if isinstance(layer, StaticLayer) and layer.is_initialized
+        and layer.keys.dim() == 4 and int(layer.get_seq_length()) > prompt
+    ]  # fmt: skip
 
 
 def compressed_layers(cache: Any) -> list[str]:
@@ -155,6 +172,14 @@ class Case:
         other = settings.other()
         self._again = None if other is None else (other, generate(model, other))
         self.sites = count_sites(self._eager.cache, settings.prompt)
+        self._static: Run | None = None
+        try:
+            self._static = generate(model, settings, static=True)
+        except Exception as error:
+            self.sites["static"], self.not_static = [], first_line(error)
+        else:
+            self.sites["static"] = static_sites(self._static.cache, settings.prompt)
+            self.not_static = "" if self.sites["static"] else "no layer is static"
 
     def rows(self) -> dict[str, Any]:
         """Every comparison, and what was rewritten."""
@@ -164,14 +189,30 @@ class Case:
         same = pruned["status"] == "ok" and not pruned["compressed"]
         row["exact"] = pruned if same else attempt(lambda: self.spark(0.0))
         if row["exact"]["status"] != "ok" or pruned["status"] != "ok":
-            row["plain"] = attempt(self.plain)
+            row["plain"] = attempt(lambda: self.plain(self._eager))
+        if self.not_static or self._static is None:
+            return {**row, "not_static": self.not_static}
+        row["static"], expected = attempt(self.static), self._static
+        if row["static"]["status"] != "ok":
+            row["plain_static"] = attempt(lambda: self.plain(expected, static=True))
         return row
 
-    def plain(self) -> dict[str, Any]:
+    def plain(self, expected: Run, static: bool = False) -> dict[str, Any]:
         """Compare plain ``torch.compile`` with eager."""
         model = copy.deepcopy(self._model)
         model.compile(backend=self._settings.inner)
-        return compare(generate(model, self._settings), self._eager)
+        return compare(generate(model, self._settings, static), expected)
+
+    def static(self) -> dict[str, Any]:
+        """Compare spark at ratio 0 with eager, both over a static cache."""
+        assert self._static is not None, self.not_static
+        options = {"key_ratio": 0.0, "window": self._settings.window}
+        model = copy.deepcopy(self._model)
+        model = spark_compile.optimize(model, inner=self._settings.inner, **options)
+        with collect_report() as report, warnings.catch_warnings(action="ignore"):
+            run = generate(model, self._settings, static=True)
+        facts = {"compressed": compressed_layers(run.cache), "refusals": refusals(report)}
+        return {**facts, **compare(run, self._static)}
 
     def spark(self, key_ratio: float) -> dict[str, Any]:
         """Compare spark at a ratio with what it must equal, and report what it rewrote."""

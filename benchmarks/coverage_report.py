@@ -13,7 +13,9 @@ from spark_compile.passes.eligibility import LATENT
 
 from .coverage_case import ATTENTIONS, NOT_FOUND, RECOMPILE_LIMIT
 
-CHECKS = {"exact": "ratio 0", "pruned": "ratio 0.5"}
+CHECKS = {"exact": "ratio 0", "pruned": "ratio 0.5", "static": "static cache"}
+PLAIN = {"exact": "plain", "pruned": "plain", "static": "plain_static"}
+"""Where the same run under plain ``torch.compile`` is."""
 BLIND = 1e-3
 """Where pruning changes the logits by less, the comparison has no power."""
 
@@ -32,8 +34,13 @@ class Summary:
     rewritten_sliding: int = 0
     latent: int = 0
     """Growing sites whose cache holds no keys."""
+    static: int = 0
+    rewritten_static: int = 0
     reasons: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     """Why growing sites were left alone, and in which models."""
+    static_reasons: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    not_static: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    """Why models did not run with a static cache."""
     wrong: list[str] = field(default_factory=list)
     crashes: list[str] = field(default_factory=list)
     not_ours: list[str] = field(default_factory=list)
@@ -71,6 +78,14 @@ def _count(result: Summary, where: str, case: dict[str, Any]) -> None:
         result.latent += (growing - rewritten) * all(LATENT in reason for reason in found)
         for reason in found:
             result.reasons[reason].append(where)
+    static, taken = static_counts(case)
+    result.static += static
+    result.rewritten_static += taken
+    if why := case.get("not_static"):
+        result.not_static[why].append(where)
+    if taken < static:
+        for reason in reasons(case, "static"):
+            result.static_reasons[reason].append(where)
     for check, title in CHECKS.items():
         verdict = judge(case, check)
         if verdict != "ok":
@@ -90,19 +105,26 @@ def counts(case: dict[str, Any]) -> tuple[int, int, int, int]:
     return (len(sites["growing"]), len(sites["sliding"]), *rewritten)  # type: ignore[return-value]
 
 
-def reasons(case: dict[str, Any]) -> list[str]:
+def static_counts(case: dict[str, Any]) -> tuple[int, int]:
+    """Static sites, and how many of them were rewritten."""
+    sites = case["sites"].get("static", ())
+    taken = set(case.get("static", {}).get("compressed", ())) & set(sites)
+    return len(sites), len(taken)
+
+
+def reasons(case: dict[str, Any], check: str = "pruned") -> list[str]:
     """Why sites were left alone."""
-    if case["pruned"]["status"] == "crash":
+    if case[check]["status"] == "crash":
         return ["the run crashed"]
-    return list(case["pruned"]["refusals"]) or [NOT_FOUND]
+    return list(case[check]["refusals"]) or [NOT_FOUND]
 
 
 def judge(case: dict[str, Any], check: str) -> str:
     """``ok``, ``crash`` or ``wrong``, or ``not ours`` where plain torch.compile has that fault."""
-    status = case[check]["status"]
+    status = case[check]["status"] if check in case else "ok"
     if status == "ok":
         return "ok"
-    if case["plain"]["status"] != "ok":  # run wherever something fails
+    if case[PLAIN[check]]["status"] != "ok":  # run wherever something fails
         return "not ours"
     return "crash" if status == "crash" else "wrong"
 
@@ -121,6 +143,7 @@ def detail(result: dict[str, Any]) -> str:
 def figures(summary: Summary) -> list[tuple[str, str]]:
     """The summary in lines."""
     share = summary.rewritten / max(summary.growing, 1)
+    static = summary.rewritten_static / max(summary.static, 1)
     others = summary.growing - summary.latent
     return [
         ("architectures", str(summary.architectures)),
@@ -131,6 +154,8 @@ def figures(summary: Summary) -> list[tuple[str, str]]:
         ("rewritten of the others", f"{summary.rewritten / max(others, 1):.1%}"),
         ("sliding sites", str(summary.sliding)),
         ("of which rewritten", str(summary.rewritten_sliding)),
+        ("static sites", str(summary.static)),
+        ("of which rewritten", f"{summary.rewritten_static} ({static:.1%})"),
         ("wrong results", str(len(summary.wrong))),
         ("crashes that plain torch.compile has not", str(len(summary.crashes))),
         ("faults of plain torch.compile", str(len(summary.not_ours))),
@@ -178,13 +203,15 @@ random weights, under torch {torch} with `inner="{inner}"`. Made by `make covera
 A model continues a prompt of {prompt} tokens by {steps}, greedily, with its own `generate`:
 eagerly, under spark at key ratio 0, which must equal eager, and at {key_ratio:g} (window {window}),
 which must equal the method simulated on the eager model (`benchmarks/simulated.py`). At ratio 0 the
-compiled model then continues {again[0]} prompts of {again[1]} tokens by {again[2]}. What fails is
-run under plain `torch.compile` too, to see whether spark causes it. Dynamo may recompile a function
+compiled model then continues {again[0]} prompts of {again[1]} tokens by {again[2]}. With
+`cache_implementation="static"`, spark at ratio 0 must equal eager too. What fails is run under
+plain `torch.compile` as well, to see whether spark causes it. Dynamo may recompile a function
 {recompile_limit} times, as models with graph breaks need it; with its own limit of 8 it would leave
 their last layers uncompiled, with spark and without.
 
 A *growing site* is a layer of the eager model's cache that gets longer with every token; a
-*sliding* one drops its oldest tokens. Both are counted in the cache, whatever the passes find.
+*sliding* one drops its oldest tokens; a *static* one has a fixed capacity, and may slide. All are
+counted in the cache, whatever the passes find.
 """
 
 
@@ -194,13 +221,10 @@ def _figures(summary: Summary) -> Iterator[str]:
 
 
 def _lists(summary: Summary) -> Iterator[str]:
-    yield from ("", "## Growing sites that were left alone", "")
-    yield from ("| reason | cases | where |", "|---|---|---|")
-    for reason, where in by_frequency(summary.reasons):
-        yield f"| {_cell(reason)} | {len(where)} | {', '.join(where)} |"
-    yield from ("", "## Not run", "", "| why | architectures |", "|---|---|")
-    for why, names in by_frequency(summary.without):
-        yield f"| {_cell(why)} | {', '.join(names)} |"
+    yield from _groups("Growing sites that were left alone", "reason", summary.reasons)
+    yield from _groups("Static sites that were left alone", "reason", summary.static_reasons)
+    yield from _groups("Not run with a static cache", "why", summary.not_static)
+    yield from _groups("Not run", "why", summary.without)
     lists = {
         "Wrong results": summary.wrong,
         "Crashes that plain torch.compile has not": summary.crashes,
@@ -211,12 +235,19 @@ def _lists(summary: Summary) -> Iterator[str]:
         yield from ("", f"## {title}", "", *([f"- {_cell(line)}" for line in found] or ["None."]))
 
 
+def _groups(title: str, column: str, groups: dict[str, list[str]]) -> Iterator[str]:
+    yield from ("", f"## {title}", "", f"| {column} | cases | where |", "|---|---|---|")
+    for reason, where in by_frequency(groups):
+        yield f"| {_cell(reason)} | {len(where)} | {', '.join(where)} |"
+
+
 def _rows(rows: dict[str, Any]) -> Iterator[str]:
     yield from (
         "",
         "## Architectures",
         "",
-        "Rewritten / growing sites, `+` sliding ones; `-`: no such attention in transformers.",
+        "Rewritten / growing sites, `+` sliding ones, `;` static ones; `-`: no such attention in",
+        "transformers.",
         "",
         "| architecture | sdpa | eager | results | left alone because |",
         "|---|---|---|---|---|",
@@ -237,6 +268,8 @@ def _sites(case: dict[str, Any]) -> str:
         return "not run"
     growing, sliding, rewritten, slid = counts(case)
     extra = f" + {slid}/{sliding}" if sliding else ""
+    static, taken = static_counts(case)
+    extra += f"; {taken}/{static}" if static else ""
     return f"{rewritten}/{growing}{extra}" if growing or sliding else "no cache that grows"
 
 

@@ -120,7 +120,8 @@ def _rewrite_static(program: Program, group: list[CachedAttention]) -> None:
     assert site.key.past is not None
     assert site.value.past is not None
     made_here = site.key.past.op != "placeholder"
-    capacity = tensor(site.key.past).shape[site.key.dim]
+    # Where Dynamo has made the size a symbol, a guard: a graph for each capacity.
+    capacity = int(tensor(site.key.past).shape[site.key.dim])
     if not made_here:
         for side, cached in site.sides:
             adopt(program, cached.past, side, StateForm(spec, True, cached.dim), cached.position)  # type: ignore[arg-type]

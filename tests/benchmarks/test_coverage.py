@@ -17,7 +17,8 @@ from benchmarks.coverage_models import tiny_model
 
 SETTINGS = Settings(steps=12, again=None)
 OTHER_SIZES = {"bloom", "falcon", "mistral", "phi"}
-"""Run at another batch size and length as well, which takes as long again."""
+"""Run at another batch size and length as well, which takes as long again,
+and with a static cache."""
 BOTH = (
     "bart", "bert", "biogpt", "cohere2", "ctrl", "deepseek_v2", "diffllama", "doge",
     "falcon", "falcon_h1", "gemma3_text", "gemma4_text", "gpt2", "gpt_bigcode", "gpt_neox",
@@ -58,6 +59,10 @@ def test_an_architecture(name: str, attention: str) -> None:
     pruned = case.spark(0.5)
     assert pruned["status"] == "ok", pruned
     assert pruned["compressed"] == exact["compressed"]
+    if name in OTHER_SIZES:
+        static = case.static()
+        assert static["status"] == "ok", static
+        assert static["compressed"] == case.sites["static"], static["refusals"]
     assert not pruned["compressed"] or pruned["effect"] > 1e-3, "the simulation is blind"
     sites = {*case.sites["growing"], *case.sites["sliding"]}
     allowed = LEFT_ALONE.get(name)

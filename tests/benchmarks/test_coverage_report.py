@@ -34,7 +34,9 @@ def case(growing: int, rewritten: int, sliding: int = 0, **changed: Any) -> dict
 def rows() -> dict[str, Any]:
     refused = case(2, 1, sliding=1)
     refused["pruned"]["refusals"] = {"an odd mask": 1}
-    latent = case(5, 2)
+    refused["sites"]["static"] = names(0, 2)
+    refused["static"] = {**GOOD, "compressed": names(1, 2), "refusals": {"an odd write": 1}}
+    latent = case(5, 2, not_static="ValueError: no")
     latent["pruned"]["refusals"] = {f"the keys {LATENT}": 3}
     return {
         "b": {"sdpa": case(2, 2), "eager": refused},
@@ -42,22 +44,33 @@ def rows() -> dict[str, Any]:
         "c": {"sdpa": {"supported": True, "not_built": "ImportError: timm"}},
         "d": {"sdpa": case(1, 0, pruned=CRASH), "error": "stopped after 300 s"},
         "f": {"eager": latent},
+        "g": {
+            "eager": case(
+                0,
+                0,
+                static={"status": "differs", **{k: GOOD[k] for k in ("error", "same_tokens")}},
+                plain_static=CRASH,
+            )
+        },
         "e": {"sdpa": case(1, 1, plain=CRASH, exact=CRASH)},
     }
 
 
 def test_figures() -> None:
     summary = summarize(rows())
-    assert (summary.architectures, summary.ran) == (6, 5)
+    assert (summary.architectures, summary.ran) == (7, 6)
     assert (summary.growing, summary.rewritten, summary.sliding) == (14, 6, 1)
     assert summary.latent == 3
+    assert (summary.static, summary.rewritten_static) == (2, 1)
+    assert summary.static_reasons == {"an odd write": ["b (eager)"]}
+    assert summary.not_static == {"ValueError: no": ["f (eager)"]}
     assert ("rewritten of the others", "54.5%") in figures(summary)
     assert summary.reasons == {
         "an odd mask": ["b (eager)"], NOT_FOUND: ["a (eager)"], "the run crashed": ["d (sdpa)"],
         f"the keys {LATENT}": ["f (eager)"],
     }  # fmt: skip
     assert summary.without == {"ImportError: timm": ["c"], "stopped after 300 s": ["d"]}
-    assert (len(summary.crashes), len(summary.not_ours), summary.wrong) == (1, 1, [])
+    assert (len(summary.crashes), len(summary.not_ours), summary.wrong) == (1, 2, [])
 
 
 @pytest.mark.parametrize(
@@ -74,12 +87,15 @@ def test_figures() -> None:
 )
 def test_who_is_to_blame(plain: str, ours: str, verdict: str) -> None:
     assert judge({"plain": {"status": plain}, "exact": {"status": ours}}, "exact") == verdict
+    row = {"plain_static": {"status": plain}, "static": {"status": ours}}
+    assert judge(row, "static") == verdict
 
 
 def test_the_page_depends_on_nothing_but_the_rows() -> None:
     page = markdown(HEADER, rows())
     assert page == markdown(HEADER, dict(reversed(rows().items())))
-    assert "| b | 2/2 | 1/2 + 0/1 | ok | an odd mask |" in page
+    assert "| b | 2/2 | 1/2 + 0/1; 1/2 | ok | an odd mask |" in page
+    assert "| an odd write | 1 | b (eager) |" in page
     assert "| a | - | 0/3 | ok |" in page
     assert "a \\| b" in page
 

@@ -127,6 +127,25 @@ def test_stored_tensors_keep_their_addresses() -> None:
     assert cache.layers[0].keys.packed_tokens() >= 300
 
 
+@pytest.mark.parametrize("eagerly", [False, True], ids=["made_in_the_graph", "made_before"])
+def test_other_capacities_and_batches_are_compressed_too(eagerly: bool) -> None:
+    """Dynamo has symbols for such sizes from the second one on."""
+    model = optimize(tiny("llama", "sdpa"), key_ratio=0.0, **OPTIONS)
+    for batch, length, capacity in ((1, 13, 30), (2, 9, 40), (3, 11, 52)):
+        ids = prompt(length + 9, batch)
+        cache = transformers.StaticCache(config=model.config, max_cache_len=capacity)
+        if eagerly:
+            cache.early_initialization(batch, 2, 16, torch.float32, torch.device("cpu"))
+        parts = ids.split([length, *[1] * 9], dim=1)
+        with torch.no_grad():
+            logits = [model(input_ids=part, past_key_values=cache).logits for part in parts]
+            expected = tiny("llama", "sdpa")(ids).logits
+        torch.testing.assert_close(torch.cat(logits, 1), expected, atol=1e-4, rtol=1e-4)
+        for layer in cache.layers:
+            assert isinstance(layer.keys, PrunedKeys)
+            assert layer.keys.shape[2] == capacity
+
+
 @pytest.mark.parametrize("name", ["gpt_fast", "litgpt", "slice_writes"])
 def test_a_buffer_of_the_module_becomes_the_state(name: str) -> None:
     """The object that the module holds is the state from then on: nothing dense stays beside it."""

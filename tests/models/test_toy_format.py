@@ -13,7 +13,7 @@ from compiled import compiled
 from decoders import decode, decoder, prompt
 from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 from zoo import tiny
 
 from spark_compile import PrunedKeys, SparkConfig, StoredValues, kv_bytes, optimize
@@ -161,6 +161,25 @@ def test_greedy_tokens_are_the_eager_ones_or_nearly_as_good() -> None:
     behind = logits.amax(-1) - chosen
     assert (behind <= 3 * CLOSE * logits.std()).all()
     assert (behind == 0).float().mean() > 0.8
+
+
+def test_a_static_cache_holds_it_as_a_growing_one_does() -> None:
+    """The same pages, and so the same logits, whether or not the capacity is fixed."""
+    tokens = ids(2, 30)
+    logits = []
+    for kind in (DynamicCache, StaticCache):
+        model, toy = llama()
+        how = {"config": model.config} | ({"max_cache_len": 40} if kind is StaticCache else {})
+        cache = kind(**how)
+        with torch.no_grad():
+            parts = tokens.split([13, *[1] * 17], dim=1)
+            collected = [toy(part, past_key_values=cache).logits for part in parts]
+            expected = model(tokens).logits
+        logits.append(torch.cat(collected, 1))
+        assert [state.packed_tokens() for state in states(cache)] == [24] * 4
+        assert [state.static for state in states(cache)] == [kind is StaticCache] * 4
+    check_close(logits[1][:, 13:], expected[:, 13:])
+    torch.testing.assert_close(logits[1], logits[0])
 
 
 def filled(batch: int = 2, length: int = 29) -> tuple[Any, DynamicCache]:
