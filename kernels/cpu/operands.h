@@ -1,6 +1,8 @@
 // Tensors that operators are given, checked and as plain pointers.
 #pragma once
 
+#include <sys/mman.h>
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <array>
@@ -65,6 +67,23 @@ inline Tensor new_tensor(std::initializer_list<int64_t> sizes, ScalarType type) 
       int64_t(sizes.size()), sizes.begin(), strides.data(), torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
       aoti_torch_device_type_cpu(), 0, &made));
   return Tensor(made);
+}
+
+// Zero bytes [B, H, N, bytes] that live as long as a cache. Large ones come from the system directly: malloc
+// would put them between activations that are freed soon, and leave holes there that later layers
+// cannot fill (measured in docs/kernels.md). They become resident when they are written.
+inline Tensor new_pages(std::array<int64_t, 4> sizes) {
+  constexpr size_t LARGE = 1 << 17;
+  const size_t bytes = size_t(sizes[0] * sizes[1] * sizes[2] * sizes[3]);
+  void* data = bytes < LARGE ? MAP_FAILED : mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (data == MAP_FAILED) {
+    Tensor pages = new_tensor({sizes[0], sizes[1], sizes[2], sizes[3]}, ScalarType::Byte);
+    std::memset(pages.data_ptr(), 0, bytes);
+    return pages;
+  }
+  const std::array<int64_t, 4> strides{sizes[1] * sizes[2] * sizes[3], sizes[2] * sizes[3], sizes[3], 1};
+  return torch::stable::from_blob(data, {sizes.data(), 4}, {strides.data(), 4}, torch::stable::Device(torch::headeronly::DeviceType::CPU),
+                                  ScalarType::Byte, [bytes](void* mapped) { munmap(mapped, bytes); });
 }
 
 // Whether a tensor is [B, H, S, D] of a dtype with channels next to each other.

@@ -24,7 +24,7 @@ inline bool build(const Tensor& key, const Tensor& value, const std::vector<Tens
   for (int i = 0; i < 2; ++i) {
     const Format& f = i ? spec->value : spec->key;
     const int64_t head_bytes = f.tail + round_up(spec->tail_rows(tokens, capacity) * f.row_bytes(), 8);
-    built[2 * i] = new_tensor({batch, heads, spec->page_room(tokens, capacity), f.page_bytes}, ScalarType::Byte);
+    built[2 * i] = new_pages({batch, heads, spec->page_room(tokens, capacity), f.page_bytes});
     built[2 * i + 1] = new_tensor({batch, heads, head_bytes}, ScalarType::Byte);
     std::memset(built[2 * i + 1].data_ptr(), 0, size_t(batch * heads * head_bytes));
     auto side = side_of("pages", built[2 * i], "head", built[2 * i + 1], *spec, f);
@@ -35,9 +35,7 @@ inline bool build(const Tensor& key, const Tensor& value, const std::vector<Tens
     sides[i] = *side;
   }
   for (Side& side : sides) {
-    const int64_t due = side.due(KEEP_ALL), unused = (side.slots - due) * side.format->page_bytes;
-    // What is packed is written as a whole.
-    for_heads(side, unused, [&](int64_t b, int64_t h) { std::memset(side.pages.at(b, h, due), 0, unused); });
+    const int64_t due = side.due(KEEP_ALL);
     std::vector<Queries> all;
     for (const Tensor& query : queries) {
       if (side.format->uses_queries()) all.push_back(queries_of(query, side));

@@ -11,6 +11,7 @@ import itertools
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -242,6 +243,29 @@ def test_a_prefix_of_a_long_context_takes_any_number_of_chunks() -> None:
     cache, query = cache_for(spec, 9000)
     given_ = (*new_tokens(spec), *cache.tensors, None, None, None, None, None, spec.text)
     assert_close(ops.step(query, *given_), reference.step(query, *given_), dtype)
+
+
+def is_mapped(address: int) -> bool:
+    """Whether the process has memory at an address."""
+    maps = (line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines())
+    return any(int(first, 16) <= address < int(end, 16) for first, end in maps)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+def test_pages_have_memory_of_their_own_until_the_state_goes() -> None:
+    """And memory that no token has filled yet is not resident."""
+    spec = Spec(Dense(64, torch.float32), Dense(64, torch.float32), window=32, recent=32)
+    tokens = torch.randn(1, 2, 100, 64)
+    resident = int(Path("/proc/self/statm").read_text().split()[1])
+    built = torch.ops.spark.build(tokens, tokens, [], spec.text, 400_000)
+    grown = int(Path("/proc/self/statm").read_text().split()[1]) - resident
+    middle, size = built[0].data_ptr() + built[0].nbytes // 2, built[0].nbytes
+    assert size > 2e8
+    assert grown * os.sysconf("SC_PAGE_SIZE") < 0.1 * size
+    assert not built[0][:, :, 3:].any()
+    assert is_mapped(middle)
+    del built
+    assert not is_mapped(middle)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
