@@ -47,7 +47,10 @@ def _load() -> bool:
         with library(chosen) as path:
             torch.ops.load_library(str(path))
     except (BuildFailed, OSError) as error:
-        message = f"no native CPU kernels, the slow reference runs instead: {error}"
+        why = f"{error}"
+        if isinstance(error, OSError) and error.__cause__:  # torch names the file alone
+            why += f": {error.__cause__}"
+        message = f"no native CPU kernels, the slow reference runs instead: {why}"
         warnings.warn(message, RuntimeWarning, stacklevel=3)
         return False
     return True

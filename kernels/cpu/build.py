@@ -218,6 +218,8 @@ def _compile(command: list[str], level: str, temporary: contextlib.ExitStack) ->
         folder = Path(temporary.enter_context(scratch))
         # What the compiler leaves behind when it is killed goes with the folder.
         _run([*command, "-o", str(folder / "spark.so")], TMPDIR=str(folder))
+        if not (folder / "spark.so").exists():
+            raise BuildFailed(f"{command[0]} made no library")
         outcome = f"{time.monotonic() - start:.0f} s\n"
     except OSError as error:
         raise BuildFailed(f"no folder to compile in: {error}") from error
@@ -255,12 +257,14 @@ def _run(command: list[str], **environment: str) -> str:
         except BaseException as error:  # Ctrl-C, too
             with contextlib.suppress(OSError):  # it has just ended by itself
                 os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
             if isinstance(error, subprocess.TimeoutExpired):
                 said = f"has not ended after {limit:g} s (SPARK_COMPILE_CXX_TIMEOUT)"
                 raise BuildFailed(f"{command[0]} {said}") from error
             raise
     if process.returncode:
-        lines = [line for line in errors.splitlines() if "error" in line.lower()]
+        # Of the compiler and the linker, and of the assembler.
+        lines = [line for line in errors.splitlines() if "error" in line or "Error" in line]
         reason = lines[0] if lines else f"it ended with status {process.returncode}"
         raise BuildFailed(f"{command[0]}: {reason}")
     return output

@@ -148,6 +148,17 @@ def test_gcc_before_12_can_compile_the_sources() -> None:
         build._run([*compiler, *build._arguments(level), "-O0", *older])
 
 
+def test_a_compiler_that_makes_nothing_is_said(folder: Path, fake: Path) -> None:
+    fake.write_text("#!/bin/sh")
+    with pytest.raises(build.BuildFailed, match=r"fake c\+\+ made no library"):
+        obtain()
+
+
+def test_why_a_library_cannot_be_loaded_is_said(folder: Path, fake: Path) -> None:
+    with pytest.warns(RuntimeWarning, match=r"reference runs instead: .*\.so: .*file too short"):
+        assert not cpu._load.__wrapped__()
+
+
 def test_threads_load_one_library(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 

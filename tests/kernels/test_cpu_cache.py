@@ -117,14 +117,22 @@ def test_an_interrupted_build_leaves_nothing(folder: Path, fake: Path, tmp_path:
     child, temporary = folder / "child", tmp_path / "temporary"
     temporary.mkdir()
     fake.write_text(FAKE.replace("sleep 0", f'sleep 600 & echo $! > "{child}"; wait'))
-    code = "from spark_compile.kernels import cpu; cpu.load()"
+    code = (
+        "import signal\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # may be off in the background
+        "from spark_compile.kernels import cpu\n"
+        "cpu.load()"
+    )
     environment = {**os.environ, "CXX": str(fake), "TMPDIR": str(temporary)}
-    process = subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=-1, text=True)
+    command = [sys.executable, "-W", "always::ResourceWarning", "-c", code]
+    process = subprocess.Popen(command, env=environment, stderr=-1, text=True)
     while not (child.exists() and child.read_text()):
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    assert "KeyboardInterrupt" in process.communicate(timeout=20)[1]
+    said = process.communicate(timeout=20)[1]
+    assert "KeyboardInterrupt" in said
+    assert "still running" not in said
     assert ended(int(child.read_text()))
     assert files(folder) == [child]
     assert not any(temporary.iterdir())
