@@ -2,6 +2,9 @@
 #pragma once
 
 #include <pthread.h>
+
+#include <algorithm>
+
 #include <torch/csrc/stable/ops.h>
 
 namespace spark {
@@ -13,8 +16,7 @@ inline const int watching_forks = pthread_atfork(nullptr, nullptr, [] { forked =
 // Calls f(first, last) for ranges of [begin, end), of at least `grain` where there are several.
 template <class Function>
 void parallel(int64_t begin, int64_t end, int64_t grain, const Function& f) {
-  if (forked) return f(begin, end);
-  torch::stable::parallel_for(begin, end, grain, f);
+  torch::stable::parallel_for(begin, end, forked ? std::max<int64_t>(end - begin, 0) : grain, f);
 }
 
 inline int64_t thread_count() { return forked ? 1 : torch::stable::get_num_threads(); }
