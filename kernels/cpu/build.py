@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import math
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from filelock import FileLock
 
-from ..cache_dir import cache_dir
+from ..cache_dir import check_private, private_folder
 
 _SOURCES = Path(__file__).resolve().parent
 _VECTORS = ("avx2", "f16c", "fma", "bmi", "bmi2", "popcnt")
@@ -71,38 +78,104 @@ def level() -> str:
     return asked or runs[0]
 
 
-def library(level: str) -> Path:
+@contextlib.contextmanager
+def library(level: str) -> Iterator[Path]:
     """The shared library of a level, compiled if it is not in the cache yet.
 
-    Several processes may ask at once: one compiles, the others wait for it.
+    Several processes may ask at once: one compiles, the others wait for it. Where the cache cannot
+    be used, which a warning says, the library is there for as long as the context lasts.
 
     Raises:
-        BuildFailed: there is no working compiler, or no folder to write to.
+        BuildFailed: there is no working compiler, or no folder at all to write to.
+        ValueError: $SPARK_COMPILE_CXX_TIMEOUT is not a number of seconds.
     """
-    command = _command(level)
-    folder = cache_dir() / "cpu"
-    path = folder / f"{level}-{_key(command)}.so"
-    if path.exists():
-        return path
+    if os.name != "posix":
+        raise BuildFailed(f"they are for Linux and macOS, this is {sys.platform}")
+    limit, compiler = compile_seconds(), _compiler()
+    command = [*compiler, *_arguments(level)]
+    name = f"{level}-{_key(compiler, command)}"
+    with contextlib.ExitStack() as temporary:
+        yield _kept_library(name, limit, lambda: _compile(command, level, temporary))
+
+
+def compile_seconds() -> float:
+    """After how many seconds a compiler is given up: $SPARK_COMPILE_CXX_TIMEOUT, else 300.
+
+    Raises:
+        ValueError: the variable is no number, or out of range.
+    """
+    text = os.environ.get("SPARK_COMPILE_CXX_TIMEOUT") or "300"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds <= 86400:
+        raise ValueError(
+            f"SPARK_COMPILE_CXX_TIMEOUT is {text!r}: allowed is a number of seconds up to 86400"
+        )
+    return seconds
+
+
+def _kept_library(name: str, limit: float, compiled: Callable[[], Path]) -> Path:
+    """The library in the cache; the compiled one itself where that cannot be used."""
+    built = None
+    try:
+        folder = private_folder("cpu")
+        if path := _find(folder, name):
+            return path
+        lock = folder / f"{name}.lock"
+        if os.path.lexists(lock):
+            check_private(lock)
         # The system drops the lock of a process that dies, so nobody waits for a dead one.
-        with FileLock(path.with_suffix(".lock")):
-            if not path.exists():
-                _compile(command, path, level)
-    except OSError as error:
-        raise BuildFailed(f"cannot write to {folder}: {error}") from error
+        with FileLock(lock, timeout=limit + 10, mode=0o600):
+            if path := _find(folder, name):
+                return path
+            built = compiled()
+            return _keep(built, folder, name)
+    except (OSError, NotImplementedError) as error:  # the latter: no locks on this file system
+        warnings.warn(
+            f"the native CPU kernels cannot be kept, every process compiles its own: {error}. "
+            "Set SPARK_COMPILE_CACHE for another folder",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return built or compiled()
+
+
+def _find(folder: Path, name: str) -> Path | None:
+    """A library with the bytes that were compiled: a truncated one would kill the process."""
+    for path in folder.glob(f"{name}-*.so"):
+        with contextlib.suppress(FileNotFoundError):  # another process has just removed it
+            check_private(path)
+            if path.stem == f"{name}-{hashlib.sha256(path.read_bytes()).hexdigest()}":
+                return path
+    return None
+
+
+def _keep(built: Path, folder: Path, name: str) -> Path:
+    """Copy a library to the cache, where its name has its checksum, in place of damaged ones."""
+    data = built.read_bytes()
+    path = folder / f"{name}-{hashlib.sha256(data).hexdigest()}.so"
+    descriptor, half_done = tempfile.mkstemp(prefix=f"{name}.", dir=folder)  # mode 0600
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(data)
+        for damaged in folder.glob(f"{name}-*.so"):
+            damaged.unlink()
+        os.replace(half_done, path)
+    finally:
+        Path(half_done).unlink(missing_ok=True)
     return path
 
 
-def _command(level: str) -> list[str]:
-    """The compiler's command line without the output."""
+def _arguments(level: str) -> list[str]:
+    """Those of the compiler, without the output."""
     root = Path(torch.__file__).parent
     flags = [f"-m{name}" for name in LEVELS[level]]
     if level == "amx":
         flags.append("-DSPARK_AMX")
     return [
-        _compiler(), "-O3", "-std=c++20", "-shared", "-fPIC", "-fvisibility=hidden", *flags,
+        "-O3", "-std=c++20", "-shared", "-fPIC", "-fvisibility=hidden", *flags,
         f"-I{root / 'include'}", str(_SOURCES / "spark.cpp"),
         f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10", *_extra_flags(),
     ]  # fmt: skip
@@ -112,47 +185,86 @@ def _extra_flags() -> list[str]:
     return os.environ.get("SPARK_COMPILE_CXXFLAGS", "").split()
 
 
-def _compiler() -> str:
-    """The compiler that Inductor uses."""
-    from torch._inductor.cpp_builder import get_cpp_compiler
+def _compiler() -> list[str]:
+    """The compiler that Inductor uses; unlike there, $CXX may have arguments ("ccache g++")."""
+    from torch._inductor import config
 
-    try:
-        return get_cpp_compiler()
-    except Exception as error:
-        raise BuildFailed(f"no C++ compiler: {error}") from error
+    # Not Inductor's own search, which waits for a compiler that hangs.
+    asked = config.cpp.cxx if isinstance(config.cpp.cxx, (list, tuple)) else (config.cpp.cxx,)
+    for text in filter(None, asked):
+        for command in ([text], text.split()):
+            if command and shutil.which(command[0]):
+                return command
+    raise BuildFailed(
+        f"no C++ compiler: CXX is {os.environ.get('CXX', 'g++')!r}, which cannot be run"
+    )
 
 
-def _key(command: list[str]) -> str:
+def _key(compiler: list[str], command: list[str]) -> str:
     """A name for everything that the compiled library depends on."""
     digest = hashlib.sha256(repr((command, torch.__version__)).encode())
-    digest.update(_run([command[0], "--version"]).encode())
+    digest.update(_run([*compiler, "--version"]).encode())
     for source in sorted((*_SOURCES.glob("*.h"), *_SOURCES.glob("*.cpp"))):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def _compile(command: list[str], path: Path, level: str) -> None:
-    print(f"spark-compile: building the CPU kernels ({level}), once ...", file=sys.stderr, end=" ")
-    sys.stderr.flush()
-    start = time.monotonic()
-    half_done = path.with_suffix(f".{os.getpid()}")
+def _compile(command: list[str], level: str, temporary: contextlib.ExitStack) -> Path:
+    """Compile in a private folder, which lasts as long as `temporary`."""
+    _tell(f"spark-compile: building the CPU kernels ({level}), once ... ")
+    start, outcome = time.monotonic(), "failed\n"
     try:
-        _run([*command, "-o", str(half_done)])
-        half_done.replace(path)
-    except BuildFailed:
-        print("failed", file=sys.stderr)
-        raise
+        scratch = tempfile.TemporaryDirectory(prefix="spark-compile-", ignore_cleanup_errors=True)
+        folder = Path(temporary.enter_context(scratch))
+        # What the compiler leaves behind when it is killed goes with the folder.
+        _run([*command, "-o", str(folder / "spark.so")], TMPDIR=str(folder))
+        if not (folder / "spark.so").exists():
+            raise BuildFailed(f"{command[0]} made no library")
+        outcome = f"{time.monotonic() - start:.0f} s\n"
+    except OSError as error:
+        raise BuildFailed(f"no folder to compile in: {error}") from error
     finally:
-        half_done.unlink(missing_ok=True)
-    print(f"{time.monotonic() - start:.0f} s", file=sys.stderr)
+        _tell(outcome)
+    return folder / "spark.so"
 
 
-def _run(command: list[str]) -> str:
+def _tell(text: str) -> None:
+    # A daemon may have closed its error output, or have none.
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError, ValueError):
+            print(text, file=sys.stderr, end="", flush=True)
+
+
+def _run(command: list[str], **environment: str) -> str:
+    """What a command printed; it and all that it started are ended if this is interrupted."""
+    limit = compile_seconds()
     try:
-        result = subprocess.run(command, capture_output=True, text=True, check=True)
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            start_new_session=True,  # its processes are a group, which can be killed
+            env={**os.environ, "LC_ALL": "C", **environment},  # the error is looked for in English
+        )
     except OSError as error:
         raise BuildFailed(f"{command[0]} cannot be run: {error}") from error
-    except subprocess.CalledProcessError as error:
-        lines = [line for line in error.stderr.splitlines() if "error" in line] or [str(error)]
-        raise BuildFailed(f"{command[0]}: {lines[0]}") from error
-    return result.stdout
+    with process:
+        try:
+            output, errors = process.communicate(timeout=limit)
+        except BaseException as error:  # Ctrl-C, too
+            with contextlib.suppress(OSError):  # it has just ended by itself
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            if isinstance(error, subprocess.TimeoutExpired):
+                said = f"has not ended after {limit:g} s (SPARK_COMPILE_CXX_TIMEOUT)"
+                raise BuildFailed(f"{command[0]} {said}") from error
+            raise
+    if process.returncode:
+        # Of the compiler and the linker, and of the assembler.
+        lines = [line for line in errors.splitlines() if "error" in line or "Error" in line]
+        reason = lines[0] if lines else f"it ended with status {process.returncode}"
+        raise BuildFailed(f"{command[0]}: {reason}")
+    return output

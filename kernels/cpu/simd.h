@@ -199,11 +199,21 @@ inline F expand(F others, F packed, uint32_t bits) {
 #endif
 }
 
+// Lane i is lane L[i] of a; from LANES on the lanes of b are counted.
+template <int... L>
+inline F shuffle(F a, F b) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(a, b, L...);
+#else
+  return __builtin_shuffle(a, b, I{L...});
+#endif
+}
+
 // All lanes of v folded into one number, in halves: op(F, F) -> F.
 template <int H = LANES / 2, class Op>
 inline float fold(F v, Op op) {
   const F folded = [&]<size_t... L>(std::index_sequence<L...>) {
-    return op(v, __builtin_shufflevector(v, v, ((L + H) % LANES)...));
+    return op(v, shuffle<((L + H) % LANES)...>(v, v));
   }(std::make_index_sequence<LANES>{});
   if constexpr (H == 1) return folded[0];
   else return fold<H / 2>(folded, op);
@@ -220,8 +230,8 @@ inline float maximum(F v) {
 // One halving step of sums: lane blocks of size H, alternately from a and from b.
 template <int H, size_t... L>
 inline F halve(F a, F b, std::index_sequence<L...>) {
-  return __builtin_shufflevector(a, b, (L / (2 * H) * 2 * H + L % H + (L % (2 * H) < H ? 0 : LANES))...) +
-      __builtin_shufflevector(a, b, (L / (2 * H) * 2 * H + L % H + H + (L % (2 * H) < H ? 0 : LANES))...);
+  return shuffle<(L / (2 * H) * 2 * H + L % H + (L % (2 * H) < H ? 0 : LANES))...>(a, b) +
+      shuffle<(L / (2 * H) * 2 * H + L % H + H + (L % (2 * H) < H ? 0 : LANES))...>(a, b);
 }
 // v[0] becomes the vector of the sums of v[0], v[1], ... v[LANES - 1].
 template <int H = LANES / 2>

