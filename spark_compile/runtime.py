@@ -11,6 +11,7 @@ from torch import SymInt
 from .adoption import adopt, is_static
 from .passes.program import GrownState, NewState, OutputPlan, PlainOutput, Program, StateInput
 from .passes.subclasses import flattened
+from .report import note_activity
 from .state import SparkTensor, new_state
 
 
@@ -75,6 +76,7 @@ class SparkGraph:
         }
 
     def __call__(self, *whole_args: Any) -> list[Any]:
+        note_activity()
         args = flattened(whole_args, self._wrapped) if self._wrapped else whole_args
         flat: list[Any] = []
         grown: dict[int, SparkTensor] = {}
