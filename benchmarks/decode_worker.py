@@ -23,6 +23,7 @@ from torch._dynamo.utils import counters
 
 import spark_compile
 from spark_compile.demo.worker import memory_bytes, reset_peak
+from spark_compile.transformers_names import cache_argument
 
 from . import decode_models
 from .decode_models import STATIC, Competitor
@@ -42,6 +43,7 @@ class Worker:
         self._model = decode_models.load(self._name, job["layers"], dtype)
         decode_models.compile_in_place(self._model, self._competitor)
         self._cache: Any = None
+        self._cache_argument = cache_argument(self._model.forward)
 
     def warm(self, tokens: int, room: int) -> dict[str, Any]:
         """Compile prefill and decode, and run them once at full length."""
@@ -92,9 +94,8 @@ class Worker:
 
     def _step(self, tokens: Tensor) -> None:
         """Append tokens [1, L] to the cache, choose the next one."""
-        out = self._model(
-            input_ids=tokens, past_key_values=self._cache, use_cache=True, logits_to_keep=1
-        )
+        past = {self._cache_argument: self._cache}
+        out = self._model(input_ids=tokens, use_cache=True, logits_to_keep=1, **past)
         self._token = out.logits[:, -1].argmax(-1, keepdim=True)
 
 

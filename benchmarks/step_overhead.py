@@ -123,7 +123,8 @@ def _measure(options: argparse.Namespace, watched: Graphs) -> dict[str, Any]:
     model = smollm2(options.layers, getattr(torch, options.dtype))
 
     def step(model: Any, ids: torch.Tensor, cache: Any) -> torch.Tensor:
-        out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        # By position, where it is in every version of transformers; its name has changed.
+        out = model(ids, None, None, cache, use_cache=True, logits_to_keep=1)
         return out.logits[:, -1].argmax(-1, keepdim=True)
 
     config = {"key_ratio": options.key_ratio, "inner": options.inner}

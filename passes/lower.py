@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from ..config import SparkConfig
 from ..state import SparkTensor
 from .program import PassFailed, Program
+from .subclasses import flattened, without_subclasses, wrappers
 from .vmap import without_vmaps
 
 
@@ -61,17 +62,20 @@ def lower(
 ) -> Program:
     """Lower a graph.
 
-    Mutations of inputs become ``copy_`` calls at the end, as AOTAutograd leaves them. Weights
-    that Dynamo left in the module (Inductor's freezing asks for that) stay attributes.
+    Inputs that are tensor subclasses become the plain tensors in them, and mutations of inputs
+    ``copy_`` calls at the end, as in AOTAutograd. Weights that Dynamo left in the module
+    (Inductor's freezing asks for that) stay attributes.
 
     Raises:
         PassFailed: the graph cannot be made functional.
     """
-    dense = [as_dense(mode, fake) for fake in fakes]
+    wrapped = wrappers(fakes)
+    flat = flattened(fakes, wrapped)
+    dense = [as_dense(mode, fake) for fake in flat]
     transforms = torch._C._functorch.get_dynamic_layer_stack_depth()
     try:
         with torch.fx.traceback.preserve_node_meta(), torch.no_grad():
-            module = without_vmaps(module)
+            module = without_subclasses(without_vmaps(module), wrapped)
             exported = aot_export_module(module, dense, trace_joint=False, pre_dispatch=True)
     except Exception as error:
         # A transform that was entered and not exited would stay on the caller's stack.
@@ -85,10 +89,10 @@ def lower(
     placeholders = lowered.graph.find_nodes(op="placeholder")
     states = {
         node: fake
-        for node, fake in zip(placeholders, fakes, strict=True)
+        for node, fake in zip(placeholders, flat, strict=True)
         if isinstance(fake, SparkTensor)
     }
-    return Program(lowered, mode, config, list(placeholders), states)
+    return Program(lowered, mode, config, list(placeholders), states, wrapped)
 
 
 def _write_back_mutations(graph: fx.Graph, signature: Any) -> None:

@@ -109,9 +109,11 @@ class Program:
     fake_mode: FakeTensorMode
     config: SparkConfig
     arguments: list[fx.Node]
-    """The placeholders as the caller passes them."""
+    """The placeholders as the caller passes them, subclasses flattened."""
     states: dict[fx.Node, SparkTensor]
     """Those that stand for a compressed state: fake, with the stored tensors' shapes."""
+    wrapped: tuple[int, ...] = ()
+    """Which of Dynamo's arguments are other tensor subclasses, and flattened before the call."""
     stored: dict[fx.Node, dict[str, Any]] = field(default_factory=dict)
     """The placeholders of a state's stored tensors and its "length", once they are made."""
     growth: dict[fx.Node, Growth] = field(default_factory=dict)

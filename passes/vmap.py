@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from typing import Any
 
 from torch import fx
 from torch._functorch import predispatch
@@ -61,16 +62,33 @@ def _inline(module: fx.GraphModule, region: list[fx.Node], name: str) -> None:
     graph.output(tuple(copies[node] for node in outputs))
     examples = [node.meta["example_value"] for node in inputs]
     traced = make_fx(fx.GraphModule(module, graph), _allow_non_fake_inputs=True)(*examples)
+    results = insert(module, traced, inputs, region[0], name)
+    for node, result in zip(outputs, results, strict=True):
+        node.replace_all_uses_with(result)
+    for node in reversed(region):
+        module.graph.erase_node(node)
+
+
+def insert(
+    module: fx.GraphModule, traced: fx.GraphModule, inputs: list[fx.Node], at: fx.Node, name: str
+) -> tuple[Any, ...]:
+    """Add the operators of a traced graph to the graph of a module.
+
+    Args:
+        inputs: nodes of the module's graph, for the placeholders.
+        at: the node before which they are inserted.
+        name: of the module's attributes in which constants of the traced graph will be.
+
+    Returns:
+        The nodes of what the traced graph returns.
+    """
     for node in traced.graph.find_nodes(op="get_attr"):
         attribute = f"{name}_{str(node.target).replace('.', '_')}"
         setattr(module, attribute, getattr(traced, str(node.target)))
         node.target = attribute
     placeholders = traced.graph.find_nodes(op="placeholder")
-    with module.graph.inserting_before(region[0]):
+    with module.graph.inserting_before(at):
         results = module.graph.graph_copy(
             traced.graph, dict(zip(placeholders, inputs, strict=True))
         )
-    for node, result in zip(outputs, results, strict=True):  # type: ignore[arg-type]
-        node.replace_all_uses_with(result)
-    for node in reversed(region):
-        module.graph.erase_node(node)
+    return tuple(results)  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -13,6 +14,7 @@ from torch._subclasses import FakeTensorMode
 
 from . import dynamo, reuse
 from .config import SparkConfig
+from .generation import called_modules, watch_generate
 from .passes.lower import as_dense, fake_inputs, lower
 from .passes.pipeline import run_passes
 from .passes.program import PassFailed, Program
@@ -135,10 +137,12 @@ def optimize(model: ModuleT, *, regional: bool = False, **options: Any) -> Modul
     """Compile ``model`` in place with ``backend="spark"`` and return it, ready for ``generate``.
 
     ``torch.compile(model).generate`` runs the uncompiled original: ``torch.compile`` returns a
-    wrapper whose other methods are those of the model inside. Compiling in place does not.
+    wrapper whose other methods are those of the model inside. Compiling in place does not. Of a
+    wrapper whose ``generate`` calls a model inside, such as PEFT's, that model is compiled too. A
+    ``generate`` that ends without having run a compiled graph gives a SparkWarning.
 
     Args:
-        model: any decoder.
+        model: any decoder, or a wrapper around one.
         regional: compile the repeated blocks of the model, elements of an ``nn.ModuleList``, in
             place of the whole; equal ones share a graph, so that compiling takes less time.
         options: fields of :class:`SparkConfig`.
@@ -146,6 +150,7 @@ def optimize(model: ModuleT, *, regional: bool = False, **options: Any) -> Modul
     Raises:
         ValueError, TypeError: an option is wrong.
         ValueError: ``regional`` is set and there are no such blocks.
+        SparkError: from ``generate``, under ``strict=True``, in place of that warning.
     """
     config = SparkConfig.from_options(options)
     if regional:
@@ -156,8 +161,10 @@ def optimize(model: ModuleT, *, regional: bool = False, **options: Any) -> Modul
                     f"option {name!r} has formats by layer: allowed with regional=True is one text"
                 )
         compile_blocks(model, options, lambda message: _complain(message, config))
-        return model
-    model.compile(backend="spark", options=options)
+    else:
+        for module in called_modules(model):
+            module.compile(backend="spark", options=options)
+    watch_generate(model, partial(_complain, config=config))
     return model
 
 

@@ -16,6 +16,7 @@ from torch._inductor.utils import fresh_cache
 from .backend import compile_graph, inner_compiler
 from .config import SparkConfig
 from .report import Report, SparkWarning, collect_report
+from .transformers_names import cache_argument, returned_cache
 
 
 def explain(
@@ -23,8 +24,9 @@ def explain(
 ) -> Report:
     """Run the passes on a model and report every attention site.
 
-    The model is traced with ``inputs`` and, if it returns ``past_key_values``, once more with the
-    last token and that cache, so that prefill and decode are both reported.
+    The model is traced with ``inputs`` and, if it returns a ``cache`` (``past_key_values`` before
+    transformers 5.24), once more with the last token and that cache, so that prefill and decode
+    are both reported.
 
     Args:
         model: a decoder; its weights may be on the meta device.
@@ -52,10 +54,10 @@ def explain(
     cache = fresh_cache() if compile else nullcontext()
     with _weights_off_meta(model), torch.no_grad(), quiet, cache, collect_report() as report:
         output = compiled(**call)
-        past = getattr(output, "past_key_values", None)
+        past = returned_cache(output)
         if past is not None and "input_ids" in call:
             last = call["input_ids"][:, -1:]
-            compiled(input_ids=last, past_key_values=past, use_cache=True)
+            compiled(input_ids=last, use_cache=True, **{cache_argument(model.forward): past})
     if not compile:
         report.graphs = [dataclasses.replace(graph, compile_ms=None) for graph in report.graphs]
     return report

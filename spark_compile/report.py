@@ -187,6 +187,21 @@ def collect_report() -> Iterator[Report]:
 
 def record(graph: GraphReport) -> None:
     """Add one graph to the report that is being collected, if any."""
+    note_activity()
     report = _collecting.get()
     if report is not None:
         report.graphs.append(graph)
+
+
+_activity = 0
+
+
+def note_activity() -> None:
+    """Called when the backend compiles a graph and when one that it has rewritten runs."""
+    global _activity
+    _activity += 1
+
+
+def activity() -> int:
+    """A number that differs from an earlier one if there was any activity in between."""
+    return _activity

@@ -183,7 +183,7 @@ def _input(value: Any, fake: Any, sizes: _Sizes, storages: dict[int, int]) -> Ha
             (name, _input(real[name], stored, sizes, storages))
             for name, stored in _inner_tensors(fake).items()
         )
-        return type(fake), common, context, inner
+        return type(fake), common, _argument(context, {}), inner
     if fake.layout != torch.strided:
         raise _Incomparable(f"layout {fake.layout}")
     storage = storages.setdefault(value.untyped_storage()._cdata, len(storages))

@@ -10,6 +10,8 @@ from torch import SymInt
 
 from .adoption import adopt, is_static
 from .passes.program import GrownState, NewState, OutputPlan, PlainOutput, Program, StateInput
+from .passes.subclasses import flattened
+from .report import note_activity
 from .state import SparkTensor, new_state
 
 
@@ -57,7 +59,9 @@ class SparkGraph:
     def __init__(
         self, compiled: Callable[..., Any], program: Program, fakes: Sequence[Any]
     ) -> None:
+        fakes = flattened(fakes, program.wrapped)
         self._compiled = compiled
+        self._wrapped = program.wrapped
         self._outputs = tuple(program.outputs)
         self._inputs = tuple(program.inputs)
         self._extra = {
@@ -71,7 +75,9 @@ class SparkGraph:
             if isinstance(plan, NewState)
         }
 
-    def __call__(self, *args: Any) -> list[Any]:
+    def __call__(self, *whole_args: Any) -> list[Any]:
+        note_activity()
+        args = flattened(whole_args, self._wrapped) if self._wrapped else whole_args
         flat: list[Any] = []
         grown: dict[int, SparkTensor] = {}
         for index, (plan, value) in enumerate(zip(self._inputs, args, strict=True)):

@@ -26,6 +26,7 @@ from torch import Tensor
 import spark_compile
 
 from ..regional import compile_blocks
+from ..transformers_names import cache_argument
 from .assets import DemoError, read_essays
 
 NEEDLE = "The special magic number for the city of Lisbon is 48213."
@@ -208,28 +209,29 @@ def _auto_dtype() -> torch.dtype:
 def _generate(model: Any, prompt: Tensor, new_tokens: int) -> _Run:
     """Decode ``new_tokens`` tokens greedily, past the end of the answer, timing each step."""
     cache = transformers.DynamicCache(config=model.config)
+    past = {cache_argument(model.forward): cache}
     start_s = time.perf_counter()
-    token, prefill_s = _step(model, prompt, cache), time.perf_counter() - start_s
+    token, prefill_s = _step(model, prompt, past), time.perf_counter() - start_s
     kv_bytes = spark_compile.kv_bytes(cache)
     tokens, steps_s = [token], []
     while len(tokens) < new_tokens:
         start_s = time.perf_counter()
-        tokens.append(_step(model, torch.tensor([tokens[-1:]]), cache))
+        tokens.append(_step(model, torch.tensor([tokens[-1:]]), past))
         steps_s.append(time.perf_counter() - start_s)
     return _Run(tokens, kv_bytes, prefill_s, steps_s)
 
 
-def _step(model: Any, ids_BL: Tensor, cache: Any) -> int:
-    out = model(input_ids=ids_BL, past_key_values=cache, use_cache=True, logits_to_keep=1)
+def _step(model: Any, ids_BL: Tensor, past: dict[str, Any]) -> int:
+    out = model(input_ids=ids_BL, use_cache=True, logits_to_keep=1, **past)
     return int(out.logits[0, -1].argmax())
 
 
 def _perplexity(model: Any, passage: Tensor) -> float:
     """exp of the mean cross entropy of the passage's end, read as one chunk after its beginning."""
     context, chunk = passage.split([passage.shape[1] - CONTINUATION_TOKENS, CONTINUATION_TOKENS], 1)
-    cache = transformers.DynamicCache(config=model.config)
-    first = model(input_ids=context, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    rest = model(input_ids=chunk, past_key_values=cache, use_cache=True)
+    past = {cache_argument(model.forward): transformers.DynamicCache(config=model.config)}
+    first = model(input_ids=context, use_cache=True, logits_to_keep=1, **past)
+    rest = model(input_ids=chunk, use_cache=True, **past)
     logits = torch.cat([first.logits, rest.logits[:, :-1]], dim=1)[0].float()  # [L, vocabulary]
     return math.exp(torch.nn.functional.cross_entropy(logits, chunk[0]).item())
 

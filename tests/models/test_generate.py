@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from torch._dynamo.utils import counters
-from zoo import ARCHITECTURES, tiny
+from zoo import ARCHITECTURES, CACHE, tiny
 
 from spark_compile import PrunedKeys, StoredValues, kv_bytes, optimize
 
@@ -100,7 +100,7 @@ def test_models_take_turns() -> None:
         for step in steps:
             for ids, run, cache in zip(step, runs, caches, strict=True):
                 expected, actual = (
-                    model(input_ids=ids, past_key_values=past).logits
+                    model(input_ids=ids, **{CACHE: past}).logits
                     for model, past in zip(run, cache, strict=True)
                 )
                 torch.testing.assert_close(actual, expected)
@@ -148,8 +148,8 @@ def test_turns_hand_their_cache_on() -> None:
         cache = transformers.DynamicCache(config=model.config)
         for turn in added:
             ids = torch.cat((history, turn), dim=1)
-            output = speaker.generate(ids, past_key_values=cache, **arguments)
-            history, cache = output.sequences, output.past_key_values
+            output = speaker.generate(ids, **{CACHE: cache}, **arguments)
+            history, cache = output.sequences, output[CACHE]
         histories.append(history)
     assert torch.equal(*histories)
     assert isinstance(cache.layers[0].keys, PrunedKeys)
@@ -163,10 +163,10 @@ def test_a_prefix_becomes_a_batch() -> None:
     arguments = {"max_new_tokens": 10, "do_sample": False}
     compiled, cache = exact(model), transformers.DynamicCache(config=model.config)
     with torch.no_grad():
-        compiled(input_ids=prefix, past_key_values=cache)
+        compiled(input_ids=prefix, **{CACHE: cache})
     cache.batch_repeat_interleave(3)
     assert isinstance(cache.layers[0].keys, PrunedKeys)
-    actual = compiled.generate(whole, past_key_values=cache, **arguments)
+    actual = compiled.generate(whole, **{CACHE: cache}, **arguments)
     assert torch.equal(actual, model.generate(whole, **arguments))
 
 
@@ -177,12 +177,12 @@ def test_a_cache_made_of_tuples(filler: str) -> None:
     model, ids = tiny("llama", "sdpa"), prompts(1, 18)
     compiled, cache = exact(model), transformers.DynamicCache(config=model.config)
     with torch.no_grad():
-        (model if filler == "dense" else compiled)(input_ids=ids, past_key_values=cache)
+        (model if filler == "dense" else compiled)(input_ids=ids, **{CACHE: cache})
     legacy = tuple((layer.keys, layer.values) for layer in cache.layers)
     whole = torch.cat((ids, prompts(1, 3)), dim=1)
     arguments = {"max_new_tokens": 12, "do_sample": False}
     again = transformers.DynamicCache(legacy)
-    actual = compiled.generate(whole, past_key_values=again, **arguments)
+    actual = compiled.generate(whole, **{CACHE: again}, **arguments)
     assert torch.equal(actual, model.generate(whole, **arguments))
     assert isinstance(again.layers[0].keys, PrunedKeys)
 
@@ -193,13 +193,13 @@ def test_turns_share_a_prefix() -> None:
     compiled = exact(model)
     cache = transformers.DynamicCache(config=model.config)
     with torch.no_grad():
-        compiled(input_ids=ids, past_key_values=cache)
+        compiled(input_ids=ids, **{CACHE: cache})
     for continuation in (prompts(1, 6), prompts(1, 6)):
         whole = torch.cat((ids, continuation), dim=1)
         arguments = {"max_new_tokens": 10, "do_sample": False}
         expected = model.generate(whole, **arguments)
         copied = copy.deepcopy(cache)
-        assert torch.equal(compiled.generate(whole, past_key_values=copied, **arguments), expected)
+        assert torch.equal(compiled.generate(whole, **{CACHE: copied}, **arguments), expected)
     assert isinstance(cache.layers[0].keys, PrunedKeys)
     assert cache.get_seq_length() == 20
 
@@ -208,8 +208,8 @@ def test_the_cache_holds_states_that_store_less() -> None:
     model, ids = tiny("llama", "sdpa"), prompts(1, 200)
     compiled = optimize(copy.deepcopy(model), key_ratio=0.8, **OPTIONS)
     arguments = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True}
-    dense = model.generate(ids, **arguments).past_key_values
-    pruned = compiled.generate(ids, **arguments).past_key_values
+    dense = model.generate(ids, **arguments)[CACHE]
+    pruned = compiled.generate(ids, **arguments)[CACHE]
     assert isinstance(pruned.layers[1].keys, PrunedKeys)
     assert isinstance(pruned.layers[1].values, StoredValues)
     assert pruned.layers[0].keys.shape == dense.layers[0].keys.shape
@@ -225,7 +225,7 @@ def test_few_graphs_for_two_thousand_tokens() -> None:
     ids = prompts(1, 50)
     with torch.no_grad():
         for step in range(2001):
-            ids = model(input_ids=ids, past_key_values=cache).logits[:, -1:].argmax(-1)
+            ids = model(input_ids=ids, **{CACHE: cache}).logits[:, -1:].argmax(-1)
             if step == 3:
                 graphs = counters["stats"]["unique_graphs"]
     assert graphs <= 3
@@ -268,7 +268,7 @@ def test_encoder_and_decoder(name: str, beams: int) -> None:
     actual = compiled.generate(ids, **arguments)
     assert torch.equal(actual.sequences, expected.sequences)
     assert len(expected.sequences.unique()) > 3, "the model repeats itself: compares little"
-    crossed = actual.past_key_values.cross_attention_cache.layers
+    crossed = actual[CACHE].cross_attention_cache.layers
     assert {type(states) for layer in crossed for states in (layer.keys, layer.values)} == {
         torch.Tensor
     }
@@ -297,6 +297,6 @@ def test_sliding_layers_and_full_ones_are_rewritten() -> None:
         expected = model.generate(ids, **arguments)
         actual = compiled.generate(ids, **arguments)
         assert torch.equal(actual.sequences, expected.sequences)
-        keys = [layer.keys for layer in actual.past_key_values.layers]
+        keys = [layer.keys for layer in actual[CACHE].layers]
         assert all(isinstance(key, PrunedKeys) for key in keys)
         assert [key.tokens for key in keys] == [15, length + 19]

@@ -12,7 +12,7 @@ import torch
 import transformers
 from oracle import SimulatedSpark, assert_close
 from torch import Tensor
-from zoo import ARCHITECTURES, heads, tiny
+from zoo import ARCHITECTURES, CACHE, heads, tiny
 
 from spark_compile import SparkConfig, kv_bytes, optimize
 
@@ -35,10 +35,8 @@ def teacher_forced(model: Any, ids: Tensor, padding: int, mode: Any = None) -> t
             mode.begin_step()
         given = {"attention_mask": mask[:, :end]} if padding else {}
         with torch.no_grad():
-            output = model(
-                input_ids=ids[:, start:end], past_key_values=cache, use_cache=True, **given
-            )
-        cache, start = output.past_key_values, end
+            output = model(input_ids=ids[:, start:end], use_cache=True, **{CACHE: cache}, **given)
+        cache, start = output[CACHE], end
         logits.append(output.logits[:, -1].float())
     return torch.stack(logits), cache
 

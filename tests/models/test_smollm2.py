@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from typer.testing import CliRunner
+from zoo import CACHE
 
 from spark_compile import kv_bytes, optimize
 from spark_compile.cli import app
@@ -46,9 +47,9 @@ def read(model: Any, ids: torch.Tensor) -> tuple[float, int]:
     """Perplexity of the continuation as one chunk, and the bytes stored for the context."""
     cache = transformers.DynamicCache(config=model.config)
     with torch.no_grad():
-        first = model(input_ids=ids[:, :CONTEXT], past_key_values=cache, logits_to_keep=1).logits
+        first = model(input_ids=ids[:, :CONTEXT], **{CACHE: cache}, logits_to_keep=1).logits
         stored_bytes = kv_bytes(cache)
-        rest = model(input_ids=ids[:, CONTEXT:], past_key_values=cache).logits
+        rest = model(input_ids=ids[:, CONTEXT:], **{CACHE: cache}).logits
     logits = torch.cat((first, rest[:, :-1]), dim=1)[0].float()
     loss = torch.nn.functional.cross_entropy(logits, ids[0, CONTEXT:])
     return float(loss.exp()), stored_bytes

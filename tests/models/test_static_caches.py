@@ -11,7 +11,7 @@ from compiled import compiled
 from handwritten import BATCH, VOCABULARY
 from handwritten_caches import handwritten
 from torch import Tensor
-from zoo import tiny
+from zoo import CACHE, tiny
 
 from spark_compile import PrunedKeys, StoredValues, kv_bytes, optimize
 from spark_compile.report import collect_report
@@ -38,7 +38,7 @@ def chunks(*lengths: int) -> list[Tensor]:
 
 
 def layers_of(output: Any) -> list[Any]:
-    return output.past_key_values.layers
+    return output[CACHE].layers
 
 
 def assert_compressed(output: Any) -> None:
@@ -65,10 +65,10 @@ def test_a_static_cache_gives_the_eager_tokens(name: str) -> None:
 
 def test_a_static_cache_is_stored_smaller() -> None:
     ids, how = prompt(60), {"key_ratio": 0.8, "key_dtype": "int8", "value_dtype": "int8"}
-    dense = kv_bytes(generated(tiny("llama", "sdpa"), ids, **STATIC).past_key_values)
+    dense = kv_bytes(generated(tiny("llama", "sdpa"), ids, **STATIC)[CACHE])
     output = generated(optimize(tiny("llama", "sdpa"), **how, **OPTIONS), ids, **STATIC)
     assert_compressed(output)
-    assert kv_bytes(output.past_key_values) < 0.7 * dense
+    assert kv_bytes(output[CACHE]) < 0.7 * dense
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_decode_alone_is_compiled_with_a_compile_config() -> None:
 def test_reset_forgets_the_tokens() -> None:
     ids = prompt(13)
     model = optimize(tiny("llama", "sdpa"), key_ratio=0.0, **OPTIONS)
-    cache = generated(model, ids, **STATIC).past_key_values
+    cache = generated(model, ids, **STATIC)[CACHE]
     cache.reset()
     for layer in cache.layers:
         assert not layer.keys.dense().any()
@@ -115,9 +115,9 @@ def test_stored_tensors_keep_their_addresses() -> None:
     cache = transformers.StaticCache(config=model.config, max_cache_len=340)
     ids, seen = prompt(13), set()
     with torch.no_grad(), collect_report() as report:
-        model(input_ids=ids, past_key_values=cache)
+        model(input_ids=ids, **{CACHE: cache})
         for _ in range(300):
-            model(input_ids=ids[:, :1], past_key_values=cache)
+            model(input_ids=ids[:, :1], **{CACHE: cache})
             stored = [
                 (t.pages, t.head) for layer in cache.layers for t in (layer.keys, layer.values)
             ]
@@ -138,7 +138,7 @@ def test_other_capacities_and_batches_are_compressed_too(eagerly: bool) -> None:
             cache.early_initialization(batch, 2, 16, torch.float32, torch.device("cpu"))
         parts = ids.split([length, *[1] * 9], dim=1)
         with torch.no_grad():
-            logits = [model(input_ids=part, past_key_values=cache).logits for part in parts]
+            logits = [model(input_ids=part, **{CACHE: cache}).logits for part in parts]
             expected = tiny("llama", "sdpa")(ids).logits
         torch.testing.assert_close(torch.cat(logits, 1), expected, atol=1e-4, rtol=1e-4)
         for layer in cache.layers:

@@ -14,7 +14,7 @@ from decoders import decode, decoder, prompt
 from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed
 from transformers import DynamicCache, StaticCache
-from zoo import tiny
+from zoo import CACHE, tiny
 
 from spark_compile import PrunedKeys, SparkConfig, StoredValues, kv_bytes, optimize
 from spark_compile.kernels.formats import Field, Format
@@ -142,7 +142,7 @@ def test_a_transformers_model_generates(way: str) -> None:
         tokens = output.sequences
         expected = model(tokens).logits
     assert tokens.shape[1] == 45
-    cache = output.past_key_values
+    cache = output[CACHE]
     assert all(isinstance(layer.keys, PrunedKeys) for layer in cache.layers)
     assert all(isinstance(layer.values, StoredValues) for layer in cache.layers)
     assert all(layer.keys.packed_tokens() >= 36 for layer in cache.layers)
@@ -173,7 +173,7 @@ def test_a_static_cache_holds_it_as_a_growing_one_does() -> None:
         cache = kind(**how)
         with torch.no_grad():
             parts = tokens.split([13, *[1] * 17], dim=1)
-            collected = [toy(part, past_key_values=cache).logits for part in parts]
+            collected = [toy(part, **{CACHE: cache}).logits for part in parts]
             expected = model(tokens).logits
         logits.append(torch.cat(collected, 1))
         assert [state.packed_tokens() for state in states(cache)] == [24] * 4
@@ -188,13 +188,13 @@ def filled(batch: int = 2, length: int = 29) -> tuple[Any, DynamicCache]:
     cache = DynamicCache()
     with torch.no_grad():
         for token in ids(batch, length).split([20, *[1] * (length - 20)], dim=1):
-            toy(token, past_key_values=cache)
+            toy(token, **{CACHE: cache})
     return toy, cache
 
 
 def continued(toy: Any, cache: DynamicCache, tokens: Tensor) -> Tensor:
     with torch.no_grad():
-        return torch.cat([toy(t, past_key_values=cache).logits for t in tokens.split(1, 1)], 1)
+        return torch.cat([toy(t, **{CACHE: cache}).logits for t in tokens.split(1, 1)], 1)
 
 
 def states(cache: DynamicCache) -> list[SparkTensor]:
@@ -253,7 +253,7 @@ def test_a_layer_of_its_own_format() -> None:
     mixed = optimize(copy.deepcopy(model), **OPTIONS | named)
     cache = DynamicCache()
     with torch.no_grad():
-        mixed(ids(1, 20), past_key_values=cache)
+        mixed(ids(1, 20), **{CACHE: cache})
     assert [state.spec.format(state.SIDE).text for state in states(cache)] == [
         "toy(bits=8)", "dense", "dense", "dense",
     ]  # fmt: skip

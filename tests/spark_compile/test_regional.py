@@ -13,6 +13,7 @@ from compiled import EXACT, is_compressed
 from decoders import decode, decoder, prompt
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from zoo import CACHE
 
 import spark_compile
 from spark_compile import SparkError, SparkWarning
@@ -59,7 +60,7 @@ def check_all_compressed(compile_it: Any, depth: int) -> None:
     model = compile_it(llama(depth))
     first = generated(model, ids)
     assert torch.equal(first.sequences, expected)
-    assert are_compressed(first.past_key_values)
+    assert are_compressed(first[CACHE])
     with collect_report() as report:
         assert torch.equal(generated(model, ids).sequences, expected)
     assert not report.graphs
@@ -83,7 +84,7 @@ def test_prompts_of_other_lengths() -> None:
         ids = torch.randint(1, 90, (batch, length))
         actual = generated(model, ids)
         assert torch.equal(actual.sequences, generated(plain, ids).sequences)
-        assert are_compressed(actual.past_key_values)
+        assert are_compressed(actual[CACHE])
 
 
 def test_layers_that_take_and_return_keys_and_values() -> None:
@@ -131,7 +132,7 @@ def test_inductor_compiles_no_more_for_more_layers() -> None:
         counters.clear()
         torch._dynamo.reset()
         model = spark_compile.optimize(llama(depth), regional=True, window=4)
-        assert are_compressed(generated(model, torch.ones(1, 20, dtype=torch.long)).past_key_values)
+        assert are_compressed(generated(model, torch.ones(1, 20, dtype=torch.long))[CACHE])
         compiled.append(counters["aot_autograd"]["total"])
     assert compiled == [2, 2]
 

@@ -7,6 +7,11 @@ from typing import Any
 import torch
 import transformers as t
 
+from spark_compile.transformers_names import cache_argument
+
+CACHE = cache_argument(t.LlamaForCausalLM.forward)
+"""What transformers calls the cache, as an argument and in outputs."""
+
 _COMMON = {
     "vocab_size": 96, "num_hidden_layers": 2, "max_position_embeddings": 256,
     "initializer_range": 0.2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 95,
