@@ -17,7 +17,7 @@ from .passes.lower import as_dense, fake_inputs, lower
 from .passes.pipeline import run_passes
 from .passes.program import PassFailed, Program
 from .regional import compile_blocks
-from .report import GraphReport, SparkError, record, warn_once
+from .report import GraphReport, OptionError, SparkError, record, warn_once
 from .runtime import SparkGraph
 from .state import SparkTensor
 
@@ -42,7 +42,7 @@ def spark(
         mode: as ``torch.compile``'s, handed on to Inductor.
 
     Raises:
-        ValueError, TypeError: an option is wrong.
+        OptionError: an option, or the mode, is wrong.
         SparkError: under ``strict=True``, where otherwise a SparkWarning is given.
     """
     config = SparkConfig.from_options(options)
@@ -144,7 +144,7 @@ def optimize(model: ModuleT, *, regional: bool = False, **options: Any) -> Modul
         options: fields of :class:`SparkConfig`.
 
     Raises:
-        ValueError, TypeError: an option is wrong.
+        OptionError: an option is wrong, which is a SparkError and a ValueError.
         ValueError: ``regional`` is set and there are no such blocks.
     """
     config = SparkConfig.from_options(options)
@@ -152,7 +152,7 @@ def optimize(model: ModuleT, *, regional: bool = False, **options: Any) -> Modul
         for name in ("key_format", "value_format"):
             if isinstance(getattr(config, name), tuple):
                 # Equal layers share one compiled graph, and a layer does not know where it is.
-                raise ValueError(
+                raise OptionError(
                     f"option {name!r} has formats by layer: allowed with regional=True is one text"
                 )
         compile_blocks(model, options, lambda message: _complain(message, config))
@@ -169,15 +169,22 @@ def _reason_to_leave_alone(example_inputs: Sequence[Any]) -> str | None:
 
 
 def inner_compiler(config: SparkConfig, mode: str | None) -> InnerCompiler:
-    """The compiler of the rewritten graph."""
+    """The compiler of the rewritten graph.
+
+    Raises:
+        OptionError: Inductor does not know the mode, or is not the one that compiles.
+    """
     from torch._dynamo.backends.registry import lookup_backend
 
     compiler = lookup_backend(config.inner)
     if mode is None or mode == "default":
         return compiler
     if config.inner != "inductor":
-        raise ValueError(f"mode is {mode!r}: allowed with inner={config.inner!r} is None")
-    patches = torch._inductor.list_mode_options(mode)
+        raise OptionError(f"mode is {mode!r}: allowed with inner={config.inner!r} is None")
+    try:
+        patches = torch._inductor.list_mode_options(mode)
+    except RuntimeError as error:
+        raise OptionError(f"mode is {mode!r}: allowed is a mode of Inductor: {error}") from error
     return lambda module, inputs: compiler(module, inputs, config_patches=patches)  # type: ignore[call-arg]
 
 

@@ -17,14 +17,29 @@ from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
+from torch._dynamo.exc import ShortenTraceback
 
 
 class SparkWarning(UserWarning):
     """Something was left as it was, or is slower than it could be."""
 
 
-class SparkError(RuntimeError):
-    """Raised under ``strict=True`` where a SparkWarning would have been given."""
+class SparkError(ShortenTraceback):
+    """Raised under ``strict=True`` where a SparkWarning would have been given; a RuntimeError.
+
+    Dynamo wraps what a backend raises in ``BackendCompilerFailed``, except for this base class.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, first_useful_frame=None)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message  # without the advice for people who debug Dynamo that it adds to args
+
+
+class OptionError(SparkError, ValueError):
+    """An option is unknown, of a wrong type or out of range."""
 
 
 _given: set[str] = set()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from decoders import decode, decoder, prompt
 
-from spark_compile import SparkWarning
+from spark_compile import SparkError, SparkWarning
 from spark_compile.passes import dataflow
 from spark_compile.passes.cleanup import Cleanup
 from spark_compile.passes.find_attention import FindAttention
@@ -137,5 +137,5 @@ def test_so_it_does_with_compressed_states(monkeypatch: pytest.MonkeyPatch) -> N
 def test_strict_raises_and_names_the_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(InsertSpark, "__call__", Raises.__call__)
     compiled = torch.compile(decoder(), backend="spark", options={**OPTIONS, "strict": True})
-    with pytest.raises(Exception, match=r"SparkError.*pass InsertSpark failed"):
+    with pytest.raises(SparkError, match="pass InsertSpark failed"):
         compiled(prompt())

@@ -70,7 +70,7 @@ def test_refusals_are_reported_with_node_and_cause(name: str) -> None:
     assert refusals
     assert all(REASONS[name] in refusal.reason and refusal.node for refusal in refusals)
     assert REASONS[name] in report.summary()
-    with pytest.raises(Exception, match=SparkError.__name__):
+    with pytest.raises(SparkError, match=REASONS[name]):
         explain(named(name), {"input_ids": prompt(13)}, window=4, strict=True)
 
 
