@@ -100,7 +100,7 @@ class GraphReport:
     """What the passes did to one graph."""
 
     phase: str
-    """"prefill", "decode" (it takes a compressed past), "no attention" or "left alone"."""
+    """"prefill", "decode" (it takes a past, dense ones too), "no attention" or "left alone"."""
     sites: tuple[Site, ...] = ()
     left_alone: str | None = None
     """Why the whole graph was handed on unchanged, if it was."""
@@ -118,9 +118,14 @@ class GraphReport:
         return tuple(site for site in self.sites if site.refusal is None)
 
     def refusals(self) -> str:
-        """The reasons, most frequent first, in one line."""
-        counts = Counter(str(site.refusal) for site in self.sites if site.refusal is not None)
-        return "; ".join(f"{count} x {reason}" for reason, count in counts.most_common(3))
+        """The reasons with the first node of each, most frequent first, in one line."""
+        refusals = [site.refusal for site in self.sites if site.refusal is not None]
+        first = {refusal.reason: refusal for refusal in reversed(refusals)}
+        counts = Counter(refusal.reason for refusal in refusals).most_common()
+        told = [f"{count} x {first[reason]}" for reason, count in counts[:3]]
+        if len(counts) > 3:
+            told.append(f"{sum(count for _, count in counts[3:])} x other reasons")
+        return "; ".join(told)
 
 
 @dataclass
