@@ -16,7 +16,7 @@ from ..storage import StateForm
 
 
 class PassFailed(RuntimeError):
-    """A pass raised, or left an inconsistent graph; the message names the pass."""
+    """A pass raised or left an inconsistent graph, or nothing can call it; the message names it."""
 
 
 @dataclass(frozen=True)

@@ -92,6 +92,7 @@ def compile_graph(
             lower_ms, start = _ms_since(start), time.perf_counter()
             matches = run_passes(program)
             passes_ms = _ms_since(start)
+            wrapper = _wrapper(program, fakes)
         except PassFailed as error:
             reason = str(error)
     if reason is not None:
@@ -103,7 +104,12 @@ def compile_graph(
     try:
         _complain_about_refusals(report, config)
         start = time.perf_counter()
-        compiled = _compiled(module, example_inputs, program, fakes, inner)
+        if wrapper is None:  # nothing was rewritten
+            compiled = inner(module, list(example_inputs))
+        else:
+            placeholders = program.graph.find_nodes(op="placeholder")
+            values = [node.meta["val"] for node in placeholders]
+            compiled = wrapper.running(inner(program.module, values))
         if described is not None:
             described.keep(compiled, replace(report, lower_ms=0.0, passes_ms=0.0))
         report = replace(report, compile_ms=_ms_since(start))
@@ -112,19 +118,18 @@ def compile_graph(
     return compiled
 
 
-def _compiled(
-    module: fx.GraphModule,
-    example_inputs: Sequence[Any],
-    program: Program,
-    fakes: Sequence[Any],
-    inner: InnerCompiler,
-) -> Compiled:
-    """The rewritten graph under the inner compiler, or Dynamo's graph if nothing was rewritten."""
+def _wrapper(program: Program, fakes: Sequence[Any]) -> SparkGraph | None:
+    """What the rewritten graph is called through; None if nothing was rewritten.
+
+    Raises:
+        PassFailed: the graph's states cannot be made of what it is called with.
+    """
     if not program.replaced and not program.states:
-        return inner(module, list(example_inputs))
-    placeholders = program.graph.find_nodes(op="placeholder")
-    compiled = inner(program.module, [node.meta["val"] for node in placeholders])
-    return SparkGraph(compiled, program, fakes)
+        return None
+    try:
+        return SparkGraph(program, fakes)
+    except Exception as error:
+        raise PassFailed(f"the wrapper failed: {type(error).__name__}: {error}") from error
 
 
 def _ms_since(start_s: float) -> float:

@@ -139,3 +139,26 @@ def test_strict_raises_and_names_the_pass(monkeypatch: pytest.MonkeyPatch) -> No
     compiled = torch.compile(decoder(), backend="spark", options={**OPTIONS, "strict": True})
     with pytest.raises(SparkError, match="pass InsertSpark failed"):
         compiled(prompt())
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_length_that_no_argument_tells_leaves_the_graph_alone(
+    monkeypatch: pytest.MonkeyPatch, strict: bool
+) -> None:
+    def unknown(symbol: object, fakes: object) -> None:
+        raise KeyError(f"no argument of the graph has the size {symbol}")
+
+    model, tokens = decoder(), prompt(13)
+    exact, exact_past = decode(model, tokens, None, 3)
+    monkeypatch.setattr("spark_compile.runtime._find_symbol", unknown)
+    compiled = torch.compile(
+        model, backend="spark", options={**OPTIONS, "strict": strict}, dynamic=True
+    )
+    reason = "spark left a graph alone: the wrapper failed: KeyError: 'no argument"
+    if strict:
+        with pytest.raises(SparkError, match=reason):
+            compiled(tokens)
+        return
+    with pytest.warns(SparkWarning, match=reason):
+        logits, past = decode(compiled, tokens, None, 3)
+    torch.testing.assert_close((logits, past), (exact, exact_past))
