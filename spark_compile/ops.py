@@ -40,8 +40,8 @@ def _operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., 
 
         def first_call(*args: Any) -> Any:
             device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
-            key = {"cpu": "CPU", "cuda": "CUDA"}.get(device)
-            if key and _accelerated(device) and operator.has_kernel_for_dispatch_key(key):
+            # Of a device that has kernels, whose name is that of its dispatch key.
+            if _accelerated(device) and operator.has_kernel_for_dispatch_key(device.upper()):
                 return operator(*args)
             return function(*args)
 
@@ -62,8 +62,14 @@ def _operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., 
 
 @functools.cache
 def _accelerated(device: str) -> bool:
-    """Register the native kernels of a device, once; False if there are none."""
-    return cpu.load() if device == "cpu" else triton.load()
+    """Register the native kernels of a device, once; False, which a warning says, if none do."""
+    if device == "cpu":
+        return cpu.load()
+    if device == "cuda" and triton.load():
+        return True
+    reason = "Triton cannot be imported" if device == "cuda" else "there are some for CPU and CUDA"
+    warn_once(f"no native kernels on {device} ({reason}): the slow reference runs instead")
+    return False
 
 
 def _warn_slow(name: str, args: tuple[Any, ...]) -> None:
@@ -72,7 +78,9 @@ def _warn_slow(name: str, args: tuple[Any, ...]) -> None:
     if text is None:
         return
     spec = parse_spec(text)
-    what = " and ".join(dict.fromkeys(spec.format(side).text for side in SIDES))
+    formats = (spec.format(side) for side in SIDES)
+    texts = (f"{format.text} of {format.head_dim} {format.dtype} channels" for format in formats)
+    what = " and ".join(dict.fromkeys(texts))
     warn_once(f"no native kernel does this {name} with {what}: the slow reference runs instead")
 
 
