@@ -76,7 +76,8 @@ class SparkConfig:
     value_format: Annotated[Formats, "Likewise the format of the values."] = None
     strict: Annotated[
         bool,
-        "Raise instead of warning when a site is refused, nothing is rewritten or a pass fails.",
+        "Raise instead of warning when a site is refused, nothing is rewritten, a pass fails or, "
+        "outside the compiled graphs, an operator needs a compressed cache dense.",
     ] = False
 
     def __post_init__(self) -> None:
