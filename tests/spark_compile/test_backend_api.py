@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 from compiled import EXACT, compiled, is_compressed
-from decoders import decoder, prompt
+from decoders import Decoder, KeyValue, SdpaCausal, decode, decoder, prompt
 from torch import Tensor, fx, nn
 
 import spark_compile
 from spark_compile import SparkError, SparkWarning
+from spark_compile.report import collect_report
 
 
 class NoAttention(nn.Module):
@@ -124,6 +125,27 @@ def test_strict_raises_where_a_warning_would_be_given(name: str) -> None:
     assert "node" in str(raised.value)
     with pytest.raises(SparkError, match=r"^spark found no attention .* rewritten$"):
         compiled(NoAttention().requires_grad_(False), strict=True)(torch.randn(3, 4))
+
+
+class NoNan(SdpaCausal):
+    """Takes care of rows that are masked whole, by an operator that no matcher knows."""
+
+    def forward(self, x: Tensor, past: KeyValue | None) -> tuple[Tensor, KeyValue]:  # type: ignore[override]
+        query, key, value = self.project(x)
+        key, value = self.append(past, key, value)
+        scores = query @ key.repeat_interleave(2, 1).mT
+        weights = torch.softmax(scores.nan_to_num(), dim=-1)
+        return self.finish(weights @ value.repeat_interleave(2, 1)), (key, value)
+
+
+def test_an_attention_with_an_unknown_operator_is_refused_by_its_name() -> None:
+    model, reason = Decoder(NoNan).eval().requires_grad_(False), "aten.nan_to_num.default between"
+    with collect_report() as report, pytest.warns(SparkWarning, match=f"2 x {reason}"):
+        decode(compiled(model), prompt(13), None, 1)
+    assert [graph.phase for graph in report.graphs] == ["prefill", "decode"]
+    torch._dynamo.reset()
+    with pytest.raises(SparkError, match=f"2 x {reason}"):
+        compiled(model, strict=True)(prompt(13))
 
 
 def test_an_error_survives_pickling() -> None:
