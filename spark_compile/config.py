@@ -11,8 +11,9 @@ from typing import Annotated, Any, Literal, get_args
 import torch
 
 from .kernels.formats import Dense, Format, Int8, Pruned, Spark, kept_channels, parse
+from .kernels.layout import PageLayout
 from .kernels.spec import Side, Spec, parse_spec
-from .report import OptionError
+from .report import OptionError, warn_once
 
 Recovery = Literal["degenerate", "none", "exponential", "gaussian"]
 Saliency = Literal["squared", "absolute"]
@@ -119,6 +120,9 @@ class SparkConfig:
     def format_for(self, side: Side, head_dim: int, dtype: torch.dtype, layer: str = "") -> Format:
         """The format of the keys or of the values of one attention site.
 
+        One that the options choose and that would take no fewer bytes than dense tokens is
+        replaced by ``dense``, with a warning. One that is given by its text is what it is.
+
         Args:
             head_dim: D of the keys, or of the values.
             dtype: that the model has them in.
@@ -128,6 +132,18 @@ class SparkConfig:
         for pattern, text in _pairs(named):
             if fnmatchcase(layer, pattern):
                 return parse(text, head_dim, dtype)
+        chosen, dense = self._chosen(side, head_dim, dtype), Dense(head_dim, dtype)
+        pages = [PageLayout(format, self.window).page_bytes for format in (chosen, dense)]
+        if pages[0] < pages[1] or chosen == dense:
+            return chosen
+        warn_once(
+            f"{side}s of {head_dim} {dtype} channels stay dense: {chosen.text}, which the options "
+            f"choose, would take {pages[0]} bytes for {self.window} tokens, dense {pages[1]}"
+        )
+        return dense
+
+    def _chosen(self, side: Side, head_dim: int, dtype: torch.dtype) -> Format:
+        """The format that ratio and dtype of a side stand for."""
         ratio = self.key_ratio if side == "key" else self.value_ratio
         stored = self.key_dtype if side == "key" else self.value_dtype
         kept = kept_channels(head_dim, ratio)

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from spark_compile import SparkConfig, SparkError
+from spark_compile import SparkConfig, SparkError, SparkWarning
+from spark_compile.kernels.spec import SIDES
 
 HUGE = 10**30
 WRONG = [
@@ -172,6 +173,44 @@ def test_options_choose_the_formats(
     assert [format.text for format in formats] == [key, value]
     assert [format.head_dim for format in formats] == [12, 8]
     assert {format.dtype for format in formats} == {dtype}
+
+
+NO_SMALLER: list[tuple[dict[str, Any], str, int, torch.dtype]] = [
+    ({"key_ratio": 0.1}, "key", 64, torch.bfloat16),
+    ({"key_ratio": 0.5}, "key", 4, torch.bfloat16),  # as many bytes
+    ({"value_ratio": 0.05}, "value", 32, torch.float32),
+    ({"value_dtype": "int8"}, "value", 1, torch.float16),
+    ({"key_ratio": 0.3, "recovery": "gaussian"}, "key", 16, torch.float16),
+]
+
+
+@pytest.mark.parametrize(("options", "side", "dim", "dtype"), NO_SMALLER, ids=str)
+def test_what_would_take_no_fewer_bytes_stays_dense_and_is_told(
+    options: dict[str, Any], side: Any, dim: int, dtype: torch.dtype
+) -> None:
+    config = SparkConfig(**options)
+    with pytest.warns(SparkWarning, match=f"{side}s of {dim} {dtype} channels stay dense"):
+        assert config.format_for(side, dim, dtype).text == "dense"
+    chosen = config._chosen(side, dim, dtype)
+    assert chosen.text != "dense"
+    named = SparkConfig(**{f"{side}_format": chosen.text})
+    assert named.format_for(side, dim, dtype) == chosen
+
+
+@pytest.mark.filterwarnings("ignore::spark_compile.SparkWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [2, 5, 32])
+@pytest.mark.parametrize("dim", [1, 2, 7, 8, 64, 100])
+def test_no_page_is_larger_than_dense_tokens(window: int, dim: int, dtype: torch.dtype) -> None:
+    for ratio in (0.0, 0.05, 0.1, 0.3, 0.5, 0.8, 0.99):
+        for stored in ("model", "int8"):
+            config = SparkConfig(
+                key_ratio=ratio, value_ratio=ratio, key_dtype=stored, value_dtype=stored,
+                window=window, recovery="gaussian",
+            )  # fmt: skip
+            spec = config.spec(*(config.format_for(side, dim, dtype) for side in SIDES))
+            dense = -(-window * dim * dtype.itemsize // 8) * 8
+            assert all(spec.pages(side).page_bytes <= dense for side in SIDES)
 
 
 PATTERNS = {"*.layers.0.*": "dense", "*.layers.[12].*": "int8", "*.layers.1.attn": "spark(kept=2)"}
