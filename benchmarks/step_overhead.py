@@ -52,19 +52,26 @@ class Graphs:
         self.whole = Watch(SparkGraph.__call__)
 
     def __enter__(self) -> Graphs:
-        self._originals = make, _ = SparkGraph.__init__, SparkGraph.__call__
+        self._originals = SparkGraph.__init__, SparkGraph.running, SparkGraph.__call__
+        make, run, _ = self._originals
 
-        def init(graph: SparkGraph, compiled: Any, program: Any, fakes: Any) -> None:
-            self.inside.append(Watch(compiled))
+        def init(graph: SparkGraph, program: Any, fakes: Any) -> None:
             self.programs.append(program)
-            make(graph, self.inside[-1], program, fakes)
+            make(graph, program, fakes)
+
+        def running(graph: SparkGraph, compiled: Any) -> SparkGraph:
+            self.inside.append(Watch(compiled))
+            return run(graph, self.inside[-1])
 
         SparkGraph.__init__ = init  # type: ignore[method-assign]
+        SparkGraph.running = running  # type: ignore[method-assign]
         SparkGraph.__call__ = lambda *args: self.whole(*args)  # type: ignore[method-assign]
         return self
 
     def __exit__(self, *exception: object) -> None:
-        SparkGraph.__init__, SparkGraph.__call__ = self._originals  # type: ignore[method-assign]
+        make, run, call = self._originals
+        SparkGraph.__init__, SparkGraph.running = make, run  # type: ignore[method-assign]
+        SparkGraph.__call__ = call  # type: ignore[method-assign]
 
     def inside_ms(self) -> float:
         return sum(watch.ms for watch in self.inside)

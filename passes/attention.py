@@ -17,7 +17,6 @@ from torch import SymInt, fx
 from .axes import Size, cached, equal, same_shape, viewed
 from .patterns import (
     CASTS,
-    LIKE_PRODUCTS,
     PRODUCTS,
     SOFTMAXES,
     VIEWS,
@@ -28,7 +27,8 @@ from .patterns import (
     source,
     tensor,
 )
-from .scores import PASSABLE, Bias, Factor, Scores, depends_on_product, is_tensor
+from .scores import Bias, Factor, Scores, is_tensor
+from .ways import way_to_product
 
 _aten = torch.ops.aten
 
@@ -91,12 +91,15 @@ def match_softmax(node: fx.Node, kept: Collection[fx.Node]) -> Attention | None:
     """A product, steps of ``scores.STEPS``, a softmax, and a product with the values."""
     if node.target not in SOFTMAXES or rank(node) < 3 or argument(node, "dim") != rank(node) - 1:
         return None
-    if not depends_on_product(node.args[0]) or not _reaches_product(node):
+    before, after = (way_to_product(node, forwards) for forwards in (False, True))
+    if before is None or after is None:
         return None
+    if before.unknown is not None:
+        raise Refused(f"{before.unknown.target} between queries, keys and softmax", before.unknown)
+    if after.unknown is not None:
+        raise _changed(after.unknown)
     scores = Scores(node.args[0])  # type: ignore[arg-type]
     mixed = _weighted_sum(node, scores)
-    if mixed is None:
-        raise Refused("the attention weights are changed before they meet the values", node)
     query, key = _factors(scores.node)
     column = None if scores.sinks is None else (scores.sinks, -3)
     output, sinks = _gated(node, mixed) if column is None else (mixed, column)
@@ -231,8 +234,16 @@ def _sink_gate(gate: fx.Node, scores: fx.Node, dims: int) -> tuple[fx.Node, int]
     return sinks, -3 if argument(total, "keepdim") else -2  # type: ignore[return-value]
 
 
-def _weighted_sum(softmax: fx.Node, scores: Scores) -> fx.Node | None:
-    """The product of the weights with the values; the columns of sinks are dropped before it."""
+def _changed(by: fx.Node) -> Refused:
+    return Refused(f"the attention weights are changed by {by.target} before the values", by)
+
+
+def _weighted_sum(softmax: fx.Node, scores: Scores) -> fx.Node:
+    """The product of the weights with the values; the columns of sinks are dropped before it.
+
+    Raises:
+        Refused: something else is done to the weights.
+    """
     weights, dropped = softmax, scores.sinks is None
     while True:
         products = [u for u in weights.users if u.target in PRODUCTS and _factors(u)[0] is weights]
@@ -246,7 +257,7 @@ def _weighted_sum(softmax: fx.Node, scores: Scores) -> fx.Node | None:
                 weights = user
                 break
         else:
-            return None
+            raise _changed(next(iter(weights.users)))
 
 
 def _keeps_rows(user: fx.Node) -> bool:
@@ -267,16 +278,3 @@ def _drops_last(user: fx.Node) -> bool:
     width = tensor(user.args[0]).shape[-1]  # type: ignore[arg-type]
     first = argument(user, "start") in (None, 0) and argument(user, "step") == 1
     return first and equal(tensor(user).shape[-1] + 1, width)
-
-
-def _reaches_product(softmax: fx.Node) -> bool:
-    """Whether the weights, possibly changed, are multiplied with something."""
-    seen, stack = {softmax}, [softmax]
-    while stack:
-        for user in stack.pop().users:
-            if user.target in LIKE_PRODUCTS:
-                return True
-            if user.target in CASTS | PASSABLE and user not in seen:
-                seen.add(user)
-                stack.append(user)
-    return False

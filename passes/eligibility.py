@@ -71,6 +71,8 @@ def _why_not_returned(name: str, node: fx.Node, returned: set[fx.Node]) -> str:
         return f"the {name} are written into a buffer by {written.target}, {how}"
     if _computed_from(node, returned):
         return f"the {name} {LATENT}"
+    if any(base.op == "placeholder" for base, _ in viewed(node)):
+        return f"the {name} are an argument of the graph: how they are cached is not part of it"
     return f"the {name} are not returned by the graph: no cache is kept"
 
 

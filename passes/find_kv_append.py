@@ -18,11 +18,11 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .. import ops as _registered  # noqa: F401  (torch.ops.spark)
-from .axes import equal, same_shape
+from .axes import equal, same_shape, viewed
 from .dataflow import call
 from .find_attention import CANONICAL as ATTENTION
 from .find_attention import ORIGINAL
-from .patterns import argument, rank, tensor
+from .patterns import argument, moved_from, rank, tensor
 from .program import Program
 from .scores import constant, is_tensor
 
@@ -47,6 +47,8 @@ class FindKVAppend:
     """Returns the number of appends that feed a canonical attention."""
 
     def __call__(self, program: Program) -> int:
+        given = set(program.arguments)
+        program.continues = any(_takes_a_past(node, given) for node in program.graph.nodes)
         found = 0
         positions: dict[Any, fx.Node] = {}
         for attention in program.graph.find_nodes(op="call_function", target=ATTENTION):
@@ -71,6 +73,25 @@ def is_front(node: fx.Node, dim: int) -> bool:
     if node.target is not _aten.slice.Tensor or argument(node, "dim") not in (dim, dim - 4):
         return False
     return argument(node, "start") in (None, 0) and argument(node, "step") == 1
+
+
+def _takes_a_past(node: fx.Node, given: set[fx.Node]) -> bool:
+    """Whether a node adds tokens to a cache among the arguments, or attends over a longer one.
+
+    Of every attention, also of one that no matcher knows.
+    """
+    if node.target is ATTENTION:
+        query, key = node.args[:2]
+        longer = not equal(tensor(key).shape[2], tensor(query).shape[2])  # type: ignore[arg-type]
+        return longer and any(base in given for base, _ in viewed(key))  # type: ignore[arg-type]
+    if node.target not in MATCHERS or rank(node) != 4:
+        return False
+    before: Any = node.args[0]
+    if node.target is _aten.cat.default:
+        if argument(node, "dim") not in (1, 2):
+            return False
+        before = next((part for part in before if not _is_empty(part)), node)
+    return moved_from(before, given)
 
 
 def _canonicalize(program: Program, node: fx.Node, dim: int, positions: dict[Any, fx.Node]) -> bool:

@@ -123,8 +123,9 @@ def _rewrite_static(program: Program, group: list[CachedAttention]) -> None:
     # Where Dynamo has made the size a symbol, a guard: a graph for each capacity.
     capacity = int(tensor(site.key.past).shape[site.key.dim])
     if not made_here:
+        form = StateForm(spec, True, site.key.dim, program.config.strict)
         for side, cached in site.sides:
-            adopt(program, cached.past, side, StateForm(spec, True, cached.dim), cached.position)  # type: ignore[arg-type]
+            adopt(program, cached.past, side, form, cached.position)  # type: ignore[arg-type]
     if all(reads_new_alone(side) for sharer in group for _, side in sharer.sides):
         stored = _prefill(program, group, spec, capacity)
         if not made_here:
@@ -223,5 +224,5 @@ def _replace(
 ) -> None:  # fmt: skip
     """Return new states in the place of dense keys and values."""
     for side, node, nodes in zip(SIDES, kept, (stored[:2], stored[2:]), strict=True):
-        form = StateForm(spec, static, site.key.dim)
+        form = StateForm(spec, static, site.key.dim, program.config.strict)
         program.replaced[node] = Replacement(side, form, nodes=nodes, length=length)

@@ -47,7 +47,8 @@ MOVES = COPIES | RESHAPES | {
 SOFTMAXES = {_aten.softmax.int, _aten._softmax.default, _aten._safe_softmax.default}
 WRITES = {
     _aten.index_copy.default, _aten.index_put.default, _aten.slice_scatter.default,
-    _aten.select_scatter.default, _aten.scatter.src, _aten.copy.default, _aten.copy_.default,
+    _aten.select_scatter.default, _aten.scatter.src, _aten.masked_scatter.default,
+    _aten.copy.default, _aten.copy_.default,
 }  # fmt: skip
 """Functional forms of writing into a part of a buffer, and the copy into the buffer itself."""
 

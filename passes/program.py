@@ -16,7 +16,7 @@ from ..storage import StateForm
 
 
 class PassFailed(RuntimeError):
-    """A pass raised, or left an inconsistent graph; the message names the pass."""
+    """A pass raised or left an inconsistent graph, or nothing can call it; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,8 @@ class Program:
     traced: dict[Any, fx.Graph] = field(default_factory=dict)
     """What ``dataflow.inline`` has traced."""
     sites: list[Site] = field(default_factory=list)
+    continues: bool = False
+    """Whether the graph adds tokens to a cache that it gets, dense or compressed."""
     inputs: list[PlainInput | StateInput] = field(default_factory=list)
     outputs: list[OutputPlan] = field(default_factory=list)
 
@@ -143,6 +145,6 @@ class Program:
     @property
     def phase(self) -> str:
         """The word for this graph in reports."""
-        if self.states:
+        if self.states or self.continues:
             return "decode"
         return "prefill" if self.sites else "no attention"

@@ -10,10 +10,11 @@ from .accounting import kv_bytes
 from .backend import optimize, spark
 from .config import SparkConfig
 from .explain import explain
-from .report import Report, SparkError, SparkWarning
+from .report import OptionError, Report, SparkError, SparkWarning
 from .state import PrunedKeys, StoredValues
 
 __all__ = [
+    "OptionError",
     "PrunedKeys",
     "Report",
     "SparkConfig",

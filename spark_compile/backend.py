@@ -19,7 +19,7 @@ from .passes.lower import as_dense, fake_inputs, lower
 from .passes.pipeline import run_passes
 from .passes.program import PassFailed, Program
 from .regional import compile_blocks
-from .report import GraphReport, SparkError, record, warn_once
+from .report import GraphReport, OptionError, SparkError, record, warn_once
 from .runtime import SparkGraph
 from .state import SparkTensor
 
@@ -44,7 +44,7 @@ def spark(
         mode: as ``torch.compile``'s, handed on to Inductor.
 
     Raises:
-        ValueError, TypeError: an option is wrong.
+        OptionError: an option, or the mode, is wrong.
         SparkError: under ``strict=True``, where otherwise a SparkWarning is given.
     """
     config = SparkConfig.from_options(options)
@@ -94,6 +94,7 @@ def compile_graph(
             lower_ms, start = _ms_since(start), time.perf_counter()
             matches = run_passes(program)
             passes_ms = _ms_since(start)
+            wrapper = _wrapper(program, fakes)
         except PassFailed as error:
             reason = str(error)
     if reason is not None:
@@ -105,7 +106,12 @@ def compile_graph(
     try:
         _complain_about_refusals(report, config)
         start = time.perf_counter()
-        compiled = _compiled(module, example_inputs, program, fakes, inner)
+        if wrapper is None:  # nothing was rewritten
+            compiled = inner(module, list(example_inputs))
+        else:
+            placeholders = program.graph.find_nodes(op="placeholder")
+            values = [node.meta["val"] for node in placeholders]
+            compiled = wrapper.running(inner(program.module, values))
         if described is not None:
             described.keep(compiled, replace(report, lower_ms=0.0, passes_ms=0.0))
         report = replace(report, compile_ms=_ms_since(start))
@@ -114,19 +120,18 @@ def compile_graph(
     return compiled
 
 
-def _compiled(
-    module: fx.GraphModule,
-    example_inputs: Sequence[Any],
-    program: Program,
-    fakes: Sequence[Any],
-    inner: InnerCompiler,
-) -> Compiled:
-    """The rewritten graph under the inner compiler, or Dynamo's graph if nothing was rewritten."""
+def _wrapper(program: Program, fakes: Sequence[Any]) -> SparkGraph | None:
+    """What the rewritten graph is called through; None if nothing was rewritten.
+
+    Raises:
+        PassFailed: the graph's states cannot be made of what it is called with.
+    """
     if not program.replaced and not program.states:
-        return inner(module, list(example_inputs))
-    placeholders = program.graph.find_nodes(op="placeholder")
-    compiled = inner(program.module, [node.meta["val"] for node in placeholders])
-    return SparkGraph(compiled, program, fakes)
+        return None
+    try:
+        return SparkGraph(program, fakes)
+    except Exception as error:
+        raise PassFailed(f"the wrapper failed: {type(error).__name__}: {error}") from error
 
 
 def _ms_since(start_s: float) -> float:
@@ -148,7 +153,7 @@ def optimize(model: ModuleT, *, regional: bool = False, **options: Any) -> Modul
         options: fields of :class:`SparkConfig`.
 
     Raises:
-        ValueError, TypeError: an option is wrong.
+        OptionError: an option is wrong, which is a SparkError and a ValueError.
         ValueError: ``regional`` is set and there are no such blocks.
         SparkError: from ``generate``, under ``strict=True``, in place of that warning.
     """
@@ -157,7 +162,7 @@ def optimize(model: ModuleT, *, regional: bool = False, **options: Any) -> Modul
         for name in ("key_format", "value_format"):
             if isinstance(getattr(config, name), tuple):
                 # Equal layers share one compiled graph, and a layer does not know where it is.
-                raise ValueError(
+                raise OptionError(
                     f"option {name!r} has formats by layer: allowed with regional=True is one text"
                 )
         compile_blocks(model, options, lambda message: _complain(message, config))
@@ -176,15 +181,22 @@ def _reason_to_leave_alone(example_inputs: Sequence[Any]) -> str | None:
 
 
 def inner_compiler(config: SparkConfig, mode: str | None) -> InnerCompiler:
-    """The compiler of the rewritten graph."""
+    """The compiler of the rewritten graph.
+
+    Raises:
+        OptionError: Inductor does not know the mode, or is not the one that compiles.
+    """
     from torch._dynamo.backends.registry import lookup_backend
 
     compiler = lookup_backend(config.inner)
     if mode is None or mode == "default":
         return compiler
     if config.inner != "inductor":
-        raise ValueError(f"mode is {mode!r}: allowed with inner={config.inner!r} is None")
-    patches = torch._inductor.list_mode_options(mode)
+        raise OptionError(f"mode is {mode!r}: allowed with inner={config.inner!r} is None")
+    try:
+        patches = torch._inductor.list_mode_options(mode)
+    except RuntimeError as error:
+        raise OptionError(f"mode is {mode!r}: allowed is a mode of Inductor: {error}") from error
     return lambda module, inputs: compiler(module, inputs, config_patches=patches)  # type: ignore[call-arg]
 
 

@@ -24,6 +24,7 @@ import typer
 from rich.console import Console
 
 from .config import Formats, SparkConfig
+from .report import OptionError
 
 if TYPE_CHECKING:
     from .report import Report
@@ -162,7 +163,7 @@ def _explain(model: str, tokens: int, options: dict[str, Any], compile_too: bool
 def _check(options: dict[str, Any]) -> None:
     try:
         SparkConfig.from_options(options)
-    except (ValueError, TypeError) as error:
+    except OptionError as error:
         _fail(str(error))
 
 

@@ -11,12 +11,18 @@ from typing import Annotated, Any, Literal, get_args
 import torch
 
 from .kernels.formats import Dense, Format, Int8, Pruned, Spark, kept_channels, parse
+from .kernels.layout import PageLayout
 from .kernels.spec import Side, Spec, parse_spec
+from .report import OptionError, warn_once
 
 Recovery = Literal["degenerate", "none", "exponential", "gaussian"]
 Saliency = Literal["squared", "absolute"]
 Stored = Literal["model", "int8"]
 Inner = Literal["inductor", "eager", "aot_eager"]
+LONGEST_TAIL = 1 << 20
+"""Most tokens of an option for which every cache has dense rows from its first token on."""
+LONGEST = (1 << 31) - 1
+"""Most tokens of a context."""
 Formats = str | Mapping[str, str] | tuple[tuple[str, str], ...] | None
 
 
@@ -26,9 +32,8 @@ class SparkConfig:
     the command line.
 
     Raises:
-        ValueError: an option is unknown or out of range; the message names it, its value and what
-            is allowed.
-        TypeError: an option has the wrong type.
+        OptionError: an option is unknown, of a wrong type or out of range; the message names it,
+            its value and what is allowed. It is a SparkError and a ValueError.
     """
 
     key_ratio: Annotated[
@@ -72,40 +77,51 @@ class SparkConfig:
     value_format: Annotated[Formats, "Likewise the format of the values."] = None
     strict: Annotated[
         bool,
-        "Raise instead of warning when a site is refused, nothing is rewritten or a pass fails.",
+        "Raise instead of warning when a site is refused, nothing is rewritten, a pass fails or, "
+        "outside the compiled graphs, an operator needs a compressed cache dense.",
     ] = False
 
     def __post_init__(self) -> None:
         for name in ("key_ratio", "value_ratio"):
             ratio = getattr(self, name)
-            _number(name, ratio, (int, float), f"a number with 0 <= {name} < 1")
-            if not 0 <= ratio < 1:
-                raise _error(name, ratio, f"0 <= {name} < 1")
-        _at_least("window", self.window, 2)
-        _at_least("sink_tokens", self.sink_tokens, 0)
+            if not _is_number(ratio, (int, float)) or not 0 <= ratio < 1:
+                raise _error(name, ratio, f"a number with 0 <= {name} < 1")
+        _tokens("window", self.window, 2)
+        _tokens("sink_tokens", self.sink_tokens, 0)
         if self.recent_tokens is not None:
-            _at_least("recent_tokens", self.recent_tokens, 0)
-        _at_least("min_tokens", self.min_tokens, 0)
+            _tokens("recent_tokens", self.recent_tokens, 0)
+        _tokens("min_tokens", self.min_tokens, 0, LONGEST)
         for name, allowed in _CHOICES.items():
             value = getattr(self, name)
-            if value not in get_args(allowed):
+            if not isinstance(value, str) or value not in get_args(allowed):
                 raise _error(name, value, "one of " + ", ".join(map(repr, get_args(allowed))))
         for name in ("key_format", "value_format"):
             object.__setattr__(self, name, _checked(name, getattr(self, name)))
         if not isinstance(self.strict, bool):
-            raise TypeError(f"option 'strict' is {self.strict!r}: allowed is True or False")
+            raise _error("strict", self.strict, "True or False")
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | None) -> SparkConfig:
-        """Build from the ``options`` of ``torch.compile``; an unknown name raises ValueError."""
+        """Build from the ``options`` of ``torch.compile``, a mapping of names to values or None.
+
+        Raises:
+            OptionError: as the class does; also if ``options`` is something else.
+        """
+        if options is None:
+            return cls()
+        if not isinstance(options, Mapping):
+            raise OptionError(f"options is {options!r}: allowed is a mapping of names to values")
         known = [field.name for field in dataclasses.fields(cls)]
-        for name, value in (options or {}).items():
+        for name, value in options.items():
             if name not in known:
                 raise _error(str(name), value, "one of the options " + ", ".join(known))
-        return cls(**(options or {}))
+        return cls(**options)
 
     def format_for(self, side: Side, head_dim: int, dtype: torch.dtype, layer: str = "") -> Format:
         """The format of the keys or of the values of one attention site.
+
+        One that the options choose and that would take no fewer bytes than dense tokens is
+        replaced by ``dense``, with a warning. One that is given by its text is what it is.
 
         Args:
             head_dim: D of the keys, or of the values.
@@ -116,6 +132,18 @@ class SparkConfig:
         for pattern, text in _pairs(named):
             if fnmatchcase(layer, pattern):
                 return parse(text, head_dim, dtype)
+        chosen, dense = self._chosen(side, head_dim, dtype), Dense(head_dim, dtype)
+        pages = [PageLayout(format, self.window).page_bytes for format in (chosen, dense)]
+        if pages[0] < pages[1] or chosen == dense:
+            return chosen
+        warn_once(
+            f"{side}s of {head_dim} {dtype} channels stay dense: {chosen.text}, which the options "
+            f"choose, would take {pages[0]} bytes for {self.window} tokens, dense {pages[1]}"
+        )
+        return dense
+
+    def _chosen(self, side: Side, head_dim: int, dtype: torch.dtype) -> Format:
+        """The format that ratio and dtype of a side stand for."""
         ratio = self.key_ratio if side == "key" else self.value_ratio
         stored = self.key_dtype if side == "key" else self.value_dtype
         kept = kept_channels(head_dim, ratio)
@@ -163,17 +191,14 @@ def _checked(name: str, formats: Formats) -> Formats:
     return formats if formats is None or isinstance(formats, str) else pairs
 
 
-def _error(name: str, value: object, allowed: str) -> ValueError:
-    return ValueError(f"option {name!r} is {value!r}: allowed is {allowed}")
+def _error(name: str, value: object, allowed: str) -> OptionError:
+    return OptionError(f"option {name!r} is {value!r}: allowed is {allowed}")
 
 
-def _number(name: str, value: object, types: tuple[type, ...], allowed: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, types):
-        raise TypeError(f"option {name!r} is {value!r}: allowed is {allowed}")
+def _is_number(value: object, types: tuple[type, ...]) -> bool:
+    return isinstance(value, types) and not isinstance(value, bool)
 
 
-def _at_least(name: str, value: object, least: int) -> None:
-    _number(name, value, (int,), f"an integer >= {least}")
-    assert isinstance(value, int)
-    if value < least:
-        raise _error(name, value, f"an integer >= {least}")
+def _tokens(name: str, value: Any, least: int, most: int = LONGEST_TAIL) -> None:
+    if not _is_number(value, (int,)) or not least <= value <= most:
+        raise _error(name, value, f"an integer from {least} to {most}")

@@ -36,7 +36,7 @@ def explain(
         options: fields of :class:`SparkConfig`; ``inner`` is ignored unless ``compile`` is set.
 
     Raises:
-        ValueError, TypeError: an option is wrong.
+        OptionError: an option is wrong, which is a SparkError and a ValueError.
         SparkError: under ``strict=True``, as compiling would.
     """
     config = SparkConfig.from_options(options)

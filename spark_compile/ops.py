@@ -40,8 +40,7 @@ def _operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., 
 
         def first_call(*args: Any) -> Any:
             device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
-            key = {"cpu": "CPU", "cuda": "CUDA"}.get(device)
-            if key and _accelerated(device) and operator.has_kernel_for_dispatch_key(key):
+            if _accelerated(device) and operator.has_kernel_for_dispatch_key(device.upper()):
                 return operator(*args)
             return function(*args)
 
@@ -62,8 +61,13 @@ def _operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., 
 
 @functools.cache
 def _accelerated(device: str) -> bool:
-    """Register the native kernels of a device, once; False if there are none."""
-    return cpu.load() if device == "cpu" else triton.load()
+    """Register the native kernels of a device, once; False, which a warning says, if none do."""
+    if device == "cpu":
+        return cpu.load()
+    if not (loaded := device == "cuda" and triton.load()):
+        why = "Triton cannot be imported" if device == "cuda" else "there are some for CPU and CUDA"
+        warn_once(f"no native kernels on {device} ({why}): the slow reference runs instead")
+    return loaded
 
 
 def _warn_slow(name: str, args: tuple[Any, ...]) -> None:
@@ -72,7 +76,8 @@ def _warn_slow(name: str, args: tuple[Any, ...]) -> None:
     if text is None:
         return
     spec = parse_spec(text)
-    what = " and ".join(dict.fromkeys(spec.format(side).text for side in SIDES))
+    formats = dict.fromkeys(spec.format(side) for side in SIDES)
+    what = " and ".join(f"{each.text} of {each.head_dim} {each.dtype} channels" for each in formats)
     warn_once(f"no native kernel does this {name} with {what}: the slow reference runs instead")
 
 

@@ -17,14 +17,29 @@ from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
+from torch._dynamo.exc import ShortenTraceback
 
 
 class SparkWarning(UserWarning):
     """Something was left as it was, or is slower than it could be."""
 
 
-class SparkError(RuntimeError):
-    """Raised under ``strict=True`` where a SparkWarning would have been given."""
+class SparkError(ShortenTraceback):
+    """Raised under ``strict=True`` where a SparkWarning would have been given; a RuntimeError.
+
+    Dynamo wraps what a backend raises in ``BackendCompilerFailed``, except for this base class.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, first_useful_frame=None)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message  # without the advice for people who debug Dynamo that it adds to args
+
+
+class OptionError(SparkError, ValueError):
+    """An option is unknown, of a wrong type or out of range."""
 
 
 _given: set[str] = set()
@@ -85,7 +100,7 @@ class GraphReport:
     """What the passes did to one graph."""
 
     phase: str
-    """"prefill", "decode" (it takes a compressed past), "no attention" or "left alone"."""
+    """"prefill", "decode" (it takes a past, dense ones too), "no attention" or "left alone"."""
     sites: tuple[Site, ...] = ()
     left_alone: str | None = None
     """Why the whole graph was handed on unchanged, if it was."""
@@ -103,9 +118,14 @@ class GraphReport:
         return tuple(site for site in self.sites if site.refusal is None)
 
     def refusals(self) -> str:
-        """The reasons, most frequent first, in one line."""
-        counts = Counter(str(site.refusal) for site in self.sites if site.refusal is not None)
-        return "; ".join(f"{count} x {reason}" for reason, count in counts.most_common(3))
+        """The reasons with the first node of each, most frequent first, in one line."""
+        refusals = [site.refusal for site in self.sites if site.refusal is not None]
+        first = {refusal.reason: refusal for refusal in reversed(refusals)}
+        counts = Counter(refusal.reason for refusal in refusals).most_common()
+        told = [f"{count} x {first[reason]}" for reason, count in counts[:3]]
+        if len(counts) > 3:
+            told.append(f"{sum(count for _, count in counts[3:])} x other reasons")
+        return "; ".join(told)
 
 
 @dataclass

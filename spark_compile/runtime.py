@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import SymInt
@@ -23,6 +23,9 @@ class Length:
         Args:
             size: an int, or an expression over sizes of the arguments.
             fakes: the fake arguments, in which those sizes are looked up.
+
+        Raises:
+            KeyError: no argument has one of those sizes.
         """
         self._constant = size if isinstance(size, int) else None
         if isinstance(size, SymInt):
@@ -54,13 +57,19 @@ def _find_symbol(symbol: object, fakes: Sequence[Any]) -> tuple[int, int | None]
 
 
 class SparkGraph:
-    """A compiled graph that takes and returns compressed states."""
+    """A graph that takes and returns compressed states; :meth:`running` makes it one to call."""
 
-    def __init__(
-        self, compiled: Callable[..., Any], program: Program, fakes: Sequence[Any]
-    ) -> None:
+    _compiled: Callable[..., Any]
+
+    def __init__(self, program: Program, fakes: Sequence[Any]) -> None:
+        """
+        Args:
+            fakes: the fake arguments of the graph as Dynamo calls it.
+
+        Raises:
+            KeyError: a number of tokens cannot be told from the arguments.
+        """
         fakes = flattened(fakes, program.wrapped)
-        self._compiled = compiled
         self._wrapped = program.wrapped
         self._outputs = tuple(program.outputs)
         self._inputs = tuple(program.inputs)
@@ -74,6 +83,11 @@ class SparkGraph:
             for plan in program.outputs
             if isinstance(plan, NewState)
         }
+
+    def running(self, compiled: Callable[..., Any]) -> Self:
+        """The same with the code that the inner compiler made of the rewritten graph."""
+        self._compiled = compiled
+        return self
 
     def __call__(self, *whole_args: Any) -> list[Any]:
         note_activity()

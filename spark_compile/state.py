@@ -3,7 +3,7 @@
 A state has the shape [B, Hkv, S, D] that the model expects in its own cache object, and is a
 traceable wrapper subclass, so Dynamo passes it through a compiled graph. Operators that only move
 tokens or batch entries keep it compressed (``state_ops.py``); any other one gets the recovered
-dense tensor (never wrong, at worst slow: a warning says so once).
+dense tensor (never wrong, at worst slow: a warning says so once, or ``strict`` raises).
 """
 
 from __future__ import annotations
@@ -131,11 +131,11 @@ def new_state(side: Side, form: StateForm, pages: Tensor, head: Tensor, length: 
 
 
 def rebuild(
-    kind: str, shape: tuple[int, ...], form: tuple[str, bool, int], stored: dict[str, Tensor]
+    kind: str, shape: tuple[int, ...], form: tuple[Any, ...], stored: dict[str, Tensor]
 ) -> SparkTensor:
     """Undo ``SparkTensor.__reduce_ex__``; the one global that unpickling a state needs."""
-    spec, static, tokens_dim = form
-    return SparkTensor.KINDS[kind](shape, StateForm(parse_spec(spec), static, tokens_dim), stored)
+    spec, *rest = form
+    return SparkTensor.KINDS[kind](shape, StateForm(parse_spec(spec), *rest), stored)
 
 
 def _register_safe_globals() -> None:

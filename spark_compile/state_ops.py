@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .kernels.layout import LENGTH, counters
 from .kernels.reference.store import ALL, Store, allocate, position_of
-from .report import warn_once
+from .report import SparkError, warn_once
 from .state import SparkTensor
 
 
@@ -214,7 +214,12 @@ def _states(tree: object) -> Iterator[SparkTensor]:
 
 
 def _on_dense(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run an operator on the recovered dense tensors."""
+    """Run an operator on the recovered dense tensors.
+
+    Raises:
+        TypeError: it writes into a state.
+        SparkError: a state was made under ``strict=True``.
+    """
     given = dict(zip((schema.name for schema in func._schema.arguments), args, strict=False))
     given.update(kwargs)
     for schema in func._schema.arguments:
@@ -224,9 +229,9 @@ def _on_dense(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
                 "call .dense() for a copy"
             )
     if not _is_traced(args):
-        warn_once(
-            f"{func} does not work on a compressed cache: it gets the recovered dense tensor",
-            stacklevel=4,
-        )
+        reason = f"{func} does not work on a compressed cache"
+        if any(state.form.strict for state in _states((args, kwargs))):
+            raise SparkError(f"{reason}; call .dense() for a dense copy")
+        warn_once(f"{reason}: it gets the recovered dense tensor", stacklevel=4)
     args, kwargs = tree_map_only(SparkTensor, lambda state: state.dense(), (args, kwargs))
     return func(*args, **kwargs)

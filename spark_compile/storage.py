@@ -38,6 +38,7 @@ class StateForm(NamedTuple):
     """Whether it has a fixed capacity and is changed in place."""
     tokens_dim: int = 2
     """Dimension of the sequence: 2 in [B, Hkv, S, D], 1 in [B, S, Hkv, D]."""
+    strict: bool = False  # an operator that needs the dense tensor raises in place of a warning
 
     def shape(self, side: Side, head: Tensor, length: int) -> tuple[int, ...]:
         """The logical shape of ``length`` tokens."""

@@ -310,7 +310,10 @@ REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
     "weights": (weights_returned, "the attention weights are also used elsewhere"),
     "flat": (lambda q, k, v, m: SDPA(q[0], expanded(k, 2)[0], expanded(v, 2)[0]), "3 dimensions"),
     "sink_per_query": (sink_per_query, "not a logit per head"),
-    "wrong_column_dropped": (wrong_column_dropped, "the attention weights are changed"),
+    "wrong_column_dropped": (
+        wrong_column_dropped,
+        "the attention weights are changed by aten.slice.Tensor",
+    ),
     "tiled_keys_alone": (
         lambda q, k, v, m: SDPA(q, k.repeat(1, 2, 1, 1), expanded(v, 2), m),
         "other heads",
@@ -321,7 +324,25 @@ REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
     "gate_over_queries": (gate_over_queries, "the attention weights are also used elsewhere"),
     "scaled_per_key": (scaled_per_key, "aten.mul.Tensor between queries, keys and softmax"),
     "faintly_filled": (faintly_filled, "masked_fill"),
-    "gated_weights": (gated_weights, ""),
+    "gated_weights": (gated_weights, "weights are changed by aten.mul.Tensor before the values"),
+    "scores_without_nan": (
+        lambda q, k, v, m: weighted((product(q, k) + m).nan_to_num(), expanded(v, 2)),
+        "aten.nan_to_num.default between queries, keys and softmax",
+    ),
+    "rounded_scores": (
+        lambda q, k, v, m: weighted(
+            (product(q, k).double().round() / 2).float() + m, expanded(v, 2)
+        ),
+        "aten.round.default between queries, keys and softmax",
+    ),
+    "running_scores": (
+        lambda q, k, v, m: weighted(product(q, k).cumsum(-1), expanded(v, 2)),
+        "aten.cumsum.default between queries, keys and softmax",
+    ),
+    "weights_without_nan": (
+        lambda q, k, v, m: F.softmax(product(q, k) + m, dim=-1).nan_to_num(0.0) @ expanded(v, 2),
+        "the attention weights are changed by aten.nan_to_num.default before the values",
+    ),
 }
 
 
@@ -345,6 +366,10 @@ def router(x: Tensor, weight: Tensor) -> Tensor:
 NO_ATTENTION: dict[str, Callable[..., Any]] = {
     "router": lambda q, k, v, m: router(q[0, 0], k[0, 0].mT),
     "softmax_4d": lambda q, k, v, m: F.softmax(q, dim=-1) @ q.mT,
+    "softmax_of_features": lambda q, k, v, m: F.softmax(F.layer_norm(q, (8,)), dim=-1) @ q.mT,
+    "experts": lambda q, k, v, m: (
+        F.softmax(F.linear(q, k[0, 0]).exp(), dim=-1).exp() @ expanded(v, 2)
+    ),
     "softmax_of_scores_alone": lambda q, k, v, m: F.softmax(product(q, k), dim=-1).sum(),
     "over_queries": lambda q, k, v, m: F.softmax(product(q, k), dim=-2) @ expanded(v, 2),
 }

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from decoders import ATTENTIONS, decoder, prompt
-from torch import Tensor
+from torch import Tensor, nn
 
 from spark_compile.config import SparkConfig
 from spark_compile.kernels.reference.store import ALL
@@ -139,6 +139,21 @@ def test_cross_attention_without_a_cache_is_refused(capture: Any) -> None:
     assert refusals(program) == ["the keys are not returned by the graph: no cache is kept"]
 
 
+@pytest.mark.parametrize(("length", "phase"), [(7, "prefill"), (9, "decode")])
+def test_keys_that_come_from_another_graph_are_told_so(
+    capture: Any, length: int, phase: str
+) -> None:
+    """As where the cache breaks the graph: it is written before this one, and read in it."""
+    rows = [torch.randn(1, n, 2, 8) for n in (7, length, length)]
+
+    def attends(*rows: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(*(each.transpose(1, 2) for each in rows))
+
+    program = capture(attends, *rows, passes=PASSES)
+    reason = "the keys are an argument of the graph: how they are cached is not part of it"
+    assert (refusals(program), program.phase) == ([reason], phase)
+
+
 @pytest.mark.parametrize("window", [0, 4])
 def test_latents_written_into_a_passing_tensor_are_no_buffer(capture: Any, window: int) -> None:
     """Latent attention as DeepSeek has it: keys are put together of parts, in no cache."""
@@ -194,3 +209,38 @@ def test_a_cache_never_goes_back_and_forth(name: str) -> None:
         _, past = compiled(tokens, past)
         kinds.append(type(past[0][0]).__name__)
     assert len(set(kinds[1:])) == 1, kinds
+
+
+class Paged(nn.Module):
+    """The cache of transformers' continuous batching: rows of one buffer, found by index."""
+
+    def __init__(self, reads: str) -> None:
+        super().__init__()
+        self.reads = reads
+        self.register_buffer("keys", torch.zeros(20, 2, 8))
+        self.register_buffer("values", torch.zeros(20, 2, 8))
+
+    def forward(self, x: Tensor, write_index: Tensor, read_index: Tensor) -> Tensor:
+        tokens = []
+        for buffer in (self.keys, self.values):
+            new, rows = x.squeeze(0).transpose(0, 1), None
+            if self.reads == "window":
+                rows = torch.index_select(buffer, 0, read_index)
+                rows.masked_scatter_((read_index == 7)[:, None, None], new)
+            buffer.index_copy_(0, write_index, new)
+            if self.reads == "all":
+                rows = torch.index_select(buffer, 0, read_index)
+            rows = new if rows is None else rows
+            tokens.append(rows.transpose(0, 1).unsqueeze(0))
+        return F.scaled_dot_product_attention(x, *tokens)
+
+
+@pytest.mark.parametrize(
+    ("reads", "operator"),
+    [("nothing", "index_copy"), ("all", "index_copy"), ("window", "masked_scatter")],
+)
+def test_a_paged_cache_is_told_as_a_buffer(capture: Any, reads: str, operator: str) -> None:
+    x, index = torch.randn(1, 2, 3, 8), torch.arange(3)
+    program = capture(Paged(reads), x, index, torch.arange(7), passes=PASSES)
+    (reason,) = refusals(program)
+    assert reason.startswith(f"the keys are written into a buffer by aten.{operator}.default, ")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from decoders import decode, decoder, prompt
 
-from spark_compile import SparkWarning
+from spark_compile import SparkError, SparkWarning
 from spark_compile.passes import dataflow
 from spark_compile.passes.cleanup import Cleanup
 from spark_compile.passes.find_attention import FindAttention
@@ -137,5 +137,28 @@ def test_so_it_does_with_compressed_states(monkeypatch: pytest.MonkeyPatch) -> N
 def test_strict_raises_and_names_the_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(InsertSpark, "__call__", Raises.__call__)
     compiled = torch.compile(decoder(), backend="spark", options={**OPTIONS, "strict": True})
-    with pytest.raises(Exception, match=r"SparkError.*pass InsertSpark failed"):
+    with pytest.raises(SparkError, match="pass InsertSpark failed"):
         compiled(prompt())
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_length_that_no_argument_tells_leaves_the_graph_alone(
+    monkeypatch: pytest.MonkeyPatch, strict: bool
+) -> None:
+    def unknown(symbol: object, fakes: object) -> None:
+        raise KeyError(f"no argument of the graph has the size {symbol}")
+
+    model, tokens = decoder(), prompt(13)
+    exact, exact_past = decode(model, tokens, None, 3)
+    monkeypatch.setattr("spark_compile.runtime._find_symbol", unknown)
+    compiled = torch.compile(
+        model, backend="spark", options={**OPTIONS, "strict": strict}, dynamic=True
+    )
+    reason = "spark left a graph alone: the wrapper failed: KeyError: 'no argument"
+    if strict:
+        with pytest.raises(SparkError, match=reason):
+            compiled(tokens)
+        return
+    with pytest.warns(SparkWarning, match=reason):
+        logits, past = decode(compiled, tokens, None, 3)
+    torch.testing.assert_close((logits, past), (exact, exact_past))

@@ -93,9 +93,16 @@ def test_explain_prints_a_table_and_a_summary(llama_folder: Path) -> None:
     assert f"{LAYERS} of {LAYERS} sites rewritten" in " ".join(result.stdout.split())
 
 
-def _one_line_error(arguments: list[str]) -> str:
+def test_strict_explain_ends_in_one_line(llama_folder: Path) -> None:
+    error = _one_line_error(
+        ["explain", str(llama_folder), "--strict", "--key-format", "spark(kept=99)"], code=1
+    )
+    assert "spark rewrote nothing: 1 x option 'kept' of format 'spark' is 99" in error
+
+
+def _one_line_error(arguments: list[str], code: int = 2) -> str:
     result = RUNNER.invoke(app, arguments)
-    assert result.exit_code == 2, result.output
+    assert result.exit_code == code, result.output
     assert result.stdout == ""
     lines = result.stderr.strip().splitlines()
     assert len(lines) == 1
@@ -107,6 +114,7 @@ def _one_line_error(arguments: list[str]) -> str:
     [
         ("key-ratio", "1.5"),
         ("window", "0"),
+        ("window", str(10**30)),
         ("recovery", "magic"),
         ("saliency", "loud"),
         ("value-dtype", "fp8"),

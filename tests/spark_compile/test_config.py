@@ -6,12 +6,15 @@ import dataclasses
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from spark_compile import SparkConfig
+from spark_compile import SparkConfig, SparkError, SparkWarning
+from spark_compile.kernels.spec import SIDES
 
-OUT_OF_RANGE = [
+HUGE = 10**30
+WRONG = [
     ("key_ratio", 1, "0 <= key_ratio < 1"),
     ("key_ratio", 1.0, "0 <= key_ratio < 1"),
     ("key_ratio", -0.01, "0 <= key_ratio < 1"),
@@ -21,14 +24,14 @@ OUT_OF_RANGE = [
     ("value_ratio", -0.5, "0 <= value_ratio < 1"),
     ("key_dtype", "fp8", "'model', 'int8'"),
     ("value_dtype", None, "'model', 'int8'"),
-    ("window", 1, "an integer >= 2"),
-    ("window", -3, "an integer >= 2"),
+    ("window", 1, "an integer from 2 to"),
+    ("window", -3, "an integer from 2 to"),
     ("recovery", "mean", "'degenerate', 'none', 'exponential', 'gaussian'"),
     ("recovery", None, "'degenerate', 'none', 'exponential', 'gaussian'"),
     ("saliency", "Squared", "'squared', 'absolute'"),
-    ("sink_tokens", -1, "an integer >= 0"),
-    ("recent_tokens", -1, "an integer >= 0"),
-    ("min_tokens", -1, "an integer >= 0"),
+    ("sink_tokens", -1, "an integer from 0 to"),
+    ("recent_tokens", -1, "an integer from 0 to"),
+    ("min_tokens", -1, "an integer from 0 to"),
     ("inner", "cudagraphs", "'inductor', 'eager', 'aot_eager'"),
     ("inner", ["eager"], "'inductor', 'eager', 'aot_eager'"),
     ("key_format", "int4", "the text of a format, or texts by layer: format 'int4' is not known"),
@@ -39,23 +42,28 @@ OUT_OF_RANGE = [
     ("value_format", 7, "the text of a format, or texts by layer"),
     ("key_format", ("dense",), "the text of a format, or texts by layer"),
     ("key_format", "", "format '' is not known"),
-]
-WRONG_TYPE = [
+    *((name, HUGE, f"an integer from {least} to ") for name, least in
+      (("window", 2), ("sink_tokens", 0), ("recent_tokens", 0), ("min_tokens", 0))),
+    *((name, value, "an integer from ") for name in ("window", "sink_tokens", "min_tokens")
+      for value in (math.nan, math.inf, -HUGE, True, None, "4", torch.tensor(4), [4])),
+    *((f"{side}_ratio", value, f"0 <= {side}_ratio < 1") for side in ("key", "value")
+      for value in (-math.inf, HUGE, -HUGE, 0.5j, [0.5], torch.tensor([0.5, 0.5]))),
+    ("recovery", np.array(["none", "none"]), "'degenerate', 'none', 'exponential', 'gaussian'"),
     ("key_ratio", "0.5", "a number with 0 <= key_ratio < 1"),
     ("key_ratio", None, "a number with 0 <= key_ratio < 1"),
     ("key_ratio", False, "a number with 0 <= key_ratio < 1"),
     ("value_ratio", "0.5", "a number with 0 <= value_ratio < 1"),
-    ("window", 4.0, "an integer >= 2"),
-    ("window", True, "an integer >= 2"),
-    ("window", None, "an integer >= 2"),
-    ("sink_tokens", 1.0, "an integer >= 0"),
-    ("sink_tokens", None, "an integer >= 0"),
-    ("recent_tokens", "all", "an integer >= 0"),
-    ("recent_tokens", True, "an integer >= 0"),
-    ("min_tokens", 0.5, "an integer >= 0"),
+    ("window", 4.0, "an integer from 2 to"),
+    ("window", True, "an integer from 2 to"),
+    ("window", None, "an integer from 2 to"),
+    ("sink_tokens", 1.0, "an integer from 0 to"),
+    ("sink_tokens", None, "an integer from 0 to"),
+    ("recent_tokens", "all", "an integer from 0 to"),
+    ("recent_tokens", True, "an integer from 0 to"),
+    ("min_tokens", 0.5, "an integer from 0 to"),
     ("strict", 1, "True or False"),
     ("strict", None, "True or False"),
-]
+]  # fmt: skip
 EXTREMES = [
     {"key_ratio": 0},
     {"key_ratio": 0.999},
@@ -76,22 +84,18 @@ EXTREMES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("error", "name", "value", "allowed"),
-    [(ValueError, *case) for case in OUT_OF_RANGE] + [(TypeError, *case) for case in WRONG_TYPE],
-)
-def test_a_wrong_value_raises_and_is_named(
-    error: type[Exception], name: str, value: Any, allowed: str
-) -> None:
+@pytest.mark.parametrize(("name", "value", "allowed"), WRONG, ids=range(len(WRONG)))
+def test_a_wrong_value_raises_and_is_named(name: str, value: Any, allowed: str) -> None:
     for build in (lambda options: SparkConfig(**options), SparkConfig.from_options):
-        with pytest.raises(error) as caught:
+        with pytest.raises(ValueError) as caught:  # noqa: PT011  (the message is compared below)
             build({name: value})
+        assert isinstance(caught.value, SparkError)
         assert str(caught.value).startswith(f"option {name!r} is {value!r}: allowed is ")
         assert allowed in str(caught.value)
 
 
 def test_every_option_has_a_wrong_value_above() -> None:
-    tried = {name for name, *_ in OUT_OF_RANGE} | {name for name, *_ in WRONG_TYPE}
+    tried = {name for name, *_ in WRONG}
     assert tried == {field.name for field in dataclasses.fields(SparkConfig)}
 
 
@@ -105,6 +109,13 @@ def test_extremes_are_allowed(options: dict[str, Any]) -> None:
 def test_an_unknown_option_raises_and_is_named(name: str) -> None:
     with pytest.raises(ValueError, match=f"option '{name}' is 4: allowed is one of the options"):
         SparkConfig.from_options({name: 4})
+
+
+@pytest.mark.parametrize("options", ["x", "", 7, [("window", 4)], [], {"window"}])
+def test_options_that_are_no_mapping_are_named(options: Any) -> None:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011  (the message is compared below)
+        SparkConfig.from_options(options)
+    assert str(caught.value) == f"options is {options!r}: allowed is a mapping of names to values"
 
 
 @pytest.mark.parametrize("options", [None, {}])
@@ -162,6 +173,44 @@ def test_options_choose_the_formats(
     assert [format.text for format in formats] == [key, value]
     assert [format.head_dim for format in formats] == [12, 8]
     assert {format.dtype for format in formats} == {dtype}
+
+
+NO_SMALLER: list[tuple[dict[str, Any], str, int, torch.dtype]] = [
+    ({"key_ratio": 0.1}, "key", 64, torch.bfloat16),
+    ({"key_ratio": 0.5}, "key", 4, torch.bfloat16),  # as many bytes
+    ({"value_ratio": 0.05}, "value", 32, torch.float32),
+    ({"value_dtype": "int8"}, "value", 1, torch.float16),
+    ({"key_ratio": 0.3, "recovery": "gaussian"}, "key", 16, torch.float16),
+]
+
+
+@pytest.mark.parametrize(("options", "side", "dim", "dtype"), NO_SMALLER, ids=str)
+def test_what_would_take_no_fewer_bytes_stays_dense_and_is_told(
+    options: dict[str, Any], side: Any, dim: int, dtype: torch.dtype
+) -> None:
+    config = SparkConfig(**options)
+    with pytest.warns(SparkWarning, match=f"{side}s of {dim} {dtype} channels stay dense"):
+        assert config.format_for(side, dim, dtype).text == "dense"
+    chosen = config._chosen(side, dim, dtype)
+    assert chosen.text != "dense"
+    named = SparkConfig(**{f"{side}_format": chosen.text})
+    assert named.format_for(side, dim, dtype) == chosen
+
+
+@pytest.mark.filterwarnings("ignore::spark_compile.SparkWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [2, 5, 32])
+@pytest.mark.parametrize("dim", [1, 2, 7, 8, 64, 100])
+def test_no_page_is_larger_than_dense_tokens(window: int, dim: int, dtype: torch.dtype) -> None:
+    for ratio in (0.0, 0.05, 0.1, 0.3, 0.5, 0.8, 0.99):
+        for stored in ("model", "int8"):
+            config = SparkConfig(
+                key_ratio=ratio, value_ratio=ratio, key_dtype=stored, value_dtype=stored,
+                window=window, recovery="gaussian",
+            )  # fmt: skip
+            spec = config.spec(*(config.format_for(side, dim, dtype) for side in SIDES))
+            dense = -(-window * dim * dtype.itemsize // 8) * 8
+            assert all(spec.pages(side).page_bytes <= dense for side in SIDES)
 
 
 PATTERNS = {"*.layers.0.*": "dense", "*.layers.[12].*": "int8", "*.layers.1.attn": "spark(kept=2)"}

@@ -65,12 +65,15 @@ REASONS = {
 
 @pytest.mark.parametrize("name", REASONS)
 def test_refusals_are_reported_with_node_and_cause(name: str) -> None:
-    report = explain(named(name), {"input_ids": prompt(13)}, window=4)
+    report = explain(named(name, layers=2), {"input_ids": prompt(13)}, window=4)
     refusals = [site.refusal for graph in report.graphs for site in graph.sites if site.refusal]
     assert refusals
     assert all(REASONS[name] in refusal.reason and refusal.node for refusal in refusals)
-    assert REASONS[name] in report.summary()
-    with pytest.raises(Exception, match=SparkError.__name__):
+    assert report.summary().count(REASONS[name]) == len(
+        {r.phase for r in report.graphs if r.refusals()}
+    )
+    assert [graph.phase for graph in report.graphs] == ["prefill", "decode"]
+    with pytest.raises(SparkError, match=REASONS[name]):
         explain(named(name), {"input_ids": prompt(13)}, window=4, strict=True)
 
 

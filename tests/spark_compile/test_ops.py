@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from spark_compile import ops
+from spark_compile import SparkWarning, ops
+from spark_compile.kernels import cpu
 from spark_compile.kernels.formats import parse
 from spark_compile.kernels.reference.attend import attention
 from spark_compile.kernels.reference.store import ALL
@@ -224,3 +226,40 @@ def test_recover_fills_a_capacity_with_zeros() -> None:
     assert torch.equal(dense[:, :, :20], ops.recover(*stored[:2], spec.text, True, 20))
     assert dense[:, :, :20].all()
     assert not dense[:, :, 20:].any()
+
+
+@pytest.mark.parametrize(
+    ("device", "reason"),
+    [("cuda", "Triton cannot be imported"), ("mps", "there are some for CPU and CUDA")],
+)
+def test_a_device_without_native_kernels_is_told(
+    monkeypatch: pytest.MonkeyPatch, device: str, reason: str
+) -> None:
+    monkeypatch.setattr("spark_compile.kernels.triton.load", lambda: False)
+    text = rf"no native kernels on {device} \({reason}\): the slow reference runs instead"
+    with pytest.warns(SparkWarning, match=text):
+        assert not ops._accelerated.__wrapped__(device)
+
+
+NOT_NATIVE = {
+    "drawn recovery": ("spark(kept=5,recovery=gaussian)", 13, torch.float32),
+    "large head": ("spark(kept=5)", 2048, torch.float32),
+    "large dense head": ("dense", 2048, torch.bfloat16),
+}
+
+
+@pytest.mark.skipif(not cpu.load(), reason="there are no native kernels here")
+@pytest.mark.parametrize("name", NOT_NATIVE)
+def test_what_native_kernels_leave_to_the_reference_is_told(name: str) -> None:
+    text, dim, dtype = NOT_NATIVE[name]
+    format = parse(text, dim, dtype)
+    spec = Spec(format, parse("dense", dim, dtype), window=4, recent=3)
+    query, key = (torch.randn(1, 1, 9, dim, dtype=dtype) for _ in range(2))
+    what = rf"{re.escape(format.text)} of {dim} {dtype} channels.*: the slow reference runs instead"
+    with pytest.warns(SparkWarning, match=f"no native kernel does this build with {what}"):
+        stored = torch.ops.spark.build(key, key, [query], spec.text, None)
+    new = key[:, :, :1]
+    with pytest.warns(SparkWarning, match=f"no native kernel does this step with {what}"):
+        torch.ops.spark.step(
+            query[:, :, :1], new, new, *stored, None, None, None, ALL, None, spec.text
+        )

@@ -50,11 +50,14 @@ def test_summary_has_a_line_per_graph() -> None:
     ]
 
 
-def test_refusals_name_the_most_frequent_reasons_first() -> None:
-    reasons = ["a", "b", "b", "c", "d", "b", "c"]
-    sites = (Site("x", 1, 1, 8, 8, 1, 1, Refusal(reason, "n")) for reason in reasons)
+def test_refusals_name_each_reason_once_and_the_most_frequent_first() -> None:
+    reasons = ["a", "b", "b", "c", "d", "b", "c", "e"]
+    sites = (
+        Site("x", 1, 1, 8, 8, 1, 1, Refusal(reason, f"n_{number}"))
+        for number, reason in enumerate(reasons)
+    )
     text = GraphReport("decode", tuple(sites)).refusals()
-    assert text == "3 x b (node n); 2 x c (node n); 1 x a (node n)"
+    assert text == "3 x b (node n_1); 2 x c (node n_3); 1 x a (node n_0); 2 x other reasons"
     assert PREFILL.refusals() == ""
     assert DECODE.rewritten == (REWRITTEN,)
 

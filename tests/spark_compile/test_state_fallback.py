@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from compiled import compiled
+from decoders import decoder, prompt
 from states import prefill
 from torch import Tensor
 
-from spark_compile import SparkConfig, SparkWarning
+from spark_compile import SparkConfig, SparkError, SparkWarning
 from spark_compile.state import SparkTensor
 
 CONFIG = SparkConfig(key_ratio=0.6, window=4, sink_tokens=1)
@@ -87,6 +91,27 @@ def test_an_unknown_operator_warns_once() -> None:
             assert "aten.sum" in str(told[1].message)
         else:
             assert not told
+
+
+@pytest.mark.parametrize("continued", [False, True])
+def test_strict_raises_where_an_operator_needs_the_dense_tensor(continued: bool) -> None:
+    model = compiled(decoder(layers=1), strict=True, key_ratio=0.5)
+    past = model(prompt(13))[1]
+    if continued:
+        past = model(prompt(1), past)[1]
+    for state in past[0]:
+        for kin in (state, copy.deepcopy(state), state[:, :, :9], saved_and_loaded(state)):
+            with pytest.raises(SparkError, match=r"^aten.add.Tensor does not work on a compressed"):
+                kin + 1
+            assert torch.equal(kin.dense() + 1, kin.dense() + 1)
+
+
+def saved_and_loaded(state: Tensor) -> Tensor:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    loaded: Tensor = torch.load(file, weights_only=True)
+    return loaded
 
 
 @pytest.mark.parametrize("name", WRITES)
