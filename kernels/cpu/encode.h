@@ -156,6 +156,7 @@ class Encoder {
     typedef int8_t Bytes __attribute__((vector_size(LANES)));
     for (int64_t j = 0; j < width_; j += LANES) {
       F level = load(&numbers_[j]) / unit;
+      level = select(level != level, F{}, level);  // as the reference's integers have NaN
       level = spark::max(select(level > splat(127.0f), splat(127.0f), level), splat(-127.0f));
       // 1.5 * 2^23: what the sum loses is what rounding to a whole number takes.
       const Bytes bytes = __builtin_convertvector(__builtin_convertvector((level + 12582912.0f) - 12582912.0f, I), Bytes);

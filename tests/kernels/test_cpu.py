@@ -11,6 +11,7 @@ import itertools
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -428,6 +429,7 @@ def test_every_other_level(other: str) -> None:
     environment = {**os.environ, "SPARK_COMPILE_CPU": other}
     if other not in supported():
         environment["SPARK_COMPILE_CXXFLAGS"] = EMULATED_TILES
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    files = [__file__, str(Path(__file__).with_name("test_cpu_edges.py"))]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]

@@ -118,8 +118,8 @@ def test_no_new_tokens(keep: int | None, position: list[int] | None) -> None:
 @pytest.mark.parametrize("where", ["a key", "a value", "a query", "a new key"])
 def test_numbers_that_are_not_finite(where: str, what: float) -> None:
     for dtype in DTYPES:
-        for name in FORMATS:
-            spec = spec_of(name, "dense" if name != "dense" else "int8", dtype)
+        for name, values in itertools.product(FORMATS, ("dense", "int8", "pruned")):
+            spec = spec_of(name, values, dtype)
             prompt, new = tokens_of(spec, 40), tokens_of(spec, 2)
             rows = {"a key": prompt[1], "a value": prompt[2], "a query": new[0]}
             rows.get(where, new[1])[0, 1, 1, 3] = what
