@@ -37,6 +37,8 @@ is part of each graph's text, so that no cache of compiled graphs serves one of 
 of each saved state."""
 LENGTH, PACKED, FIRST, STEP = range(4)
 COUNTERS = 4
+MOST_TOKENS = 2**40
+"""That a cache can count: sums of a few counters stay far from the ends of int64."""
 Count = int | SymInt
 
 

@@ -10,13 +10,14 @@ constants of the attention behind it: ``;scale=0.125;softcap=0.0``.
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NoReturn
 
 import torch
 
 from .formats import Format, parse
-from .layout import VERSION, Count, HeadLayout, PageLayout
+from .layout import MOST_TOKENS, VERSION, Count, HeadLayout, PageLayout
 
 Side = Literal["key", "value"]
 SIDES: tuple[Side, Side] = ("key", "value")
@@ -47,6 +48,18 @@ class Spec:
     """Scores s become softcap * tanh(s / softcap); 0 leaves them."""
     rolls: bool = False
     """Whether tokens are evicted before the attention too, as in a full buffer that rolls."""
+
+    def __post_init__(self) -> None:
+        for side in SIDES:
+            if self.format(side).head_dim < 1:
+                _refuse(f"head size of the {side}s", self.format(side).head_dim, "1 or more")
+        for name in _NUMBERS:
+            value, least = getattr(self, name), 1 if name == "window" else 0
+            if not least <= value <= MOST_TOKENS:
+                _refuse(name, value, f"{least} to {MOST_TOKENS}")
+        for name in ("scale", "softcap"):
+            if not math.isfinite(getattr(self, name)):
+                _refuse(name, getattr(self, name), "a finite number")
 
     def format(self, side: Side) -> Format:
         return self.key if side == "key" else self.value
@@ -144,6 +157,10 @@ def parse_spec(text: str) -> Spec:
         return Spec(**formats, **numbers, **floats, rolls=rolls)  # type: ignore[arg-type]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"spec {text!r} cannot be read: {error}") from error
+
+
+def _refuse(name: str, value: float, allowed: str) -> NoReturn:
+    raise ValueError(f"{name} is {value}: allowed is {allowed}")
 
 
 def _parse_side(text: str) -> Format:

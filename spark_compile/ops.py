@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from .kernels import cpu, triton
+from .kernels.operands import check_build, check_side, check_step
 from .kernels.reference import store as reference
 from .kernels.reference.attend import attention as reference_attention
 from .kernels.reference.store import Store
-from .kernels.spec import SIDES, Side, Spec, parse_spec
+from .kernels.spec import SIDES, Side, parse_spec
 from .report import warn_once
 
 _library = torch.library.Library("spark", "FRAGMENT")
@@ -45,8 +46,9 @@ def _operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., 
             return function(*args)
 
         def asked_for(*args: Any) -> Any:
-            _warn_slow(name, args)
-            return function(*args)
+            result = function(*args)
+            _warn_slow(name, args)  # not where it raises: then nothing was slow
+            return result
 
         for library, implementation in ((_library, first_call), (_reference, asked_for)):
             library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -156,8 +158,13 @@ def build(
 
     Returns:
         ``pages`` and ``head`` of the keys, then of the values.
+
+    Raises:
+        ValueError: operands do not fit the spec or each other.
     """
-    keys, values = reference.build(key, value, queries, parse_spec(spec), capacity)
+    parsed = parse_spec(spec)
+    check_build(key, value, queries, parsed, capacity)
+    keys, values = reference.build(key, value, queries, parsed, capacity)
     return keys.pages, keys.head, values.pages, values.head
 
 
@@ -199,15 +206,13 @@ def step(
         [B, Hq, L', Dv].
 
     Raises:
-        ValueError: operands do not fit the spec, or there is no room; nothing is written.
+        ValueError: operands do not fit the spec or each other, the cache is damaged, or there is no
+            room; nothing is written.
     """
     parsed = parse_spec(spec)
-    keys = _store(key_pages, key_head, parsed, "key")
-    values = _store(value_pages, value_head, parsed, "value")
-    _check_new(query, new_key, new_value, keys, values)
-    _check_mask(attn_mask, query, new_key, keys, position)
-    if sinks is not None:
-        _check("sinks", sinks, sinks.dtype, query.shape[1:2])
+    stored = key_pages, key_head, value_pages, value_head
+    check_step(query, new_key, new_value, *stored, attn_mask, sinks, keep, position, parsed)
+    keys, values = Store(*stored[:2], parsed, "key"), Store(*stored[2:], parsed, "value")
     return reference.step(
         query, new_key, new_value, keys, values, attn_mask, sinks, causal_offset, keep, position
     )
@@ -227,9 +232,13 @@ def recover(pages: Tensor, head: Tensor, spec: str, is_key: bool, length: int) -
     Rows after the tokens that are there (a capacity is not filled yet) are zero.
 
     Raises:
-        ValueError: the stored tensors do not fit the spec, or hold more tokens than ``length``.
+        ValueError: the stored tensors do not fit the spec, are damaged, or hold more tokens than
+            ``length``.
     """
-    store = _store(pages, head, parse_spec(spec), "key" if is_key else "value")
+    side: Side = "key" if is_key else "value"
+    check_side(pages, head, parsed := parse_spec(spec), side)
+    store = Store(pages, head, parsed, side)
+    store.check()
     if store.visible > length:
         raise ValueError(f"length is {length}: the cache has {store.visible} tokens")
     rows = store.rows()
@@ -238,63 +247,3 @@ def recover(pages: Tensor, head: Tensor, spec: str, is_key: bool, length: int) -
     )
     dense[:, :, : store.visible] = rows
     return dense
-
-
-def _store(pages: Tensor, head: Tensor, spec: Spec, side: Side) -> Store:
-    """A side whose stored tensors fit the spec.
-
-    Raises:
-        ValueError: they do not.
-    """
-    page_bytes, least = spec.pages(side).page_bytes, int(spec.head(side).head_bytes(0))
-    heads = pages.shape[:2]
-    _check(f"{side}_pages", pages, torch.uint8, (*heads, pages.shape[2:3].numel(), page_bytes))
-    _check(f"{side}_head", head, torch.uint8, (*heads, max(head.shape[-1], least) // 8 * 8))
-    return Store(pages, head, spec, side)
-
-
-def _check_new(
-    query: Tensor, new_key: Tensor, new_value: Tensor, keys: Store, values: Store
-) -> None:
-    """Raise ValueError unless the new tokens and queries go with the cache."""
-    batch, heads = keys.head.shape[:2]
-    if values.head.shape[:2] != keys.head.shape[:2] or values.length != keys.length:
-        raise ValueError("keys and values are of other heads, batch entries or lengths")
-    for name, new, store in (("new_key", new_key, keys), ("new_value", new_value, values)):
-        tokens = new_key.shape[2:3].numel()
-        _check(name, new, store.format.dtype, (batch, heads, tokens, store.format.head_dim))
-    groups = query.shape[1:2].numel() // max(heads, 1)
-    shape = (batch, groups * heads, query.shape[2:3].numel(), keys.format.head_dim)
-    _check("query", query, query.dtype, shape)
-
-
-def _check_mask(
-    mask: Tensor | None, query: Tensor, new_key: Tensor, keys: Store, position: Tensor | None
-) -> None:
-    """Raise ValueError unless a mask covers the cache, as it is after a rewind, and new tokens."""
-    if mask is None:
-        return
-    start = (
-        keys.length
-        if position is None
-        else reference.position_of(position, keys.length, keys.first)
-    )
-    tokens = max(start - keys.first, 0) + new_key.shape[2]
-    covered = tokens if mask.shape[-1:] in ((), (1,)) else mask.shape[-1]
-    scores = (*query.shape[:3], covered)
-    broadcasts = mask.dim() <= 4 and all(
-        own in (1, other) for own, other in zip(mask.shape[::-1], scores[::-1], strict=False)
-    )
-    if not broadcasts or covered < tokens:
-        allowed = [*query.shape[:3], tokens]
-        raise ValueError(
-            f"attn_mask is {list(mask.shape)}: allowed is what broadcasts to {allowed}"
-        )
-
-
-def _check(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    """Raise ValueError unless a tensor has a dtype and a shape."""
-    if tensor.dtype != dtype or tuple(tensor.shape) != shape:
-        raise ValueError(
-            f"{name} is {tensor.dtype}{list(tensor.shape)}: allowed is {dtype}{list(shape)}"
-        )

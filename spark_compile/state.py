@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
-from .kernels.spec import Side, parse_spec
+from .kernels.spec import Side
+from .loading import checked
 from .sharing import Share, lock
 from .storage import STORED, Counts, StateForm, Storage
 
@@ -100,7 +101,8 @@ class SparkTensor(Storage):
 
     def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
         own = self.mapped(Tensor.clone)  # a handle may be a short view of a long shared storage
-        stored = {name: getattr(own, name) for name in STORED}
+        # Detached: without Dynamo's marks, which a tensor would take along as attributes.
+        stored = {name: getattr(own, name).detach() for name in STORED}
         form = (self.spec.text, *self.form[1:])
         return rebuild, (type(self).__name__, tuple(self.shape), form, stored)
 
@@ -130,24 +132,15 @@ def new_state(side: Side, form: StateForm, pages: Tensor, head: Tensor, length: 
     return state
 
 
-def rebuild(
-    kind: str, shape: tuple[int, ...], form: tuple[Any, ...], stored: dict[str, Tensor]
-) -> SparkTensor:
-    """Undo ``SparkTensor.__reduce_ex__``; the one global that unpickling a state needs."""
-    spec, *rest = form
-    return SparkTensor.KINDS[kind](shape, StateForm(parse_spec(spec), *rest), stored)
+def rebuild(*saved: Any) -> SparkTensor:
+    """Undo ``SparkTensor.__reduce_ex__``; the one global that unpickling a state needs.
+
+    Raises:
+        ValueError: what was saved is of another version, or not a whole state.
+    """
+    sides = {name: cls.SIDE for name, cls in SparkTensor.KINDS.items()}
+    kind, shape, form, stored = checked(saved, sides)
+    return SparkTensor.KINDS[kind](shape, form, stored)
 
 
-def _register_safe_globals() -> None:
-    """Let ``torch.load(weights_only=True)`` read states, alone or inside transformers' caches."""
-    torch.serialization.add_safe_globals([rebuild])
-    try:
-        from transformers import cache_utils
-    except ImportError:
-        return
-    names = ("DynamicCache", "DynamicLayer", "DynamicSlidingWindowLayer")
-    known = [getattr(cache_utils, name) for name in names if hasattr(cache_utils, name)]
-    torch.serialization.add_safe_globals(known)
-
-
-_register_safe_globals()
+torch.serialization.add_safe_globals([rebuild])  # torch.load(weights_only=True) reads states

@@ -184,7 +184,7 @@ class AmxEngine {
       if constexpr (std::is_same_v<K, int8_t>) {
         // Keys are in units of the step, the amplitude too. A step of 0: kept channels are 0.
         const float step = to_float(*reinterpret_cast<const bf16*>(record + f.step));
-        key_steps_[t] = step > 0 ? step : 1.0f;
+        key_steps_[t] = step == 0 ? 1.0f : step;
         amplitude /= key_steps_[t];
       }
       const uint8_t* keep = reinterpret_cast<const uint8_t*>(record + f.keep);

@@ -132,9 +132,13 @@ class AmxInt8Engine : public AmxEngine<N> {
   float* units(int64_t row, int kind) { return &units_[(row / 8 * 2 + kind) * 8]; }
   void split_query(int64_t row, int kind) {
     F top{};
-    for (int64_t j = 0; j < key_width_; j += 16) top = spark::max(top, spark::abs(load(&query_[j])));
+    uint32_t nan = 0;  // no digits are worth it
+    for (int64_t j = 0; j < key_width_; j += 16) {
+      const F x = load(&query_[j]);
+      top = spark::max(top, spark::abs(x)), nan |= lane_bits(x != x);
+    }
     const float largest = maximum(top), inverse = largest > 0 ? DIGITS / largest : 0.0f;
-    units(row, kind)[row % 8] = largest / DIGITS;
+    units(row, kind)[row % 8] = nan ? NAN : largest / DIGITS;
     int8_t* tile = digits(row, kind) + row % 8 * 4;
     for (int64_t j = 0; j < key_width_; j += 16, tile += 4 * 64) {
       int8_t high[16], low[16];
@@ -197,12 +201,14 @@ class AmxInt8Engine : public AmxEngine<N> {
     float units[8];
     for (int r = 0; r < count; ++r) {
       F scaled[BLOCK / 16], top{};
+      uint32_t nan = 0;  // no digits are worth it
       for (int i = 0; i < BLOCK / 16; ++i) {
         scaled[i] = load(weights[r] + 16 * i) * load(steps_ + 16 * i);
         top = spark::max(top, scaled[i]);
+        nan |= lane_bits(scaled[i] != scaled[i]);
       }
       const float largest = maximum(top), inverse = largest > 0 ? DIGITS / largest : 0.0f;
-      units[r] = largest / DIGITS;
+      units[r] = nan ? NAN : largest / DIGITS;
       for (int i = 0; i < BLOCK / 16; ++i) split(scaled[i] * inverse, digits[r] + 16 * i, digits[r + 8] + 16 * i);
     }
     TILE_LOAD(1, digits, 64);

@@ -79,6 +79,7 @@ void value_bias(const Pending<T>& rows, int64_t count, int64_t channels, float* 
   }
   for (int64_t j = 0; j < channels; ++j) mean[j] /= double(count);
   double most_of_tokens = 0, most_of_channels = 0;
+  const auto larger = [](double a, double b) { return b > a || b != b ? b : a; };  // NaN is the largest
   for (int64_t s = 0; s < count; ++s) {
     const T* row = rows[s];
     double middle = 0, squares = 0;
@@ -89,11 +90,11 @@ void value_bias(const Pending<T>& rows, int64_t count, int64_t channels, float* 
       variance[j] += centered * centered;
       squares += (x - middle) * (x - middle);
     }
-    most_of_tokens = std::max(most_of_tokens, squares / double(std::max<int64_t>(channels - 1, 1)));
+    most_of_tokens = larger(most_of_tokens, squares / double(std::max<int64_t>(channels - 1, 1)));
   }
   for (int64_t j = 0; j < channels; ++j) {
     variance[j] /= double(std::max<int64_t>(count - 1, 1));
-    most_of_channels = std::max(most_of_channels, variance[j]);
+    most_of_channels = larger(most_of_channels, variance[j]);
   }
   const double largest = most_of_channels + most_of_tokens + 2e-8;
   for (int64_t j = 0; j < channels; ++j) bias[j] = float(0.3 / 0.7 * variance[j] / largest);

@@ -164,8 +164,13 @@ void merge_row(const Problem& p, const Partial* chunks, int64_t count, int64_t b
                int64_t row, int64_t width) {
   const int64_t head = h * p.group() + row / p.queries, i = row % p.queries;
   float max = p.sink_logits ? p.sink_logits[head] : -INF;
-  for (int64_t c = 0; c < count; ++c) max = std::max(max, chunks[c].softmax[row].max);
+  bool nan = false;  // of a score: the largest one does not show it
+  for (int64_t c = 0; c < count; ++c) {
+    max = std::max(max, chunks[c].softmax[row].max);
+    nan |= std::isnan(chunks[c].softmax[row].total);
+  }
   T* output = p.output.at<T>(b, head, i);
+  if (nan) return (void)std::fill_n(output, p.value_dim, from_float<T>(NAN));
   // This query sees nothing.
   if (max == -INF) return (void)std::fill_n(output, p.value_dim, from_float<T>(0.0f));
   float total = p.sink_logits ? std::exp(p.sink_logits[head] - max) : 0.0f;

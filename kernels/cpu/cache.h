@@ -61,12 +61,23 @@ struct Side {
       of_head[0] = length, of_head[1] = packed, of_head[2] = first, of_head[3] = step;
     }
   }
-  // Whether the counters can be those of a cache in these tensors; nothing else may be read.
-  bool is_sound() const {
-    if (first < 0 || packed < 0 || length < packed || length < first || length > MOST_TOKENS) return false;
-    const int64_t dense = length - packed, window = spec->window;
-    if (packed % window || dense > tail_rows || dense < sinks()) return false;
-    return packed / window - stale() / window <= slots;
+  // Raises std::invalid_argument unless the counters can be those of a cache in these tensors; nothing
+  // else may be read before. Says what Store.check in kernels/reference/store.py does.
+  void check_counters(const char* side) const {
+    const auto check = [&](const char* name, int64_t value, int64_t least, int64_t most) {
+      if (least <= value && value <= most) return;
+      const std::string allowed = least < most ? std::to_string(least) + " to " : "";
+      throw std::invalid_argument(std::string("the ") + side + "s of the cache are damaged: " + name + " is " +
+          std::to_string(value) + ", allowed is " + allowed + std::to_string(most));
+    };
+    const int64_t window = spec->window;
+    check("LENGTH", length, 0, MOST_TOKENS);
+    check("PACKED", packed, 0, length);
+    check("FIRST", first, 0, spec->sinks ? 0 : length);  // sinks are never evicted
+    check("STEP", step, 0, KEEP_ALL);
+    check("PACKED modulo window", packed % window, 0, 0);
+    check("LENGTH - PACKED", length - packed, sinks(), tail_rows);
+    check("the number of live pages", packed / window - stale() / window, 0, slots);
   }
 
   // Number of pages to pack when the new tokens are appended; there must be room for that.
@@ -78,6 +89,10 @@ struct Side {
           std::to_string(tail_rows));
     }
     const int64_t evicted = std::max(first, total - keep);
+    if (evicted && spec->sinks) {
+      throw std::invalid_argument("keep is " + std::to_string(keep) + ": a cache that keeps its first " +
+          std::to_string(spec->sinks) + " tokens evicts none");
+    }
     const int64_t live = packed / spec->window + pages - evicted / spec->window;
     if (pages && live > slots) {
       throw std::invalid_argument(std::to_string(live) + " pages do not fit into " + std::to_string(slots));

@@ -105,6 +105,7 @@ class Encoder {
  private:
   void put(char* record, int64_t offset, float x) { *reinterpret_cast<T*>(record + offset) = from_float<T>(x); }
 
+  // Whatever the sign of a NaN, its saliency must be none of the negative ones, which padding has.
   void choose(char* record) {
     std::fill(&salient_[f_.dim], &salient_[width_], -1.0f);
     kept_.choose(salient_.get(), width_, f_.kept);
@@ -124,7 +125,7 @@ class Encoder {
     uint8_t* negative = reinterpret_cast<uint8_t*>(record + f_.negative);
     for (int64_t j = 0; j < width_; j += LANES) {
       const F key = load(&numbers_[j]);
-      store(&salient_[j], spark::abs(key) * load(&select_[j]));
+      store(&salient_[j], spark::abs(key * load(&select_[j])));
       write_bits(negative, j, f_.dim, lane_bits(key < F{}));
     }
     choose(record);
@@ -136,7 +137,7 @@ class Encoder {
   }
 
   void prune_value(char* record) {
-    for (int64_t j = 0; j < width_; j += LANES) store(&salient_[j], spark::abs(load(&numbers_[j])) + load(&select_[j]));
+    for (int64_t j = 0; j < width_; j += LANES) store(&salient_[j], spark::abs(spark::abs(load(&numbers_[j])) + load(&select_[j])));
     choose(record);
     put(record, f_.scale, pruned_mean([&](int64_t j) { return load(&numbers_[j]); }));
   }
@@ -144,14 +145,18 @@ class Encoder {
   // Kept channels as int8 in units of the largest one's 127th part.
   void quantize(char* record) {
     F top{};
+    uint32_t nan = 0;  // max() passes over it
     for (int64_t j = 0; j < width_; j += LANES) {
-      top = spark::max(top, select(bit_cast<I>(kept_.mask(j)), spark::abs(load(&numbers_[j])), F{}));
+      const F x = load(&numbers_[j]);
+      top = spark::max(top, select(bit_cast<I>(kept_.mask(j)), spark::abs(x), F{}));
+      nan |= lane_bits(x != x) & kept_.words[j / LANES];
     }
-    put(record, f_.step, maximum(top) / 127);
+    put(record, f_.step, nan ? NAN : maximum(top) / 127);
     const float step = to_float(*reinterpret_cast<const T*>(record + f_.step)), unit = step > 0 ? step : 1.0f;
     typedef int8_t Bytes __attribute__((vector_size(LANES)));
     for (int64_t j = 0; j < width_; j += LANES) {
       F level = load(&numbers_[j]) / unit;
+      level = select(level != level, F{}, level);  // as the reference's integers have NaN
       level = spark::max(select(level > splat(127.0f), splat(127.0f), level), splat(-127.0f));
       // 1.5 * 2^23: what the sum loses is what rounding to a whole number takes.
       const Bytes bytes = __builtin_convertvector(__builtin_convertvector((level + 12582912.0f) - 12582912.0f, I), Bytes);

@@ -101,11 +101,13 @@ inline bool is_aligned(const Tensor& t) {
 }
 
 // A side without its new tokens; nothing if native code cannot read it. Raises std::invalid_argument
-// unless it is one of the spec's.
+// unless it is one of the spec's, with as many batch entries and heads.
 inline std::optional<Side> side_of(const char* pages_name, const Tensor& pages, const char* head_name, const Tensor& head,
-                                   const Spec& spec, const Format& format) {
-  const int64_t batch = size_of(pages, 0), heads = size_of(pages, 1), slots = size_of(pages, 2);
-  const int64_t head_bytes = std::max(size_of(head, head.dim() - 1), format.tail) / 8 * 8;
+                                   std::array<int64_t, 2> batch_and_heads, const Spec& spec, const Format& format) {
+  const auto [batch, heads] = batch_and_heads;
+  const int64_t slots = std::max<int64_t>(size_of(pages, 2), 1);
+  const int64_t least = format.tail + round_up(spec.tail_rows(0, std::nullopt) * format.row_bytes(), 8);
+  const int64_t head_bytes = std::max(size_of(head, 2) / 8 * 8, least);
   check(pages_name, pages, ScalarType::Byte, {batch, heads, slots, format.page_bytes});
   check(head_name, head, ScalarType::Byte, {batch, heads, head_bytes});
   if (!pages.is_cpu() || !head.is_cpu() || batch * heads == 0) return std::nullopt;

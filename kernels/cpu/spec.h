@@ -5,6 +5,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <charconv>
+#include <cmath>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -176,7 +177,7 @@ inline bool read_count(View text, int64_t& count) {
 inline bool read_float(View text, float& number_) {
   const auto value = number<double>(text);
   number_ = float(value.value_or(0));
-  return value.has_value();
+  return std::isfinite(number_) && value.has_value();
 }
 
 // Nothing if native code does not do what the text asks for, or the text cannot be read.
@@ -195,11 +196,11 @@ inline std::unique_ptr<const Spec> read_spec(View rest) {
     else if (name == "min_tokens") done = read_count(value, spec->min_tokens), seen |= 32;
     else if (name == "scale") done = read_float(value, spec->scale);
     else if (name == "softcap") done = read_float(value, spec->softcap);
-    else if (name == "layout") done = value == LAYOUT_VERSION;
+    else if (name == "layout") done = value == LAYOUT_VERSION, seen |= 64;
     else if (name == "rolls") done = spec->rolls = value == "1";
     if (!done) return nullptr;
   }
-  if (seen != 63 || spec->window < 1 || spec->key.dtype != spec->value.dtype) return nullptr;
+  if (seen != 127 || spec->window < 1 || spec->key.dtype != spec->value.dtype) return nullptr;
   lay_out(spec->key, spec->window);
   lay_out(spec->value, spec->window);
   return spec;

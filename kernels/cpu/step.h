@@ -19,7 +19,13 @@ inline bool build(const Tensor& key, const Tensor& value, const std::vector<Tens
     return false;
   }
   if (batch * heads == 0 || tokens > MOST_TOKENS) return false;
-  if (capacity && *capacity > MOST_TOKENS) return false;
+  if (capacity && (*capacity < 0 || *capacity > MOST_TOKENS)) return false;
+  for (const Tensor& query : queries) {
+    if (query.dim() != 4 || query.size(0) != batch || query.size(1) < 1 || query.size(1) % heads ||
+        query.size(3) != spec->key.dim) {
+      return false;
+    }
+  }
   std::array<Side, 2> sides;
   for (int i = 0; i < 2; ++i) {
     const Format& f = i ? spec->value : spec->key;
@@ -27,7 +33,7 @@ inline bool build(const Tensor& key, const Tensor& value, const std::vector<Tens
     built[2 * i] = new_pages({batch, heads, spec->page_room(tokens, capacity), f.page_bytes});
     built[2 * i + 1] = new_tensor({batch, heads, head_bytes}, ScalarType::Byte);
     std::memset(built[2 * i + 1].data_ptr(), 0, size_t(batch * heads * head_bytes));
-    auto side = side_of("pages", built[2 * i], "head", built[2 * i + 1], *spec, f);
+    auto side = side_of("pages", built[2 * i], "head", built[2 * i + 1], {batch, heads}, *spec, f);
     if (!side || !set_fresh(*side, i ? value : key)) return false;
     for (const Tensor& query : queries) {
       if (f.uses_queries() && !fit_queries(query, *side)) return false;
@@ -59,15 +65,14 @@ struct StepOperands {
 // Raises std::invalid_argument unless the new tokens and queries go with the cache, and the counters are
 // some that a cache can have.
 inline void check_operands(const StepOperands& o, const Side& keys, const Side& values) {
-  if (values.batch != keys.batch || values.heads != keys.heads || values.length != keys.length) {
-    throw std::invalid_argument("keys and values are of other heads, batch entries or lengths");
-  }
-  const int64_t tokens = size_of(o.new_key, 2), groups = size_of(o.query, 1) / keys.heads;
+  const int64_t tokens = size_of(o.new_key, 2), groups = std::max<int64_t>(size_of(o.query, 1) / keys.heads, 1);
   check("new_key", o.new_key, keys.format->dtype, {keys.batch, keys.heads, tokens, keys.format->dim});
   check("new_value", o.new_value, values.format->dtype, {keys.batch, keys.heads, tokens, values.format->dim});
   check("query", o.query, o.query.scalar_type(), {keys.batch, groups * keys.heads, size_of(o.query, 2), keys.format->dim});
-  if (!keys.is_sound() || !values.is_sound() || keys.packed != values.packed || keys.first != values.first) {
-    throw std::invalid_argument("the cache is damaged: it counts tokens that it cannot hold");
+  keys.check_counters("key");
+  values.check_counters("value");
+  if (values.length != keys.length || values.packed != keys.packed || values.first != keys.first) {
+    throw std::invalid_argument("keys and values are of other lengths, or packed or evicted otherwise");
   }
 }
 
@@ -120,13 +125,14 @@ void run(const Problem& p) {
 // The output of the attention, or nothing if native code cannot do the step; then nothing is written.
 inline std::optional<Tensor> step(const StepOperands& o, const Spec* spec) {
   if (!spec) return std::nullopt;
-  auto keys = side_of("key_pages", o.key_pages, "key_head", o.key_head, *spec, spec->key);
-  auto values = side_of("value_pages", o.value_pages, "value_head", o.value_head, *spec, spec->value);
+  const std::array<int64_t, 2> heads{size_of(o.key_pages, 0), size_of(o.key_pages, 1)};
+  auto keys = side_of("key_pages", o.key_pages, "key_head", o.key_head, heads, *spec, spec->key);
+  auto values = side_of("value_pages", o.value_pages, "value_head", o.value_head, heads, *spec, spec->value);
   if (!keys || !values) return std::nullopt;
   check_operands(o, *keys, *values);
   if (!set_fresh(*keys, o.new_key) || !set_fresh(*values, o.new_value)) return std::nullopt;
   if (!fit_queries(o.query, *keys) || !fit_queries(o.query, *values)) return std::nullopt;
-  if ((keys->first && spec->sinks) || (o.keep && *o.keep < 0)) return std::nullopt;
+  if (o.keep && *o.keep < 0) return std::nullopt;
   if (!rewind(*keys, *values, o.position)) return std::nullopt;
   const int64_t key_pages = o.keep ? keys->due(*o.keep) : 0, value_pages = o.keep ? values->due(*o.keep) : 0;
   if (o.keep && spec->rolls) {
@@ -135,7 +141,9 @@ inline std::optional<Tensor> step(const StepOperands& o, const Spec* spec) {
   Problem p(*keys, *values);
   p.query_heads = o.query.size(1), p.queries = o.query.size(2);
   p.query = rows_of(o.query, spec->key.itemsize);
-  p.causal = o.causal_offset.has_value(), p.causal_offset = o.causal_offset.value_or(0);
+  p.causal = o.causal_offset.has_value();
+  // Beyond the first query or the last token it says the same, and int64 has an end.
+  p.causal_offset = std::clamp(o.causal_offset.value_or(0), -p.queries, p.length);
   Scratch<float> logits(nullptr, GiveBack{0});
   check_mask(p, o.mask);
   if (!set_mask(p, o.mask) || !read_sinks(o.sinks, p.query_heads, logits)) return std::nullopt;

@@ -37,6 +37,8 @@ def attention(
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     if causal_offset is not None:
+        # Beyond the first query or the last key it says the same, and int64 has an end.
+        causal_offset = max(-length, min(causal_offset, tokens))
         latest = torch.arange(length, device=query.device).unsqueeze(1) + causal_offset
         hidden = torch.arange(tokens, device=query.device) > latest
         scores = scores.masked_fill(hidden, -torch.inf)

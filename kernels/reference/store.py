@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..layout import COUNTERS, FIRST, LENGTH, PACKED, STEP, counters
+from ..layout import COUNTERS, MOST_TOKENS, counters
+from ..operands import check_mask
 from ..spec import SIDES, Side, Spec
 from .attend import attention
 
@@ -54,6 +55,27 @@ class Store:
         filled: list[int] = self.counters[:1, :1].flatten().tolist() or [0] * COUNTERS
         self.length, self.packed, self.first, self.step = filled
 
+    def check(self) -> None:
+        """Raise ValueError unless the counters can be those of a cache in these tensors."""
+        window, sinks = self.spec.window, self.spec.sinks
+        dense = self.length - self.packed
+        live = self.packed // window - min(self.first, self.packed) // window
+        for name, value, least, most in (
+            ("LENGTH", self.length, 0, MOST_TOKENS),
+            ("PACKED", self.packed, 0, self.length),
+            ("FIRST", self.first, 0, 0 if sinks else self.length),  # sinks are never evicted
+            ("STEP", self.step, 0, ALL),
+            ("PACKED modulo window", self.packed % window, 0, 0),
+            ("LENGTH - PACKED", dense, sinks if self.packed else 0, self.tail.shape[2]),
+            ("the number of live pages", live, 0, self.pages.shape[2]),
+        ):
+            if not least <= value <= most:
+                allowed = f"{least} to {most}" if least < most else most
+                raise ValueError(
+                    f"the {self.side}s of the cache are damaged: {name} is {value}, allowed is "
+                    f"{allowed}"
+                )
+
     @property
     def visible(self) -> int:
         """Number of tokens that are part of the cache."""
@@ -92,6 +114,10 @@ class Store:
         if rows > self.tail.shape[2]:
             raise ValueError(f"{rows} dense tokens do not fit into a tail of {self.tail.shape[2]}")
         evicted = max(first, total - keep)
+        if evicted and self.spec.sinks:
+            raise ValueError(
+                f"keep is {keep}: a cache that keeps its first {self.spec.sinks} tokens evicts none"
+            )
         live = packed // self.spec.window + due - evicted // self.spec.window
         if due and live > self.pages.shape[2]:
             raise ValueError(f"{live} pages do not fit into {self.pages.shape[2]}")
@@ -170,8 +196,7 @@ class Store:
         return min(self.packed, whole)
 
     def _write_counters(self) -> None:
-        for counter in (LENGTH, PACKED, FIRST, STEP):
-            value = (self.length, self.packed, self.first, self.step)[counter]
+        for counter, value in enumerate((self.length, self.packed, self.first, self.step)):
             self.counters[..., counter] = value
 
 
@@ -205,8 +230,21 @@ def step(
     attn_mask: Tensor | None, sinks: Tensor | None, causal_offset: int | None, keep: int | None,
     position: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """Attend over the cache and the new tokens, then append them; see ``spark::step``."""
+    """Attend over the cache and the new tokens, then append them; see ``spark::step``.
+
+    Raises:
+        ValueError: a damaged cache, a short mask, or no room; nothing is written.
+    """
+    for store in (keys, values):
+        store.check()
+    if (keys.length, keys.packed, keys.first) != (values.length, values.packed, values.first):
+        raise ValueError("keys and values are of other lengths, or packed or evicted otherwise")
     start = keys.length if position is None else position_of(position, keys.length, keys.first)
+    if attn_mask is not None:
+        first = min(keys.first, start)
+        if keep is not None and keys.spec.rolls:
+            first = max(first, start - keep)
+        check_mask(attn_mask, query, start - first + new_key.shape[2])
     if keep is not None:
         for store, new in ((keys, new_key), (values, new_value)):
             store.due(new.shape[2], start, keep)  # before anything is written

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.library import triton_op
 
 from ..layout import FIRST, LENGTH, counters
+from ..operands import check_build, check_step, check_strides
 from ..reference.store import ALL, query_stats
 from ..spec import SIDES, Side, Spec, parse_spec
 from . import launch, sides
@@ -61,6 +62,7 @@ def _build(
             key, value, queries, spec, capacity
         )
         return built
+    check_build(key, value, queries, parsed, capacity)
     stored: list[Tensor] = []
     for side, rows in zip(SIDES, (key, value), strict=True):
         stored += _build_side(rows, queries, parsed, side, capacity)
@@ -85,7 +87,7 @@ def _build_side(
             norms = stats[:, :, 0].sqrt()
         for name, constant in format.constants(rows, norms).items():
             layout.constants(head)[name].copy_(constant)
-    operand = _operand(pages, head, rows, rows, spec, side)
+    operand = _operand(pages, head, rows, spec, side)
     launch.append(None, operand, ALL, spec, constants_are_known=True)
     return pages, head
 
@@ -102,17 +104,18 @@ def _step(
             sinks, causal_offset, keep, position, spec,
         )  # fmt: skip
         return attended
-    _check_query(query, new_key, sinks)
-    keys = _operand(key_pages, key_head, new_key, new_key, parsed, "key")
-    values = _operand(value_pages, value_head, new_value, new_key, parsed, "value")
+    stored = key_pages, key_head, value_pages, value_head
+    check_step(query, new_key, new_value, *stored, attn_mask, sinks, keep, position, parsed)
+    keys = _operand(key_pages, key_head, new_key, parsed, "key")
+    values = _operand(value_pages, value_head, new_value, parsed, "value")
     if position is not None and position.numel():
         for operand in (keys, values):
             launch.rewind(position.to(query.device), operand, parsed)
     if parsed.rolls and keep is not None:
         for head in (key_head, value_head):
-            stored = counters(head)
-            evicted = torch.maximum(stored[..., FIRST], stored[..., LENGTH] - keep)
-            stored[..., FIRST].copy_(evicted)
+            counted = counters(head)
+            evicted = torch.maximum(counted[..., FIRST], counted[..., LENGTH] - keep)
+            counted[..., FIRST].copy_(evicted)
     output = launch.attend(query, keys, values, attn_mask, sinks, causal_offset, parsed)
     for operand in (keys, values):
         if keep is None:
@@ -122,22 +125,10 @@ def _step(
     return output
 
 
-def _operand(
-    pages: Tensor, head: Tensor, new: Tensor, like: Tensor, spec: Spec, side: Side
-) -> sides.Operand:
-    sides.check(pages, head, new, like, spec, side)
+def _operand(pages: Tensor, head: Tensor, new: Tensor, spec: Spec, side: Side) -> sides.Operand:
+    check_strides(pages, head, side)
+    sides.check_room(pages, new, spec, side)
     return sides.operand(pages, head, launch.by_channel(new), spec, side)
-
-
-def _check_query(query: Tensor, new_key: Tensor, sinks: Tensor | None) -> None:
-    batch, heads, _, dim = new_key.shape
-    fits = query.dim() == 4 and query.shape[0] == batch and query.shape[3] == dim
-    if not fits or query.shape[1] % heads:
-        raise ValueError(
-            f"query is {list(query.shape)}: allowed is [{batch}, n * {heads}, L, {dim}]"
-        )
-    if sinks is not None and tuple(sinks.shape) != (query.shape[1],):
-        raise ValueError(f"sinks is {list(sinks.shape)}: allowed is [{query.shape[1]}]")
 
 
 EAGER: dict[str, Callable[..., Any]] = {"build": _build, "step": _step}

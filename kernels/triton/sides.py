@@ -93,42 +93,14 @@ def _knows(format: Format) -> bool:
     return not isinstance(format, Spark) or format.recovery in RECOVERIES
 
 
-def check(
-    pages: Tensor, head: Tensor, new: Tensor, like: Tensor, spec: Spec, side: Side
-) -> None:  # fmt: skip
-    """Raise ValueError unless a side and its new tokens fit the spec.
+def check_room(pages: Tensor, new: Tensor, spec: Spec, side: Side) -> None:
+    """Raise ValueError unless there are pages for those that new tokens alone fill.
 
-    No tensor is read. Sizes that grow are compared only where they are plain numbers: a comparison
-    of symbols would become a guard of the graph.
+    The kernels drop what finds no room, so what is known without the counters is said here. Sizes
+    that grow are compared only where they are plain numbers: a comparison of symbols would become
+    a guard of the graph.
     """
-    format, page_bytes = spec.format(side), spec.pages(side).page_bytes
-    batch, heads = like.shape[:2]
-    _shaped(f"{side}_pages", pages, torch.uint8, (batch, heads, pages.shape[2], page_bytes))
-    _shaped(f"{side}_head", head, torch.uint8, (batch, heads, head.shape[2]))
-    _shaped(f"new_{side}", new, format.dtype, (batch, heads, like.shape[2], format.head_dim))
-    least = int(spec.head(side).head_bytes(spec.tail_rows()))
-    if type(head.shape[2]) is int and (head.shape[2] < least or head.shape[2] % 8):
-        raise ValueError(
-            f"{side}_head has {head.shape[2]} bytes per head: allowed are multiples of 8 from "
-            f"{least} on"
-        )
     if type(pages.shape[2]) is int and type(new.shape[2]) is int:
         due = 0 if spec.min_tokens else (new.shape[2] - spec.sinks - spec.recent) // spec.window
-        if pages.shape[2] < max(due, 1):
-            raise ValueError(
-                f"{side}_pages has {pages.shape[2]} pages: at least {max(due, 1)} are needed"
-            )
-    if pages.stride()[2:] != (page_bytes, 1) and pages.shape[2] != 1:
-        raise ValueError(f"{side}_pages has pages that do not lie one after the other")
-    for name, stored in ((f"{side}_pages", pages), (f"{side}_head", head)):
-        if stored.stride(-1) != 1 or any(stride % 8 for stride in stored.stride()[:2]):
-            raise ValueError(f"{name} has strides {stored.stride()}: allowed are multiples of 8")
-    if not pages.device == head.device == new.device == like.device:
-        raise ValueError(f"{side}_pages, {side}_head and new_{side} are on different devices")
-
-
-def _shaped(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[Any, ...]) -> None:
-    if tensor.dtype != dtype or tuple(tensor.shape) != shape:
-        raise ValueError(
-            f"{name} is {tensor.dtype}{list(tensor.shape)}: allowed is {dtype}{list(shape)}"
-        )
+        if pages.shape[2] < due:
+            raise ValueError(f"{side}_pages has {pages.shape[2]} pages: at least {due} are needed")

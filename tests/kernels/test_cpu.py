@@ -25,7 +25,7 @@ from spark_compile import ops
 from spark_compile.kernels import cpu, layout
 from spark_compile.kernels.cpu.build import level, supported
 from spark_compile.kernels.formats import Dense, Spark
-from spark_compile.kernels.layout import FIRST, LENGTH, PACKED
+from spark_compile.kernels.layout import FIRST, LENGTH, PACKED, STEP
 from spark_compile.kernels.reference.store import ALL
 from spark_compile.kernels.spec import Spec
 
@@ -38,6 +38,9 @@ reference = torch.ops.spark_reference
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORMATS = (
     "spark", "spark-int8", "spark-absolute", "spark-none", "dense", "int8", "pruned", "pruned-int8",
+)  # fmt: skip
+OPERANDS = (
+    "query", "new_key", "new_value", "key_pages", "key_head", "value_pages", "value_head",
 )  # fmt: skip
 EMULATED_TILES = "-DSPARK_EMULATED_TILES"
 
@@ -339,7 +342,7 @@ def test_what_the_kernel_cannot_do_goes_to_the_reference(what: str) -> None:
         ),
         ({"new_value": torch.zeros(2, 2, 2, 10)}, r"new_value is .*: allowed is .*2, 2, 1, 10\]"),
         ({"key_pages": torch.zeros(2, 2, 3, 8, dtype=torch.uint8)}, "key_pages is"),
-        ({"value_head": torch.zeros(2, 2, 40, dtype=torch.uint8)}, "keys and values are of other"),
+        ({"value_head": torch.zeros(2, 2, 40, dtype=torch.uint8)}, "value_head is"),
         ({"attn_mask": torch.zeros(1, 99)}, r"attn_mask is \[1, 99\]: .* to \[2, 4, 3, 101\]"),
         ({"position": torch.tensor([101])}, "position 101 leaves a gap after 100 tokens"),
         ({"position": torch.tensor([7, 9])}, r"positions \[7, 9\] are not consecutive"),
@@ -353,8 +356,66 @@ def test_errors_are_those_of_the_reference(change: dict[str, Tensor], said: str)
     operands |= {"query": query, "position": None, "attn_mask": None}
     operands |= dict(zip(("new_key", "new_value"), new_tokens(spec), strict=True)) | change
     rest = {"sinks": None, "causal_offset": None, "keep": ALL, "spec": spec.text}
-    with pytest.raises(ValueError, match=said):
-        torch.ops.spark.step(**operands, **rest)
+    for operator in (ops.step, reference.step):
+        with pytest.raises(ValueError, match=said):
+            operator(**operands, **rest)
+
+
+@pytest.mark.parametrize("side", ["key", "value"])
+@pytest.mark.parametrize(
+    ("counter", "value", "said"),
+    [
+        (LENGTH, -1, "LENGTH is -1, allowed is 0 to"),
+        (LENGTH, 2**60, f"LENGTH is {2**60}, allowed is 0 to"),
+        (LENGTH, 95, "PACKED is 96, allowed is 0 to 95"),
+        (LENGTH, 200, "LENGTH - PACKED is 104, allowed is 0 to 12"),
+        (PACKED, -8, "PACKED is -8, allowed is 0 to 100"),
+        (PACKED, 95, "PACKED modulo window is 7, allowed is 0"),
+        (PACKED, 80, "LENGTH - PACKED is 20, allowed is 0 to 12"),
+        (FIRST, -1, "FIRST is -1, allowed is 0 to 100"),
+        (FIRST, 101, "FIRST is 101, allowed is 0 to 100"),
+        (STEP, -1, "STEP is -1, allowed is 0 to"),
+        (STEP, 2**63 - 1, "STEP is .*, allowed is 0 to"),
+        (None, 2, "the number of live pages is 12, allowed is 0 to 2"),
+    ],
+)
+def test_damaged_counters_are_named(side: str, counter: int | None, value: int, said: str) -> None:
+    spec = Spec(format_of("spark", 12, torch.float32), Dense(10, torch.float32), 8, 4)
+    cache, query = cache_for(spec, 100)
+    operands = dict(zip(OPERANDS, (query, *new_tokens(spec), *cache.tensors), strict=True))
+    if counter is None:
+        operands[f"{side}_pages"] = operands[f"{side}_pages"][:, :, :value].contiguous()
+    else:
+        layout.counters(operands[f"{side}_head"])[..., counter] = value
+    rest = (None, None, None, ALL, None, spec.text)
+    for operator in (ops.step, reference.step):
+        with pytest.raises(ValueError, match=f"the {side}s of the cache are damaged: {said}"):
+            operator(*operands.values(), *rest)
+    recovered = (operands[f"{side}_pages"], operands[f"{side}_head"], spec.text, side == "key", 100)
+    with pytest.raises(ValueError, match=f"the {side}s of the cache are damaged: {said}"):
+        ops.recover(*recovered)
+
+
+def test_a_cache_with_sinks_evicts_nothing() -> None:
+    dtype = torch.float32
+    spec = Spec(format_of("spark", 12, dtype), Dense(10, dtype), 8, 4, sinks=2)
+    cache, query = cache_for(spec, 100)
+    arguments = (query, *new_tokens(spec), *cache.tensors, None, None, None, 60, None, spec.text)
+    for operator in (ops.step, reference.step):
+        with pytest.raises(ValueError, match="keep is 60: a cache that keeps its first 2 tokens"):
+            operator(*arguments)
+
+
+@pytest.mark.parametrize("offset", [2**63 - 1, 2**62, -(2**62), -(2**63)])
+def test_a_causal_offset_may_be_any_number(offset: int) -> None:
+    dtype = torch.float32
+    spec = Spec(format_of("spark", 12, dtype), Dense(10, dtype), 8, 4)
+    cache, query = cache_for(spec, 100)
+    before = (query, *new_tokens(spec), *cache.tensors, None, None)
+    for operator in (ops.step, reference.step):
+        output = operator(*before, offset, None, None, spec.text)
+        seen = operator(*before, None if offset > 0 else -3, None, None, spec.text)
+        assert_close(output, seen, dtype)
 
 
 def test_a_spec_with_another_scale_is_another_spec() -> None:
@@ -391,6 +452,7 @@ def test_every_other_level(other: str) -> None:
     environment = {**os.environ, "SPARK_COMPILE_CPU": other}
     if other not in supported():
         environment["SPARK_COMPILE_CXXFLAGS"] = EMULATED_TILES
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    files = [__file__, str(Path(__file__).with_name("test_cpu_edges.py"))]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]

@@ -26,7 +26,8 @@ def spec(**numbers: int) -> Spec:
 
 @given(
     st.sampled_from(TEXTS), st.sampled_from(TEXTS), st.sampled_from(DTYPES),
-    st.tuples(*(st.integers(2, 300),) * 2), st.tuples(*(st.integers(0, 9999),) * 4),
+    st.tuples(*(st.integers(2, 300),) * 2),
+    st.tuples(st.integers(1, 9999), *(st.integers(0, 9999),) * 3),
     st.floats(1e-4, 9), st.sampled_from([0.0, 30.0, 0.1]),
 )  # fmt: skip
 @settings(max_examples=100, deadline=None)
@@ -74,6 +75,25 @@ def test_a_wrong_text_is_named_in_the_error(wrong: str) -> None:
     with pytest.raises(ValueError, match=r"^spec .* cannot be read") as caught:
         parse_spec(wrong)
     assert repr(wrong) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "said"),
+    [
+        ("window=4", "window=0", "window is 0: allowed is 1 to"),
+        ("window=4", f"window={2**60}", f"window is {2**60}: allowed is 1 to"),
+        ("recent=4", "recent=-1", "recent is -1: allowed is 0 to"),
+        ("sinks=0", "sinks=-4", "sinks is -4: allowed is 0 to"),
+        ("min_tokens=0", "min_tokens=-1", "min_tokens is -1: allowed is 0 to"),
+        ("min_tokens=0", "min_tokens=0;scale=nan", "scale is nan: allowed is a finite number"),
+        ("min_tokens=0", "min_tokens=0;softcap=inf", "softcap is inf: allowed is a finite number"),
+        ("dense:8:", "dense:0:", "head size of the keys is 0: allowed is 1 or more"),
+        ("int8:8:", "int8:-8:", "head size of the values is -8: allowed is 1 or more"),
+    ],
+)
+def test_numbers_that_no_cache_has_are_refused(right: str, wrong: str, said: str) -> None:
+    with pytest.raises(ValueError, match=f"cannot be read: {said}"):
+        parse_spec(GOOD.replace(right, wrong))
 
 
 @pytest.mark.parametrize("text", ["", "key", GOOD.removeprefix("layout=1;"), f"layout=2{GOOD[8:]}"])

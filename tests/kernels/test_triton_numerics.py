@@ -371,10 +371,15 @@ def test_what_does_not_fit_is_named() -> None:
     names = ("query", "new_key", "new_value", "key_pages", "key_head", "value_pages", "value_head")
     given = dict(zip(names, (cache.queries(1), *cache.new(1), *cache.stored), strict=True))
     for changes, message in (
-        ({"query": given["query"][:, :3]}, r"n \* 2"),
+        ({"query": given["query"][:, :3]}, r"query is .*\[2, 3, 1, 12\]: allowed is .*\[2, 2, 1, "),
         ({"new_value": given["new_value"][..., :5]}, r"new_value is torch.float32\[2, 2, 1, 5\]"),
         ({"key_pages": given["key_pages"][..., 1:]}, "key_pages is"),
-        ({"value_head": given["value_head"][..., :-8]}, "value_head has"),
+        ({"value_head": given["value_head"][..., :-8]}, "value_head is"),
+        (
+            {"key_pages": given["key_pages"].mT.contiguous().mT},
+            "key_pages has pages that do not lie one after the other",
+        ),
+        ({"value_head": given["value_head"].mT.contiguous().mT}, "value_head has strides"),
         (dict(zip(names[1:3], cache.new(40), strict=True)), "key_pages has 6 pages: at least 8"),
     ):
         arguments = ({**given, **changes}[name] for name in names)

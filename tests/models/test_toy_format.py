@@ -13,6 +13,7 @@ from compiled import compiled
 from decoders import decode, decoder, prompt
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer
 from zoo import CACHE, tiny
 
 from spark_compile import PrunedKeys, SparkConfig, SparkError, StoredValues, kv_bytes, optimize
@@ -204,7 +205,8 @@ def reloaded(value: Any) -> Any:
     file = io.BytesIO()
     torch.save(value, file)
     file.seek(0)
-    return torch.load(file, weights_only=True)
+    with torch.serialization.safe_globals([DynamicCache, DynamicLayer]):
+        return torch.load(file, weights_only=True)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, reloaded], ids=["deepcopy", "saved and loaded"])

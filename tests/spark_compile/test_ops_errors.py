@@ -86,6 +86,20 @@ WRONG: list[tuple[str, Change, str]] = [
     ("query", lambda t: t[:, :5], "query is"),
     ("query", lambda t: t[:1], "query is"),
     ("query", lambda t: t[..., :8], "query is"),
+    ("query", lambda t: t[:, :0], r"query is .*\[2, 0, 2, 12\]: allowed is .*\[2, 3, 2, 12\]"),
+    ("query", lambda t: t.cfloat(), "query is .*: allowed is a floating-point dtype"),
+    ("key_pages", lambda t: t[:, :, :0], r"key_pages is .*\[2, 3, 0, .*: allowed is .*\[2, 3, 1, "),
+    ("value_pages", lambda t: t[:, :2], "value_pages is"),
+    ("value_head", lambda t: t[:, :, :40], "value_head is"),
+    ("attn_mask", lambda _: torch.ones(1, 40, dtype=torch.cfloat), "attn_mask is torch.complex64"),
+    ("sinks", lambda _: torch.zeros(6, dtype=torch.cfloat), "sinks is .*: allowed is a floating"),
+    ("sinks", lambda _: torch.zeros(6, dtype=torch.long), "sinks is .*: allowed is a floating"),
+    (
+        "position",
+        lambda _: torch.tensor([19.5]),
+        "position is torch.float32.*: allowed is torch.int",
+    ),
+    ("keep", lambda _: -1, "keep is -1: allowed is 0 or more, or None"),
     ("key_pages", lambda t: t[..., :-8], "key_pages is"),
     (
         "key_pages",
@@ -107,6 +121,39 @@ def test_an_operand_that_does_not_fit_is_named(name: str, change: Change, match:
     given = arguments(spec_of())
     given[name] = change(given[name])
     refuse(given, match)
+
+
+WRONG_BUILDS: list[tuple[str, Change, str]] = [
+    ("key", lambda t: t[..., :11], r"key is .*\[2, 3, 20, 11\]: allowed is .*\[2, 3, 20, 12\]"),
+    ("key", lambda t: t[0], "key is"),
+    ("key", lambda t: t.double(), "key is torch.float64.*: allowed is torch.float32"),
+    ("value", lambda t: t[:1], r"value is .*\[1, 3, 20, 10\]: allowed is .*\[2, 3, 20, 10\]"),
+    ("value", lambda t: t[:, :1], "value is"),
+    ("value", lambda t: t[:, :, 1:], "value is"),
+    ("value", lambda t: t.bfloat16(), "value is torch.bfloat16"),
+    ("queries", lambda t: [t, t[:1]], r"queries\[1\] is .*\[1, 6, 20, 12\]: allowed is .*\[2, 6, "),
+    ("queries", lambda t: [t[:, :5]], r"queries\[0\] is .*\[2, 5, 20, 12\]: allowed is .*\[2, 3, "),
+    ("queries", lambda t: [t[:, :0]], r"queries\[0\] is"),
+    ("queries", lambda t: [t[..., 1:]], r"queries\[0\] is"),
+    ("queries", lambda t: [t[0]], r"queries\[0\] is"),
+    ("capacity", lambda _: -1, "capacity is -1: allowed is 0 to"),
+    ("capacity", lambda _: 2**61, "capacity is .*: allowed is 0 to"),
+]
+
+
+@pytest.mark.parametrize("keys", ["spark(kept=5)", "int8"])
+@pytest.mark.parametrize(("name", "change", "match"), WRONG_BUILDS, ids=range(len(WRONG_BUILDS)))
+def test_a_prompt_that_does_not_fit_is_named(
+    name: str, change: Change, match: str, keys: str
+) -> None:
+    query, key, value = (torch.randn(2, h, 20, d) for h, d in ((6, 12), (3, 12), (3, 10)))
+    text = spec_of().text.replace(spec_of().key.text, parse(keys, 12, torch.float32).text)
+    given = {"key": key, "value": value, "queries": query, "spec": text, "capacity": None}
+    given[name] = change(given[name])
+    given["queries"] = [given["queries"]] if name != "queries" else given["queries"]
+    for build in (torch.ops.spark.build, torch.ops.spark_reference.build):
+        with pytest.raises(ValueError, match=match):
+            build(**given)
 
 
 @pytest.mark.parametrize("start", [None, 9])
@@ -131,7 +178,7 @@ def test_a_mask_that_broadcasts_or_is_longer_is_taken(shape: tuple[int, ...]) ->
     assert torch.equal(ops.step(*given.values()), expected)
 
 
-@pytest.mark.parametrize("shape", [(5,), (12,), (2, 6), ()])
+@pytest.mark.parametrize("shape", [(5,), (12,), (2, 6), (1, 6), (6, 1), (1,), ()])
 def test_sinks_of_other_heads_change_nothing(shape: tuple[int, ...]) -> None:
     given = arguments(spec_of())
     given["sinks"] = torch.zeros(shape)

@@ -22,6 +22,7 @@ from states import (
     tokens,
 )
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from spark_compile import SparkConfig
 from spark_compile.state import SparkTensor
@@ -94,7 +95,13 @@ def test_a_transformers_cache_is_saved_and_safely_loaded(tmp_path: Path) -> None
         cache.update(made.key, made.value, layer)
         cache.layers[layer].keys = made.keys
         cache.layers[layer].values = made.values
-    loaded = saved_and_loaded(cache, tmp_path / "cache.pt")
+    path = tmp_path / "cache.pt"
+    torch.save(cache, path)
+    # The import allows states alone: which classes of others may be made is the user's to say.
+    with pytest.raises(pickle.UnpicklingError, match="DynamicCache"):
+        torch.load(path)
+    with torch.serialization.safe_globals([DynamicCache, DynamicLayer]):
+        loaded = torch.load(path)
     assert isinstance(loaded, DynamicCache)
     assert loaded.get_seq_length() == 21
     for layer in loaded.layers:
