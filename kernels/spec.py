@@ -46,8 +46,9 @@ class Spec:
     """What dot products are multiplied with."""
     softcap: float = 0.0
     """Scores s become softcap * tanh(s / softcap); 0 leaves them."""
-    rolls: bool = False
-    """Whether tokens are evicted before the attention too, as in a full buffer that rolls."""
+    rolls: int = 0
+    """Number of latest tokens that stay visible to new ones, as in a full buffer that rolls: the
+    others are evicted before the attention too. 0: all stay."""
 
     def __post_init__(self) -> None:
         for side in SIDES:
@@ -117,7 +118,7 @@ class Spec:
             rows = torch.sym_max(rows, tokens + self.window)
         return rows
 
-    def attending(self, scale: float, softcap: float, rolls: bool = False) -> Spec:
+    def attending(self, scale: float, softcap: float, rolls: int = 0) -> Spec:
         """The same with the constants of an attention."""
         return replace(self, scale=scale, softcap=softcap, rolls=rolls)
 
@@ -134,7 +135,7 @@ class Spec:
         if (self.scale, self.softcap) != (1.0, 0.0):
             parts += [f"scale={self.scale!r}", f"softcap={self.softcap!r}"]
         if self.rolls:
-            parts.append("rolls=1")
+            parts.append(f"rolls={self.rolls}")
         return ";".join(parts)
 
 
@@ -152,7 +153,7 @@ def parse_spec(text: str) -> Spec:
     try:
         formats = {side: _parse_side(parts.pop(side)) for side in SIDES}
         numbers = {name: int(parts.pop(name)) for name in _NUMBERS}
-        rolls = parts.pop("rolls", "0") == "1"
+        rolls = int(parts.pop("rolls", "0"))
         floats = {name: float(value) for name, value in parts.items()}
         return Spec(**formats, **numbers, **floats, rolls=rolls)  # type: ignore[arg-type]
     except (KeyError, TypeError, ValueError) as error:

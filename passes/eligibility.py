@@ -106,7 +106,7 @@ def _check_buffers(program: Program, group: list[CachedAttention]) -> None:
     """A buffer is written at consecutive positions and read up to the last token, or masked."""
     for name, side in (("keys", group[0].key), ("values", group[0].value)):
         if side.rolls:
-            _check_rolling(name, side, group)
+            _check_rolling(name, side)
             continue
         assert side.past is not None
         if side.slides:
@@ -131,10 +131,10 @@ def _check_buffers(program: Program, group: list[CachedAttention]) -> None:
                 raise Refused("the buffer is read in part, or without a mask", side.operand)
 
 
-def _check_rolling(name: str, side: CachedSide, group: list[CachedAttention]) -> None:
+def _check_rolling(name: str, side: CachedSide) -> None:
     """A full buffer gives its first token up for a new one."""
     before: Any = side.base.args[0]
-    if before is None or before.target is not _aten.slice.Tensor or len(group) > 1:
+    if before is None or before.target is not _aten.slice.Tensor:
         raise Refused(f"the buffer of the {name} is changed in an unknown way", side.base)
     capacity = tensor(side.written_to).shape[side.dim]  # type: ignore[arg-type]
     filled, stays = tensor(before).shape[side.dim], tensor(side.kept).shape[side.dim]  # type: ignore[arg-type]

@@ -198,7 +198,8 @@ def _attend(
     for sharer in group:
         mask, causal_offset, scale, softcap, sinks = sharer.attention.args[3:]
         keep = site.key.keep if sharer is group[-1] else None
-        text = spec_of(program, site).attending(scale, softcap, site.key.rolls).text  # type: ignore[arg-type]
+        rolls = site.key.keep if site.key.rolls else 0
+        text = spec_of(program, site).attending(scale, softcap, rolls).text  # type: ignore[arg-type]
         with program.graph.inserting_before(sharer.attention):
             new = [_heads_first(program, side.new, side.dim) for _, side in site.sides]
             output = call(program, torch.ops.spark.step.default, (

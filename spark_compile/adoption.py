@@ -57,19 +57,33 @@ def is_static(value: object) -> bool:
     return isinstance(value, SparkTensor) and value.static
 
 
+def give_back(state: SparkTensor, dense: Tensor) -> None:
+    """Let a static state be the dense buffer again.
+
+    Raises:
+        RuntimeError: torch does not let the object be replaced.
+    """
+    _swap(state, dense)
+
+
 def _in_place_of(buffer: Tensor, state: SparkTensor) -> SparkTensor:
     """Let the object ``buffer`` be the state; where torch does not, keep both and say so."""
     try:
-        # Not torch.utils.swap_tensors: it refuses objects with weak references, which Dynamo has
-        # on every input. They go on to refer to the same object.
-        torch._C._swap_tensor_impl(buffer, state)
+        _swap(buffer, state)
     except RuntimeError as error:
         warn_once(f"a cache buffer cannot be replaced, it stays beside the compressed one: {error}")
         return state
-    kind, own = type(buffer), buffer.__dict__
-    buffer.__class__ = type(state)
-    buffer.__dict__ = state.__dict__
-    state.__class__ = kind  # type: ignore[assignment]
-    state.__dict__ = own
     assert isinstance(buffer, SparkTensor)
     return buffer
+
+
+def _swap(one: Tensor, other: Tensor) -> None:
+    """Exchange what two tensor objects are; whoever holds one has the other from then on."""
+    # Not torch.utils.swap_tensors: it refuses objects with weak references, which Dynamo has on
+    # every input. They go on to refer to the same object.
+    torch._C._swap_tensor_impl(one, other)
+    kind, own = type(one), one.__dict__
+    one.__class__ = type(other)
+    one.__dict__ = other.__dict__
+    other.__class__ = kind  # type: ignore[assignment]
+    other.__dict__ = own

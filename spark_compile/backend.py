@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensorMode
 
 from . import dynamo, reuse
+from .adoption import give_back
 from .config import SparkConfig
 from .generation import called_modules, watch_generate
 from .passes.lower import as_dense, fake_inputs, lower
@@ -214,16 +215,26 @@ def _unrewritten(
 
     def densely(*args: Any) -> Any:
         recovered = {i: a.dense() for i, a in enumerate(args) if isinstance(a, SparkTensor)}
-        before = [dense._version for dense in recovered.values()]
+        before = {i: dense._version for i, dense in recovered.items()}
         results = compiled(*(recovered.get(i, a) for i, a in enumerate(args)))
-        if [dense._version for dense in recovered.values()] != before:
-            raise SparkError(
-                "a compressed cache was written to by a graph that was left alone (see the warning "
-                "before); what it wrote is lost"
-            )
+        for i, dense in recovered.items():
+            if dense._version != before[i]:
+                _give_back(args[i], dense)
         return results
 
     return densely
+
+
+def _give_back(state: SparkTensor, dense: Tensor) -> None:
+    """A buffer that a graph has written to without knowing that it was compressed."""
+    try:
+        give_back(state, dense)
+    except RuntimeError as error:
+        raise SparkError(
+            "a compressed cache was written to by a graph that was left alone (see the warning "
+            f"before); what it wrote is lost: {error}"
+        ) from error
+    warn_once("a graph that was left alone writes to a compressed cache: it is a dense buffer again")
 
 
 def _complain_about_refusals(report: GraphReport, config: SparkConfig) -> None:

@@ -50,7 +50,7 @@ struct Spec {
   Format key, value;
   int64_t window = 0, recent = 0, sinks = 0, min_tokens = 0;
   float scale = 1.0f, softcap = 0.0f;
-  bool rolls = false;  // tokens are evicted before the attention too
+  int64_t rolls = 0;  // latest tokens that stay visible to new ones; 0: all
 
   // Number of pages that are full; `stored` since the first page, `visible` part of the cache.
   int64_t pages_due(int64_t stored, int64_t visible, int64_t packed) const {
@@ -197,7 +197,7 @@ inline std::unique_ptr<const Spec> read_spec(View rest) {
     else if (name == "scale") done = read_float(value, spec->scale);
     else if (name == "softcap") done = read_float(value, spec->softcap);
     else if (name == "layout") done = value == LAYOUT_VERSION, seen |= 64;
-    else if (name == "rolls") done = spec->rolls = value == "1";
+    else if (name == "rolls") done = read_count(value, spec->rolls);
     if (!done) return nullptr;
   }
   if (seen != 127 || spec->window < 1 || spec->key.dtype != spec->value.dtype) return nullptr;

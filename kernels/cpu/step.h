@@ -135,8 +135,8 @@ inline std::optional<Tensor> step(const StepOperands& o, const Spec* spec) {
   if (o.keep && *o.keep < 0) return std::nullopt;
   if (!rewind(*keys, *values, o.position)) return std::nullopt;
   const int64_t key_pages = o.keep ? keys->due(*o.keep) : 0, value_pages = o.keep ? values->due(*o.keep) : 0;
-  if (o.keep && spec->rolls) {
-    for (Side* side : {&*keys, &*values}) side->first = std::max(side->first, side->length - *o.keep);
+  if (spec->rolls) {
+    for (Side* side : {&*keys, &*values}) side->first = std::max(side->first, side->length - spec->rolls);
   }
   Problem p(*keys, *values);
   p.query_heads = o.query.size(1), p.queries = o.query.size(2);

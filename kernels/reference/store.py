@@ -242,17 +242,17 @@ def step(
     start = keys.length if position is None else position_of(position, keys.length, keys.first)
     if attn_mask is not None:
         first = min(keys.first, start)
-        if keep is not None and keys.spec.rolls:
-            first = max(first, start - keep)
+        if rolls := keys.spec.rolls:
+            first = max(first, start - rolls)
         check_mask(attn_mask, query, start - first + new_key.shape[2])
     if keep is not None:
         for store, new in ((keys, new_key), (values, new_value)):
             store.due(new.shape[2], start, keep)  # before anything is written
     if position is not None:
         rewind(keys, values, position)
-    if keep is not None and keys.spec.rolls:
+    if rolls := keys.spec.rolls:
         for store in (keys, values):
-            store.first = max(store.first, store.length - keep)
+            store.first = max(store.first, store.length - rolls)
     key = torch.cat((keys.rows(), new_key.float()), dim=2)
     value = torch.cat((values.rows(), new_value.float()), dim=2)
     if attn_mask is not None and attn_mask.shape[-1:].numel() > key.shape[2]:

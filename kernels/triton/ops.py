@@ -111,10 +111,10 @@ def _step(
     if position is not None and position.numel():
         for operand in (keys, values):
             launch.rewind(position.to(query.device), operand, parsed)
-    if parsed.rolls and keep is not None:
+    if parsed.rolls:
         for head in (key_head, value_head):
             counted = counters(head)
-            evicted = torch.maximum(counted[..., FIRST], counted[..., LENGTH] - keep)
+            evicted = torch.maximum(counted[..., FIRST], counted[..., LENGTH] - parsed.rolls)
             counted[..., FIRST].copy_(evicted)
     output = launch.attend(query, keys, values, attn_mask, sinks, causal_offset, parsed)
     for operand in (keys, values):

@@ -39,7 +39,7 @@ def test_the_text_says_everything(
     original = Spec(*formats, *numbers, scale=scale, softcap=softcap)
     assert parse_spec(original.text) == original
     assert parse_spec(original.text) is parse_spec(original.text)
-    rolling = original.attending(scale, softcap, rolls=True)
+    rolling = original.attending(scale, softcap, rolls=7)
     assert parse_spec(rolling.text) == rolling != original
     plain = original.attending(1.0, 0.0)
     assert "scale" not in plain.text

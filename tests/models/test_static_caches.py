@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
 import torch
 import transformers
 from compiled import compiled
-from handwritten import BATCH, VOCABULARY
+from handwritten import BATCH, DIM, VOCABULARY
 from handwritten_caches import handwritten
 from torch import Tensor
 from zoo import CACHE, tiny
@@ -82,6 +83,44 @@ def test_a_static_sliding_window_rolls(length: int, batch: int) -> None:
     output = generated(model, ids, tokens=24, **STATIC)
     assert torch.equal(output.sequences, expected)
     assert_compressed(output)
+
+
+def test_layers_that_share_a_rolling_window_are_compressed() -> None:
+    """The last two of four layers read the keys and values of the first two."""
+    ids = prompt(16)
+    expected = generated(tiny("gemma4_shared", "sdpa"), ids).sequences
+    model = optimize(tiny("gemma4_shared", "sdpa"), key_ratio=0.0, **OPTIONS)
+    output = generated(model, ids, **STATIC)
+    assert torch.equal(output.sequences, expected)
+    for layer in layers_of(output)[:2]:
+        assert isinstance(layer.keys, PrunedKeys)
+        assert layer.keys.static
+
+
+def test_a_buffer_that_is_written_in_an_unknown_way_is_dense_again() -> None:
+    """In a graph that knows nothing of attention; the model goes on with it."""
+    model, (first, then) = handwritten("gpt_fast"), chunks(13, 2)
+    call = compiled(model)
+    zero, last = torch.zeros(BATCH, 2, 1, DIM), torch.tensor([12])
+    forget = torch.compile(
+        lambda cache: cache.index_copy_(2, last, zero), backend="spark", options={"inner": "eager"}
+    )
+    logits, buffers = [], []
+    for forward, change in ((model, lambda c: c.index_copy_(2, last, zero)), (call, forget)):
+        for attention in model.attentions:
+            attention.reset()
+        with torch.no_grad():
+            forward(first, torch.arange(13))
+            buffer = model.attentions[0].k_cache
+            assert isinstance(buffer, PrunedKeys) == (forward is call)
+            with warnings.catch_warnings(action="ignore"):
+                change(buffer)
+            assert type(buffer) is Tensor
+            assert model.attentions[0].k_cache is buffer
+            buffers.append(buffer.clone())
+            logits.append(forward(then, torch.arange(13, 15)))
+    torch.testing.assert_close(*buffers)
+    torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
 
 
 def test_decode_alone_is_compiled_with_a_compile_config() -> None:
