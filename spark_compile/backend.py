@@ -234,7 +234,9 @@ def _give_back(state: SparkTensor, dense: Tensor) -> None:
             "a compressed cache was written to by a graph that was left alone (see the warning "
             f"before); what it wrote is lost: {error}"
         ) from error
-    warn_once("a graph that was left alone writes to a compressed cache: it is a dense buffer again")
+    warn_once(
+        "a graph that was left alone writes to a compressed cache: it is a dense buffer again"
+    )
 
 
 def _complain_about_refusals(report: GraphReport, config: SparkConfig) -> None:
