@@ -23,7 +23,7 @@ _ENDS = SOFTMAXES | {
     _aten.linear.default, _aten.mm.default, _aten.addmm.default,
     _aten.scaled_dot_product_attention.default,
 }  # fmt: skip
-"""Operators that make other values, of whatever shape: what is behind them is another matter."""
+"""Operators that make other values, of whatever shape: what comes after them is another matter."""
 
 
 @dataclass(frozen=True)

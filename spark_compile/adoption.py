@@ -85,5 +85,5 @@ def _swap(one: Tensor, other: Tensor) -> None:
     kind, own = type(one), one.__dict__
     one.__class__ = type(other)
     one.__dict__ = other.__dict__
-    other.__class__ = kind  # type: ignore[assignment]
+    other.__class__ = kind
     other.__dict__ = own

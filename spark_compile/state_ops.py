@@ -182,6 +182,22 @@ def _write(state: SparkTensor, position: Tensor, rows: Tensor) -> Any:
     return state
 
 
+def _copy_(state: Tensor, source: Any, non_blocking: bool = False) -> Any:
+    """All tokens anew, as a rolling window of the model's eager code writes them."""
+    if not isinstance(state, SparkTensor) or not isinstance(source, Tensor) or source.dim() > 4:
+        return NotImplemented
+    dense = source.dense() if isinstance(source, SparkTensor) else source
+    rows = dense.to(state.head.device, state.dtype).expand(state.shape)
+    if state.static:
+        return _write(state, torch.arange(state.tokens), rows)
+    rows = rows if state.form.tokens_dim == 2 else rows.transpose(1, 2)
+    room = int(state.spec.page_room(state.tokens)), int(state.spec.tail_rows(state.tokens))
+    store = allocate(rows, state.spec, state.SIDE, *room)
+    store.append(rows, ALL)
+    state.replace_storage(store.pages, store.head)
+    return state
+
+
 _aten = torch.ops.aten
 _COMPRESSED: dict[Any, Callable[..., Any]] = {
     _aten.alias.default: _alias,
@@ -193,6 +209,7 @@ _COMPRESSED: dict[Any, Callable[..., Any]] = {
     _aten.slice.Tensor: _slice,
     _aten.cat.default: _cat,
     _aten.zero_.default: _zero_,
+    _aten.copy_.default: _copy_,
     _aten.index_copy_.default: _index_copy_,
     _aten.index_put_.default: _index_put_,
 }

@@ -97,6 +97,21 @@ def test_layers_that_share_a_rolling_window_are_compressed() -> None:
         assert layer.keys.static
 
 
+@pytest.mark.filterwarnings("ignore::spark_compile.SparkWarning")
+def test_eager_steps_over_a_compressed_cache_are_right() -> None:
+    """What runs when Dynamo has given a function up."""
+    ids = prompt(22)
+    model = optimize(tiny("gemma3_sliding", "sdpa"), key_ratio=0.0, **OPTIONS | {"strict": False})
+    cache = transformers.StaticCache(config=model.config, max_cache_len=60)
+    logits = []
+    with torch.no_grad():
+        for number, part in enumerate(ids.split([10, *[1] * 12], dim=1)):
+            with torch.compiler.set_stance("force_eager" if 2 < number < 9 else "default"):
+                logits.append(model(input_ids=part, **{CACHE: cache}).logits)
+        expected = tiny("gemma3_sliding", "sdpa")(ids).logits
+    torch.testing.assert_close(torch.cat(logits, 1), expected, atol=1e-4, rtol=1e-4)
+
+
 def test_a_buffer_that_is_written_in_an_unknown_way_is_dense_again() -> None:
     """In a graph that knows nothing of attention; the model goes on with it."""
     model, (first, then) = handwritten("gpt_fast"), chunks(13, 2)

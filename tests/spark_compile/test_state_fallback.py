@@ -53,7 +53,6 @@ DENSE: dict[str, Callable[[Tensor], Any]] = {
 WRITES: dict[str, Callable[[Tensor], Any]] = {
     "aten.add_": lambda x: x.add_(1),
     "aten.mul_": lambda x: x.mul_(2),
-    "aten.copy_": lambda x: x.copy_(torch.ones(x.shape)),
     "aten.fill_": lambda x: x.fill_(3),
     "aten.index_copy_": lambda x: x.index_copy_(2, torch.tensor([0]), torch.ones_like(x[:, :, :1])),
     "aten._foreach_add_": lambda x: torch._foreach_add_([torch.ones(1), x], 1),

@@ -169,6 +169,20 @@ def test_positions_are_written_in_both_layouts(write: str) -> None:
         assert torch.equal(state.dense(), dense)
 
 
+@pytest.mark.parametrize("fixed", [False, True])
+def test_all_tokens_are_written_anew(fixed: bool) -> None:
+    """As a rolling window in eager code does it: copied with the first token dropped."""
+    for state in both_layouts(28, fixed=fixed):
+        rolled = torch.randn(state.shape).roll(-1, dims=state.form.tokens_dim)
+        address = state.pages.data_ptr()
+        state.copy_(rolled)
+        assert torch.equal(state.dense(), rolled)
+        assert state.packed_tokens() > 0
+        assert (state.pages.data_ptr() == address) == fixed
+        state.copy_(torch.ones(1, dtype=torch.float64))
+        assert torch.equal(state.dense(), torch.ones(state.shape))
+
+
 def test_a_form_says_the_shape() -> None:
     spec, head = spec_of(EXACT), torch.zeros(BATCH, HEADS, 64, dtype=torch.uint8)
     assert StateForm(spec).shape("key", head, 9) == (BATCH, HEADS, 9, KEY_DIM)
