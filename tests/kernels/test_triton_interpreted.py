@@ -13,11 +13,13 @@ pytest.importorskip("triton")
 NUMERICS = Path(__file__).with_name("test_triton_numerics.py")
 
 
-def test_numerics_in_the_interpreter() -> None:
+@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_numerics_in_the_interpreter(which: str) -> None:
     """In a process of its own: Triton looks at the variable when it is imported."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
+    options = ["-q", "-x", "-p", "no:cacheprovider", "-m", which]
     child = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(NUMERICS)],
+        [sys.executable, "-m", "pytest", *options, str(NUMERICS)],
         env={**environment, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         cwd=NUMERICS.parents[2],
         capture_output=True,

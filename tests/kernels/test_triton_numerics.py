@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -34,6 +35,12 @@ TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 KEYS = ("dense", "int8", "spark(kept=5)", "spark(kept=5,stored=int8,recovery=none)",
         "spark(kept=12,stored=int8,saliency=absolute)", "pruned(kept=4)")  # fmt: skip
 VALUES = ("dense", "int8", "pruned(kept=3)", "pruned(kept=10,stored=int8)")
+
+
+def some_are_slow(*cases: tuple[Any, ...], every: int) -> list[Any]:
+    """Cases of which one of ``every`` is fast; the interpreter takes a second for each."""
+    marks = [pytest.mark.slow]
+    return [pytest.param(*case, marks=marks * (n % every > 0)) for n, case in enumerate(cases)]
 
 
 @pytest.fixture(autouse=True)
@@ -161,8 +168,8 @@ def scattered(tensor: Tensor) -> Tensor:
     return spread.permute(*reversed(range(tensor.dim()))).copy_(tensor)
 
 
-@pytest.mark.parametrize("value", VALUES)
-@pytest.mark.parametrize("key", KEYS)
+# 5 is no divisor of the number of values: the fast ones meet every key and every value.
+@pytest.mark.parametrize(("key", "value"), some_are_slow(*product(KEYS, VALUES), every=5))
 def test_every_pair_of_formats(key: str, value: str) -> None:
     """A page is packed in the first step and read in the second."""
     cache = Cache(spec_of(key, value), tokens=24)
@@ -274,10 +281,16 @@ def test_sharers_note_their_queries() -> None:
         cache.step()
 
 
-@pytest.mark.parametrize("value", ["pruned(kept=3,stored=int8)", "int8"])
 @pytest.mark.parametrize(
-    ("sinks", "position"),
-    [(0, 22), (0, 10), (0, 8), (0, 0), (3, 24), (3, 12), (3, 11), (3, 2)],
+    ("value", "sinks", "position"),
+    some_are_slow(
+        *(
+            (value, *where)
+            for value in ("pruned(kept=3,stored=int8)", "int8")
+            for where in ((0, 22), (0, 10), (0, 8), (0, 0), (3, 24), (3, 12), (3, 11), (3, 2))
+        ),
+        every=3,
+    ),
 )
 def test_a_position_forgets_what_comes_after(position: int, sinks: int, value: str) -> None:
     cache = Cache(spec_of("spark(kept=5,stored=int8)", value, sinks=sinks), tokens=24)
@@ -334,7 +347,7 @@ def test_of_equally_salient_channels_the_first_are_kept() -> None:
         torch.testing.assert_close(result[0], expected[0])
 
 
-@pytest.mark.parametrize("tokens", [2, 9, 23])
+@pytest.mark.parametrize("tokens", [2, pytest.param(9, marks=pytest.mark.slow), 23])
 @pytest.mark.parametrize(
     ("key", "value"),
     [

@@ -185,7 +185,7 @@ def test_stored_tensors_keep_their_addresses() -> None:
 def test_other_capacities_and_batches_are_compressed_too(eagerly: bool) -> None:
     """Dynamo has symbols for such sizes from the second one on."""
     model = optimize(tiny("llama", "sdpa"), key_ratio=0.0, **OPTIONS)
-    for batch, length, capacity in ((1, 13, 30), (2, 9, 40), (3, 11, 52)):
+    for batch, length, capacity in ((1, 13, 30), (3, 11, 42)):
         ids = prompt(length + 9, batch)
         cache = transformers.StaticCache(config=model.config, max_cache_len=capacity)
         if eagerly:

@@ -262,7 +262,7 @@ def test_a_layer_of_its_own_format() -> None:
 
 def test_a_format_that_cannot_store_the_heads_is_a_reason() -> None:
     toy = compiled(decoder(), **OPTIONS | {"key_format": "pruned(kept=9)"})
-    reason = "1 x option 'kept' of format 'pruned' is 9: allowed is 1 to 8"
+    reason = "2 x option 'kept' of format 'pruned' is 9: allowed is 1 to 8"
     with torch.no_grad(), pytest.raises(SparkError, match=reason):
         toy(prompt(20), None)
 

@@ -97,7 +97,7 @@ def test_strict_explain_ends_in_one_line(llama_folder: Path) -> None:
     error = _one_line_error(
         ["explain", str(llama_folder), "--strict", "--key-format", "spark(kept=99)"], code=1
     )
-    assert "spark rewrote nothing: 1 x option 'kept' of format 'spark' is 99" in error
+    assert "spark rewrote nothing: 2 x option 'kept' of format 'spark' is 99" in error
 
 
 def _one_line_error(arguments: list[str], code: int = 2) -> str:
