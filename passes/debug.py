@@ -30,9 +30,19 @@ class GraphDump:
 
     @classmethod
     def open(cls, program: Program) -> GraphDump | None:
-        """The dump of a new graph, which is written as it is now; None if none was asked for."""
+        """The dump of a new graph, which is written as it is now.
+
+        None if none was asked for, or into the home folder of nobody, which a warning says.
+        """
         directory = os.environ.get(VARIABLE)
-        return cls(program, Path(directory).expanduser()) if directory else None
+        if not directory:
+            return None
+        try:
+            folder = Path(directory).expanduser()
+        except RuntimeError as error:
+            warn_once(f"{VARIABLE}={directory}: a graph could not be written: {error}")
+            return None
+        return cls(program, folder)
 
     def write(self, name: str, seconds: float | None = None, result: str = "") -> None:
         """Write the graph as the pass ``name`` has left it, and bring the summary up to date."""

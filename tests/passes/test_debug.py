@@ -84,6 +84,14 @@ def test_a_folder_that_cannot_be_written_is_one_warning(
     assert told[0].startswith(f"{VARIABLE}={tmp_path / 'file'}: a graph could not be written: Not")
 
 
+def test_a_home_folder_of_nobody_is_a_warning(
+    monkeypatch: pytest.MonkeyPatch, capture: Any
+) -> None:
+    monkeypatch.setenv(VARIABLE, "~nobody-of-that-name/graphs")
+    with pytest.warns(SparkWarning, match="a graph could not be written: .*home"):
+        assert GraphDump.open(capture(torch.sin, torch.ones(3))) is None
+
+
 def test_a_graph_without_code_is_a_warning(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capture: Any
 ) -> None:
