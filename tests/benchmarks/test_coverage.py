@@ -38,6 +38,10 @@ LONG = {
     "zamba2",
 }  # fmt: skip
 """More than ten seconds each: left to the slow tests."""
+LIKE_OTHERS = {
+    "gpt_bigcode", "gpt_neox", "gptj", "granite", "phi3", "qwen3", "roformer", "stablelm",
+}  # fmt: skip
+"""What they do, fast ones do too."""
 LEFT_ALONE = {
     "deepseek_v2": "latent attention",
     "diffllama": "other heads",
@@ -49,10 +53,10 @@ LEFT_ALONE = {
 def cases() -> Iterator[Any]:
     for number, name in enumerate(BOTH):
         attention = ("sdpa", "eager")[number % 2]
-        marks = [pytest.mark.slow] if name in LONG else []
+        marks = [pytest.mark.slow] if name in LONG | LIKE_OTHERS else []
         yield pytest.param(name, attention, id=f"{name}-{attention}", marks=marks)
     for name in EAGER:
-        marks = [pytest.mark.slow] if name in LONG else []
+        marks = [pytest.mark.slow] if name in LONG | LIKE_OTHERS else []
         yield pytest.param(name, "eager", id=f"{name}-eager", marks=marks)
 
 

@@ -119,10 +119,15 @@ FORMATS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize(
-    ("name", "padding", "dtype"), [("llama", 0, torch.float32), ("qwen3", 3, torch.bfloat16)]
-)
+def formats() -> Iterator[Any]:
+    """Every format on two models; of the second all but one are slow."""
+    for form in FORMATS:
+        marks = [] if form == "everything" else [pytest.mark.slow]
+        yield pytest.param("llama", 0, torch.float32, form, id=f"llama-{form}")
+        yield pytest.param("qwen3", 3, torch.bfloat16, form, id=f"qwen3-{form}", marks=marks)
+
+
+@pytest.mark.parametrize(("name", "padding", "dtype", "form"), list(formats()))
 def test_every_format(name: str, padding: int, dtype: torch.dtype, form: str) -> None:
     ids = tokens(batch=2 if padding else 1)
     exact, _ = teacher_forced(tiny(name, "sdpa").to(dtype), ids, padding)
