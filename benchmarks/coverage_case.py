@@ -180,6 +180,8 @@ class Case:
         else:
             self.sites["static"] = static_sites(self._static.cache, settings.prompt)
             self.not_static = "" if self.sites["static"] else "no layer is static"
+            if compare(self._static, self._eager)["status"] != "ok":
+                self.sites["static"], self.not_static = [], "eager results are not the usual ones"
 
     def rows(self) -> dict[str, Any]:
         """Every comparison, and what was rewritten."""
