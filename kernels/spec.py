@@ -54,7 +54,7 @@ class Spec:
         for side in SIDES:
             if self.format(side).head_dim < 1:
                 _refuse(f"head size of the {side}s", self.format(side).head_dim, "1 or more")
-        for name in _NUMBERS:
+        for name in (*_NUMBERS, "rolls"):
             value, least = getattr(self, name), 1 if name == "window" else 0
             if not least <= value <= MOST_TOKENS:
                 _refuse(name, value, f"{least} to {MOST_TOKENS}")

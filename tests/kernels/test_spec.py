@@ -85,6 +85,7 @@ def test_a_wrong_text_is_named_in_the_error(wrong: str) -> None:
         ("recent=4", "recent=-1", "recent is -1: allowed is 0 to"),
         ("sinks=0", "sinks=-4", "sinks is -4: allowed is 0 to"),
         ("min_tokens=0", "min_tokens=-1", "min_tokens is -1: allowed is 0 to"),
+        ("min_tokens=0", "min_tokens=0;rolls=-1", "rolls is -1: allowed is 0 to"),
         ("min_tokens=0", "min_tokens=0;scale=nan", "scale is nan: allowed is a finite number"),
         ("min_tokens=0", "min_tokens=0;softcap=inf", "softcap is inf: allowed is a finite number"),
         ("dense:8:", "dense:0:", "head size of the keys is 0: allowed is 1 or more"),
