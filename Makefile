@@ -22,10 +22,10 @@ demo: setup
 	$(BIN)/spark-optimize demo $(ARGS)
 
 test: setup
-	$(BIN)/pytest -q -n 2 -m "not slow" --durations=15 $(ARGS)
+	$(BIN)/pytest -q -n 2 --dist worksteal -m "not slow" --durations=15 $(ARGS)
 
 test-all: setup
-	$(BIN)/pytest -q -n 2 --durations=15 $(ARGS)
+	$(BIN)/pytest -q -n 2 --dist worksteal --durations=15 $(ARGS)
 
 # Several minutes each, on an otherwise idle machine; results go to benchmarks/results.
 bench-kernels: setup

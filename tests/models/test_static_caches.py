@@ -164,13 +164,13 @@ def test_reset_forgets_the_tokens() -> None:
 
 
 def test_stored_tensors_keep_their_addresses() -> None:
-    """No growth, no new buffer and no new graph in a few hundred steps of decoding."""
+    """No growth, no new buffer and no new graph in five hundred steps of decoding."""
     model = optimize(tiny("llama", "sdpa"), **OPTIONS)
-    cache = transformers.StaticCache(config=model.config, max_cache_len=340)
+    cache = transformers.StaticCache(config=model.config, max_cache_len=540)
     ids, seen = prompt(13), set()
     with torch.no_grad(), collect_report() as report:
         model(input_ids=ids, **{CACHE: cache})
-        for _ in range(300):
+        for _ in range(500):
             model(input_ids=ids[:, :1], **{CACHE: cache})
             stored = [
                 (t.pages, t.head) for layer in cache.layers for t in (layer.keys, layer.values)
@@ -178,7 +178,7 @@ def test_stored_tensors_keep_their_addresses() -> None:
             seen.add(tuple(part.data_ptr() for pair in stored for part in pair))
     assert len(report.graphs) == 2
     assert len(seen) == 1
-    assert cache.layers[0].keys.packed_tokens() >= 300
+    assert cache.layers[0].keys.packed_tokens() >= 500
 
 
 @pytest.mark.parametrize("eagerly", [False, True], ids=["made_in_the_graph", "made_before"])
