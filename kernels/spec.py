@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NoReturn
 
@@ -117,6 +118,23 @@ class Spec:
         elif self.min_tokens and tokens < self.min_tokens:
             rows = torch.sym_max(rows, tokens + self.window)
         return rows
+
+    def room(self, tokens: Count = 0, capacity: Count | None = None) -> tuple[Count, Count]:
+        """Pages and tail rows to make room for, as ``page_room`` and ``tail_rows`` say."""
+        return self.page_room(tokens, capacity), self.tail_rows(tokens, capacity)
+
+    def stored_shapes(
+        self, side: Side, heads: Sequence[Count], pages: Count, rows: Count
+    ) -> tuple[tuple[Count, ...], tuple[Count, ...]]:
+        """The shapes of ``pages`` and ``head`` of a side.
+
+        Args:
+            heads: B and Hkv.
+            pages: number of pages that there is room for.
+            rows: number of tail rows.
+        """
+        page_bytes, head_bytes = self.pages(side).page_bytes, self.head(side).head_bytes(rows)
+        return (*heads, pages, page_bytes), (*heads, head_bytes)
 
     def attending(self, scale: float, softcap: float, rolls: int = 0) -> Spec:
         """The same with the constants of an attention."""

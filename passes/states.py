@@ -58,14 +58,9 @@ def adopt(
     dense, spec = tensor(buffer), form.spec
     heads = dense.shape[3 - form.tokens_dim]
     capacity = int(dense.shape[form.tokens_dim])
-    page_bytes = spec.pages(side).page_bytes
-    head_bytes = spec.head(side).head_bytes(spec.tail_rows(capacity))
+    shapes = spec.stored_shapes(side, (dense.shape[0], heads), *spec.room(capacity, capacity))
     with program.fake_mode:
-        pages = dense.new_empty(
-            (dense.shape[0], heads, spec.page_room(capacity, capacity), page_bytes),
-            dtype=torch.uint8,
-        )
-        head = dense.new_empty((dense.shape[0], heads, head_bytes), dtype=torch.uint8)
+        pages, head = (dense.new_empty(shape, dtype=torch.uint8) for shape in shapes)
         program.states[buffer] = new_state(side, form, pages, head, capacity)
     count = None if position is None else _computed(program, position)
     program.adopted[buffer] = Adopted(side, form, count)

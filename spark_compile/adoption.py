@@ -39,8 +39,7 @@ def adopt(buffer: Tensor, how: Adopted, args: Sequence[Any]) -> SparkTensor:
     filled = capacity if how.position is None else int(how.position(*args).flatten()[0])
     if not 0 <= filled <= capacity:
         raise ValueError(f"position {filled} is outside a cache of {capacity} tokens")
-    pages = int(spec.page_room(capacity, capacity))
-    tail_rows = int(spec.tail_rows(capacity, capacity))
+    pages, tail_rows = map(int, spec.room(capacity, capacity))
     store = allocate(rows, spec, how.side, pages, tail_rows)
     if filled:
         if store.stats is not None:

@@ -119,7 +119,7 @@ def _check_state(shape: Any, form: StateForm, side: Side, stored: dict[str, Tens
 
 def _check_room(spec: Spec, capacity: int, pages: Tensor, rows: int) -> None:
     """Raise ValueError unless a static state has the room that its capacity takes."""
-    least = int(spec.page_room(capacity, capacity)), int(spec.tail_rows(capacity, capacity))
+    least = map(int, spec.room(capacity, capacity))
     sizes = ("pages", pages.shape[2]), ("tail rows", rows)
     for (name, size), allowed in zip(sizes, least, strict=True):
         if size < allowed:

@@ -128,13 +128,9 @@ def kv_append(past: Tensor | None, new: Tensor, position: Tensor | None, dim: in
 
 def _fake_build(key, value, queries, spec, capacity):  # type: ignore[no-untyped-def]
     parsed, stored = parse_spec(spec), []
-    tokens = key.shape[2]
+    room = parsed.room(key.shape[2], capacity)
     for side, rows in zip(SIDES, (key, value), strict=True):
-        pages = parsed.page_room(tokens, capacity)
-        shapes = (
-            (*rows.shape[:2], pages, parsed.pages(side).page_bytes),
-            (*rows.shape[:2], parsed.head(side).head_bytes(parsed.tail_rows(tokens, capacity))),
-        )
+        shapes = parsed.stored_shapes(side, rows.shape[:2], *room)
         stored += [rows.new_empty(shape, dtype=torch.uint8) for shape in shapes]
     return tuple(stored)
 

@@ -191,8 +191,8 @@ def _copy_(state: Tensor, source: Any, non_blocking: bool = False) -> Any:
     if state.static:
         return _write(state, torch.arange(state.tokens), rows)
     rows = rows if state.form.tokens_dim == 2 else rows.transpose(1, 2)
-    room = int(state.spec.page_room(state.tokens)), int(state.spec.tail_rows(state.tokens))
-    store = allocate(rows, state.spec, state.SIDE, *room)
+    pages, tail_rows = map(int, state.spec.room(state.tokens))
+    store = allocate(rows, state.spec, state.SIDE, pages, tail_rows)
     store.append(rows, ALL)
     state.replace_storage(store.pages, store.head)
     return state

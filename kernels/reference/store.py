@@ -202,10 +202,8 @@ class Store:
 
 def allocate(like: Tensor, spec: Spec, side: Side, pages: int, rows: int) -> Store:
     """An empty side with room for a number of pages and of tail rows, all zeros."""
-    batch, heads = like.shape[:2]
-    page_bytes, head_bytes = spec.pages(side).page_bytes, spec.head(side).head_bytes(rows)
-    stored = like.new_zeros((batch, heads, pages, page_bytes), dtype=torch.uint8)
-    head = like.new_zeros((batch, heads, int(head_bytes)), dtype=torch.uint8)
+    shapes = spec.stored_shapes(side, like.shape[:2], pages, rows)
+    stored, head = (like.new_zeros(shape, dtype=torch.uint8) for shape in shapes)
     return Store(stored, head, spec, side)
 
 
@@ -214,8 +212,7 @@ def build(
 ) -> list[Store]:
     """The sides of a cache of dense tokens, with the room that ``spark::build`` says."""
     sides: list[Store] = []
-    pages = int(spec.page_room(key.shape[2], capacity))
-    tail_rows = int(spec.tail_rows(key.shape[2], capacity))
+    pages, tail_rows = map(int, spec.room(key.shape[2], capacity))
     for side, rows in zip(SIDES, (key, value), strict=True):
         store = allocate(rows, spec, side, pages, tail_rows)
         for query in queries:

@@ -75,9 +75,8 @@ def _build_side(
     """pages and head of one side, whose statistics and constants are plain PyTorch."""
     batch, heads, tokens, _ = rows.shape
     layout, format = spec.head(side), spec.format(side)
-    room, tail_rows = spec.page_room(tokens, capacity), spec.tail_rows(tokens, capacity)
-    pages = rows.new_zeros((batch, heads, room, spec.pages(side).page_bytes), dtype=torch.uint8)
-    head = rows.new_zeros((batch, heads, layout.head_bytes(tail_rows)), dtype=torch.uint8)
+    shapes = spec.stored_shapes(side, (batch, heads), *spec.room(tokens, capacity))
+    pages, head = (rows.new_zeros(shape, dtype=torch.uint8) for shape in shapes)
     stats, norms = layout.stats(head), None
     if stats is not None:
         noted = sum(query_stats(query, heads, spec.window) for query in queries)

@@ -10,14 +10,17 @@ import torch.nn.functional as F
 from decoders import ATTENTIONS, decoder, prompt
 from torch import Tensor, nn
 
+from spark_compile.adoption import adopt as adopt_buffer
 from spark_compile.config import SparkConfig
 from spark_compile.kernels.reference.store import ALL
-from spark_compile.kernels.spec import parse_spec
+from spark_compile.kernels.spec import SIDES, parse_spec
 from spark_compile.passes.find_attention import FindAttention
 from spark_compile.passes.find_kv_append import FindKVAppend
 from spark_compile.passes.insert_spark import InsertSpark
 from spark_compile.passes.normalize import Normalize
 from spark_compile.passes.program import Growth
+from spark_compile.passes.states import adopt
+from spark_compile.storage import StateForm
 
 FIND = (Normalize(), FindAttention(), FindKVAppend())
 PASSES = (*FIND, InsertSpark())
@@ -244,3 +247,15 @@ def test_a_paged_cache_is_told_as_a_buffer(capture: Any, reads: str, operator: s
     program = capture(Paged(reads), x, index, torch.arange(7), passes=PASSES)
     (reason,) = refusals(program)
     assert reason.startswith(f"the keys are written into a buffer by aten.{operator}.default, ")
+
+
+def test_a_buffer_is_traced_in_the_shapes_that_it_is_adopted_in(capture: Any) -> None:
+    buffer = torch.randn(2, 3, 64, 16)
+    program = capture(torch.neg, buffer)
+    (node,) = program.graph.find_nodes(op="placeholder")
+    config = SparkConfig(window=4, min_tokens=40)
+    formats = (config.format_for(side, 16, torch.float32) for side in SIDES)
+    adopt(program, node, "key", StateForm(config.spec(*formats), True), None)
+    fake, real = program.states[node], adopt_buffer(buffer, program.adopted[node], ())
+    assert fake.pages.shape == real.pages.shape
+    assert fake.head.shape == real.head.shape

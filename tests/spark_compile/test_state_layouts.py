@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import io
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from states import BATCH, HEADS, KEY_DIM, new_rows, prefill, spec_of, static
+from states import BATCH, HEADS, KEY_DIM, new_rows, prefill, reloaded, spec_of, static
 from torch import Tensor
 
 from spark_compile import SparkConfig
@@ -31,13 +30,6 @@ def turned(state: SparkTensor) -> SparkTensor:
 def both_layouts(length: int, *, fixed: bool) -> list[SparkTensor]:
     made = static(EXACT, length, CAPACITY) if fixed else prefill(EXACT, length)
     return [*made.states, *(turned(state) for state in made.states)]
-
-
-def reloaded(state: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 CHANGES: dict[str, Callable[[Tensor], Tensor]] = {

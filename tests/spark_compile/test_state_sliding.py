@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import io
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from states import check_state, model_of, prefill, queries, spec_of, step, tokens
+from states import check_state, model_of, prefill, queries, reloaded, spec_of, step, tokens
 from torch import Tensor
 
 from spark_compile import SparkConfig
@@ -118,13 +117,6 @@ def test_handles_on_one_storage_do_not_see_each_other() -> None:
         assert torch.equal(cropped.dense(), dense[:, :, :9])
         again = cropped.appended(other[i])
         assert torch.equal(again.dense(), torch.cat((dense[:, :, :9], other[i]), 2))
-
-
-def reloaded(state: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 COPIES: dict[str, Any] = {

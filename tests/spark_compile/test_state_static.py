@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from states import Prefill, new_rows, queries, static, tokens
+from states import Prefill, new_rows, queries, reloaded, static, tokens
 from torch import Tensor
 
 from spark_compile import SparkConfig, ops
@@ -132,13 +131,6 @@ def test_rows_that_do_not_fit_write_nothing_of_their_own(
         else:
             WRITES[write](state, at, rows)
             assert torch.equal(state.dense(), dense)
-
-
-def reloaded(state: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 COPIES: dict[str, Any] = {

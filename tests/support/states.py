@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,6 +100,14 @@ def tokens(
     """Random keys and values of ``count`` tokens."""
     key = torch.randn(batch, HEADS, count, KEY_DIM, dtype=dtype)
     return key, torch.randn(batch, HEADS, count, VALUE_DIM, dtype=dtype)
+
+
+def reloaded(state: Any) -> Any:
+    """What ``torch.load`` makes of a saved state."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
 
 
 def new_rows(state: Tensor, count: int) -> Tensor:
