@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .kernels.reference.store import ALL, allocate
 from .passes.program import Adopted
-from .report import warn_once
+from .report import SparkError, warn_once
 from .state import SparkTensor, new_state
 
 
@@ -57,12 +57,21 @@ def is_static(value: object) -> bool:
 
 
 def give_back(state: SparkTensor, dense: Tensor) -> None:
-    """Let a static state be the dense buffer again.
+    """Let a state be the dense buffer that a graph which knew of no state has written to.
 
     Raises:
-        RuntimeError: torch does not let the object be replaced.
+        SparkError: torch does not let the object be replaced.
     """
-    _swap(state, dense)
+    try:
+        _swap(state, dense)
+    except RuntimeError as error:
+        raise SparkError(
+            "a compressed cache was written to by a graph that was left alone (see the warning "
+            f"before); what it wrote is lost: {error}"
+        ) from error
+    warn_once(
+        "a graph that was left alone writes to a compressed cache: it is a dense buffer again"
+    )
 
 
 def _in_place_of(buffer: Tensor, state: SparkTensor) -> SparkTensor:

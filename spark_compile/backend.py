@@ -50,7 +50,7 @@ def spark(
     """
     config = SparkConfig.from_options(options)
     inner = inner_compiler(config, mode)
-    dynamo.compiling(lambda message: _complain(message, config))
+    dynamo.compiling(partial(_complain, config=config))
     # Modes of Inductor record CUDA graphs, and those the addresses of a layer's weights.
     reuse_for = config if mode in (None, "default") else None
     return compile_graph(module, example_inputs, config, inner, reuse_for)
@@ -159,6 +159,7 @@ def optimize(model: ModuleT, *, regional: bool = False, **options: Any) -> Modul
         SparkError: from ``generate``, under ``strict=True``, in place of that warning.
     """
     config = SparkConfig.from_options(options)
+    complain = partial(_complain, config=config)
     if regional:
         for name in ("key_format", "value_format"):
             if isinstance(getattr(config, name), tuple):
@@ -166,11 +167,11 @@ def optimize(model: ModuleT, *, regional: bool = False, **options: Any) -> Modul
                 raise OptionError(
                     f"option {name!r} has formats by layer: allowed with regional=True is one text"
                 )
-        compile_blocks(model, options, lambda message: _complain(message, config))
+        compile_blocks(model, options, complain)
     else:
         for module in called_modules(model):
             module.compile(backend="spark", options=options)
-    watch_generate(model, partial(_complain, config=config))
+    watch_generate(model, complain)
     return model
 
 
@@ -219,24 +220,10 @@ def _unrewritten(
         results = compiled(*(recovered.get(i, a) for i, a in enumerate(args)))
         for i, dense in recovered.items():
             if dense._version != before[i]:
-                _give_back(args[i], dense)
+                give_back(args[i], dense)
         return results
 
     return densely
-
-
-def _give_back(state: SparkTensor, dense: Tensor) -> None:
-    """A buffer that a graph has written to without knowing that it was compressed."""
-    try:
-        give_back(state, dense)
-    except RuntimeError as error:
-        raise SparkError(
-            "a compressed cache was written to by a graph that was left alone (see the warning "
-            f"before); what it wrote is lost: {error}"
-        ) from error
-    warn_once(
-        "a graph that was left alone writes to a compressed cache: it is a dense buffer again"
-    )
 
 
 def _complain_about_refusals(report: GraphReport, config: SparkConfig) -> None:
