@@ -157,7 +157,7 @@ class HeadLayout:
     def _fields(self) -> tuple[Field, ...]:
         own = tuple(field for field in self.format.fields() if field.per == "head")
         stats = Field("stats", torch.float32, 2 * self.format.head_dim, "head")
-        return (*own, stats) if self.format.USES_QUERIES else own
+        return (*own, stats) if self.format.uses_queries else own
 
 
 def counters(head: Tensor) -> Tensor:

@@ -126,7 +126,7 @@ def _check_query(name: str, query: Tensor, key: Tensor, spec: Spec) -> None:
     # n of them for each key head; at least one.
     query_heads = max(query_heads // max(heads, 1), 1) * heads
     _shaped(name, query, query.dtype, (batch, query_heads, queries, dim), key.device)
-    if spec.value.USES_QUERIES and spec.value.head_dim != spec.key.head_dim:
+    if spec.value.uses_queries and spec.value.head_dim != spec.key.head_dim:
         raise ValueError(
             f"values of {spec.value.head_dim} channels are stored by the norms of queries of "
             f"{spec.key.head_dim}: allowed is the same number"

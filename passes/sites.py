@@ -161,7 +161,7 @@ def formats(program: Program, site: CachedAttention) -> list[Format]:
             format = program.config.format_for(side, int(stored.shape[3]), stored.dtype, layer)
         except ValueError as error:
             raise Refused(str(error), site.attention) from error
-        if format.USES_QUERIES and stored.shape[3] != tensor(site.query).shape[3]:
+        if format.uses_queries and stored.shape[3] != tensor(site.query).shape[3]:
             reason = f"format {format.text} needs queries of as many channels as the {side}s have"
             raise Refused(reason, cached.operand)
         found.append(format)

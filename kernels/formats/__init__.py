@@ -6,7 +6,18 @@ from .base import Field, Format, parse
 from .dense import Dense
 from .int8 import Int8
 from .pruned import Pruned
+from .quantized import Quantized
 from .selection import kept_channels
 from .spark import Spark
 
-__all__ = ["Dense", "Field", "Format", "Int8", "Pruned", "Spark", "kept_channels", "parse"]
+__all__ = [
+    "Dense",
+    "Field",
+    "Format",
+    "Int8",
+    "Pruned",
+    "Quantized",
+    "Spark",
+    "kept_channels",
+    "parse",
+]

@@ -54,13 +54,18 @@ class Format(ABC):
 
     NAME: ClassVar[str]
     """The word for it in options, texts and reports."""
-    USES_QUERIES: ClassVar[bool] = False
-    """Whether ``encode`` wants the query norms; then statistics of the queries are kept."""
+    EACH_QUERY: ClassVar[bool] = False
+    """Whether the query norms are over all queries of a group, not over their mean."""
     KNOWN: ClassVar[dict[str, type[Format]]] = {}
     """Every format by its name."""
 
     def __init_subclass__(cls) -> None:
         Format.KNOWN[cls.NAME] = cls
+
+    @property
+    def uses_queries(self) -> bool:
+        """Whether it wants the query norms; then statistics of the queries are kept."""
+        return False
 
     @abstractmethod
     def fields(self) -> tuple[Field, ...]:
@@ -73,7 +78,7 @@ class Format(ABC):
         Args:
             rows: [B, Hkv, N, P, D].
             norms: [B, Hkv, D] float32, norms of the latest queries per channel; None unless
-                ``USES_QUERIES``.
+                ``uses_queries``.
             constants: the fields per head.
         """
 
@@ -91,7 +96,8 @@ class Format(ABC):
         """The fields per head, fixed when the first page is packed.
 
         Args:
-            rows: [B, Hkv, S, D], all tokens of the cache at that time.
+            rows: [B, Hkv, S, D], all tokens of the cache at that time but first ones that
+                stay dense.
             norms: as ``encode`` has them.
         """
         return {}

@@ -43,13 +43,16 @@ class Spark(Format):
     saliency: str = "squared"
 
     NAME = "spark"
-    USES_QUERIES = True
 
     def __post_init__(self) -> None:
         check_kept(self, self.kept)
         check_choice(self, "stored", ("model", "int8"))
         check_choice(self, "recovery", RECOVERIES)
         check_choice(self, "saliency", SALIENCIES)
+
+    @property
+    def uses_queries(self) -> bool:
+        return True
 
     def fields(self) -> tuple[Field, ...]:
         plane, is_int8 = plane_bytes(self.head_dim), self.stored == "int8"

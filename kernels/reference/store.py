@@ -19,19 +19,21 @@ ALL = 2**62
 """Number of latest tokens to keep where none are evicted."""
 
 
-def query_stats(query: Tensor, kv_heads: int, window: int) -> Tensor:
+def query_stats(query: Tensor, kv_heads: int, window: int, *, each: bool = False) -> Tensor:
     """Sum over the last ``window`` queries of the squared mean query of each group.
 
     Args:
         query: [B, Hq, L, D].
         kv_heads: Hkv, a divisor of Hq.
         window: W; fewer queries than that are all used.
+        each: the mean of the squared queries of the group in place of their squared mean.
 
     Returns:
         [B, Hkv, D] float32. Its square root is the query norm n of the method.
     """
-    grouped = query[:, :, -window:].float().unflatten(1, (kv_heads, -1)).mean(2)
-    stats: Tensor = grouped.square().sum(2)
+    grouped = query[:, :, -window:].float().unflatten(1, (kv_heads, -1))
+    squares = grouped.square().mean(2) if each else grouped.mean(2).square()
+    stats: Tensor = squares.sum(2)
     return stats
 
 
@@ -127,7 +129,8 @@ class Store:
         """Add queries [B, Hq, L, D] to the statistics that the next append will find."""
         if self.stats is not None:
             slot = self.stats[:, :, self.step % 2]
-            slot += query_stats(query, self.head.shape[1], self.spec.window)
+            each, heads = self.format.EACH_QUERY, self.head.shape[1]
+            slot += query_stats(query, heads, self.spec.window, each=each)
 
     def append(self, new: Tensor, keep: int, query: Tensor | None = None) -> None:
         """Append dense tokens [B, Hkv, L, D], pack the pages that are full, evict old tokens.
@@ -162,7 +165,8 @@ class Store:
         if self.stats is not None:
             norms = self.stats[:, :, self.step % 2].sqrt()
         if self.packed == 0:
-            for name, constant in self.format.constants(rows, norms).items():
+            # Without the first tokens that stay dense: attention sinks are unlike all others.
+            for name, constant in self.format.constants(rows[:, :, start:], norms).items():
                 self.constants[name].copy_(constant)
         body = rows[:, :, start:end].unflatten(2, (-1, self.spec.window))
         count, room = body.shape[2], self.pages.shape[2]

@@ -23,13 +23,13 @@ class Declared(Format):
     """A format that is nothing but fields."""
 
     declared: tuple[Field, ...] = ()
-    uses_queries: bool = False
+    queries: bool = False
 
     NAME = "declared"
 
     @property
-    def USES_QUERIES(self) -> bool:  # type: ignore[override]
-        return self.uses_queries
+    def uses_queries(self) -> bool:
+        return self.queries
 
     def fields(self) -> tuple[Field, ...]:
         return self.declared

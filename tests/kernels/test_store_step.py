@@ -242,13 +242,16 @@ def test_a_position_among_evicted_tokens_is_refused() -> None:
     assert position_of(torch.tensor([5]), 14, 5) == 5
 
 
+@pytest.mark.parametrize("each", [False, True])
 @pytest.mark.parametrize("queries", [3, 5, 9])
-def test_query_stats_follow_the_definition(queries: int) -> None:
+def test_query_stats_follow_the_definition(queries: int, each: bool) -> None:
     query, window = torch.randn(2, 6, queries, 7), 5
-    stats = query_stats(query, 2, window)
+    stats = query_stats(query, 2, window, each=each)
     for b in range(2):
         for h in range(2):
             group = [query[b, 3 * h + g, -window:] for g in range(3)]
             mean = (group[0] + group[1] + group[2]) / 3
             norm = torch.linalg.vector_norm(mean, dim=0)
+            if each:
+                norm = torch.linalg.vector_norm(torch.cat(group), dim=0) / 3**0.5
             torch.testing.assert_close(stats[b, h].sqrt(), norm)

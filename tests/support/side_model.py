@@ -42,17 +42,19 @@ class SideModel:
         return max(length - self.packed - self.spec.sinks - self.spec.recent, 0) // self.spec.window
 
     def observe(self, query: Tensor) -> None:
-        if self.format.USES_QUERIES:
-            self.stats += query_stats(query, self.stats.shape[1], self.spec.window)
+        if self.format.uses_queries:
+            each, heads = self.format.EACH_QUERY, self.stats.shape[1]
+            self.stats += query_stats(query, heads, self.spec.window, each=each)
 
     def append(self, new: Tensor, keep: int = ALL, query: Tensor | None = None) -> None:
         due = self.due(new.shape[2])
         self.all_rows = torch.cat((self.all_rows, new.float()), dim=2)
         if query is not None:
             self.observe(query)
-        norms = self.stats.sqrt() if self.format.USES_QUERIES else None
+        norms = self.stats.sqrt() if self.format.uses_queries else None
         if due and not self.packed:
-            self.constants = self.format.constants(self.all_rows.to(self.format.dtype), norms)
+            rows = self.all_rows[:, :, self.spec.sinks :].to(self.format.dtype)
+            self.constants = self.format.constants(rows, norms)
         for _ in range(due):
             self._pack(norms)
         if due:

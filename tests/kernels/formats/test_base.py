@@ -19,6 +19,8 @@ TEXTS = {
     "spark(saliency=absolute,kept=4,recovery=gaussian)": (
         "spark(kept=4,stored=model,recovery=gaussian,saliency=absolute)"
     ),
+    "quantized(bits=3)": "quantized(bits=3,scaled=False,rotated=True)",
+    "quantized(scaled=True,bits=4-2-1)": "quantized(bits=4-2-1,scaled=True,rotated=True)",
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -55,6 +57,14 @@ def test_a_format_has_one_text(text: str) -> None:
         ("spark(kept=²)", "is '²': allowed is 1 to 9"),
         ("spark(kept=4,stored=int4)", "option 'stored' .* is 'int4': allowed is model, int8"),
         ("spark(kept=4,recovery=mean)", "'mean': allowed is degenerate, none, exponential, gauss"),
+        ("quantized(bits=7)", "option 'bits' of 'quantized' is 7: allowed is 1 to 6, or several"),
+        (
+            "quantized(bits=4-x,scaled=True)",
+            "option 'bits' of 'quantized' is 4-x: allowed is 1 to 6",
+        ),
+        ("quantized(bits=4-2-1)", "is 4-2-1: without scaled=True, .* allowed is one number"),
+        ("quantized(bits=4-2,scaled=True)", "is 4-2: 9 channels have no 2 equal shares"),
+        ("quantized(scaled=1)", "option 'scaled' of 'quantized' is 1: allowed is True or False"),
         ("spark(kept=4,saliency=2)", "option 'saliency' .* is 2: allowed is squared, absolute"),
     ],
 )
@@ -67,7 +77,7 @@ def test_a_wrong_text_raises_and_says_what_is_allowed(text: str, message: str) -
 @pytest.mark.parametrize("text", TEXTS)
 def test_a_format_fills_the_fields_that_it_declares(text: str, dtype: torch.dtype) -> None:
     format, rows = parse(text, 9, dtype), torch.randn(2, 3, 4, 5, 9, dtype=dtype)
-    norms = torch.rand(2, 3, 9) if format.USES_QUERIES else None
+    norms = torch.rand(2, 3, 9) if format.uses_queries else None
     constants = format.constants(rows.flatten(2, 3), norms)
     stored = format.encode(rows, norms, constants)
     shapes = {"token": (2, 3, 4, 5), "page": (2, 3, 4), "head": (2, 3)}
@@ -85,7 +95,7 @@ def test_a_format_fills_the_fields_that_it_declares(text: str, dtype: torch.dtyp
 @pytest.mark.parametrize("text", TEXTS)
 def test_scores_and_weighted_sums_are_those_of_the_decoded_rows(text: str) -> None:
     format, rows = parse(text, 9, torch.float32), torch.randn(2, 3, 4, 5, 9)
-    norms = torch.rand(2, 3, 9) if format.USES_QUERIES else None
+    norms = torch.rand(2, 3, 9) if format.uses_queries else None
     constants = format.constants(rows.flatten(2, 3), norms)
     stored = format.encode(rows, norms, constants)
     dense = format.decode(stored, constants, 20).flatten(2, 3)
