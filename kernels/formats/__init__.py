@@ -9,6 +9,8 @@ from .pruned import Pruned
 from .quantized import Quantized
 from .selection import kept_channels
 from .spark import Spark
+from .spark_tight import SparkTight
+from .think import Think
 
 __all__ = [
     "Dense",
@@ -18,6 +20,8 @@ __all__ = [
     "Pruned",
     "Quantized",
     "Spark",
+    "SparkTight",
+    "Think",
     "kept_channels",
     "parse",
 ]
