@@ -19,6 +19,7 @@ TEXTS = {
     "spark(saliency=absolute,kept=4,recovery=gaussian)": (
         "spark(kept=4,stored=model,recovery=gaussian,saliency=absolute)"
     ),
+    "spark-g(kept=4)": "spark-g(kept=4,counts=groups)",
     "think(kept=4)": "think(kept=4)",
     "spark-tight(kept=4)": "spark-tight(kept=4,bits=4)",
     "spark-tight(kept=1,bits=8)": "spark-tight(kept=1,bits=8)",
