@@ -36,6 +36,12 @@ void add_mask(const M* mask, int64_t step, int count, float* scores) {
   }
 }
 
+// Masks the packed tokens of a block of which others between them were evicted.
+template <class M>
+void add_mask(const Problem& p, const Block& block, const M* mask, int64_t step, float* scores) {
+  for (int t = 0; t < block.count; ++t) scores[t] += masking(mask[p.position(block, t) * step]);
+}
+
 // Scaled, capped and masked scores of one query with a block, in place of its dot products.
 template <int BLOCK>
 void finish_scores(const Problem& p, const Block& block, int64_t row, float (&scores)[BLOCK]) {
@@ -46,18 +52,26 @@ void finish_scores(const Problem& p, const Block& block, int64_t row, float (&sc
     if (softcap != 0) s = tanh(s / softcap) * softcap;
     store(scores + t, s);
   }
-  const int64_t first = block.first;
+  const bool scattered = block.packed && p.is_scattered();
+  const int64_t first = scattered ? 0 : p.column(block), latest = i + p.causal_offset;
   int visible = block.count;
-  if (p.causal) visible = std::clamp<int64_t>(i + p.causal_offset + 1 - first, 0, visible);
+  if (p.causal && !scattered) visible = std::clamp<int64_t>(latest + 1 - first, 0, visible);
   if (p.mask_kind != MaskKind::none) {
     const int64_t *steps = p.mask_strides, step = steps[3];
     const int64_t at = block.batch * steps[0] + (block.head * p.group() + g) * steps[1] + i * steps[2] + first * step;
+    const auto add = [&](const auto* mask) {
+      if (scattered) add_mask(p, block, mask + at, step, scores);
+      else add_mask(mask + at, step, visible, scores);
+    };
     switch (p.mask_kind) {
-      case MaskKind::boolean: add_mask(reinterpret_cast<const bool*>(p.mask) + at, step, visible, scores); break;
-      case MaskKind::float32: add_mask(reinterpret_cast<const float*>(p.mask) + at, step, visible, scores); break;
-      case MaskKind::bfloat16: add_mask(reinterpret_cast<const bf16*>(p.mask) + at, step, visible, scores); break;
-      default: add_mask(reinterpret_cast<const half*>(p.mask) + at, step, visible, scores);
+      case MaskKind::boolean: add(reinterpret_cast<const bool*>(p.mask)); break;
+      case MaskKind::float32: add(reinterpret_cast<const float*>(p.mask)); break;
+      case MaskKind::bfloat16: add(reinterpret_cast<const bf16*>(p.mask)); break;
+      default: add(reinterpret_cast<const half*>(p.mask));
     }
+  }
+  for (int t = 0; scattered && p.causal && t < visible; ++t) {
+    if (p.position(block, t) > latest) scores[t] = -INF;
   }
   for (int t = visible; t < BLOCK; ++t) scores[t] = -INF;
 }
