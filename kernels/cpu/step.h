@@ -109,7 +109,7 @@ inline bool rewind(Side& keys, Side& values, const std::optional<Tensor>& positi
 }
 
 // The new tokens of a prompt that stay. The sides read them as long as this lives.
-struct Kept {
+struct Staying {
   Tensor positions, keys, values;
 };
 
@@ -127,18 +127,18 @@ inline Tensor taken(const Side& side, const Tensor& positions, int64_t count) {
 }
 
 // Leaves `count` of the new tokens, as the scorer in Python says.
-inline Kept evict(const StepOperands& o, Side& keys, Side& values, int64_t count) {
+inline Staying evict(const StepOperands& o, Side& keys, Side& values, int64_t count) {
   std::array<StableIValue, 5> stack{torch::stable::detail::from(o.new_key), torch::stable::detail::from(std::vector<Tensor>{o.query}),
       torch::stable::detail::from(o.mask), torch::stable::detail::from(o.causal_offset),
       torch::stable::detail::from(std::string(o.spec))};
   call("spark::evict", stack);
   const Tensor positions = torch::stable::detail::to<Tensor>(stack[0]);
-  const Kept kept{positions, taken(keys, positions, count), taken(values, positions, count)};
-  set_fresh(keys, kept.keys), set_fresh(values, kept.values);
+  const Staying staying{positions, taken(keys, positions, count), taken(values, positions, count)};
+  set_fresh(keys, staying.keys), set_fresh(values, staying.values);
   if (!set_positions(keys, positions) || !set_positions(values, positions)) {
     throw std::runtime_error("spark::evict returned positions that are not those of a prompt");
   }
-  return kept;
+  return staying;
 }
 
 template <class T>
@@ -191,8 +191,8 @@ inline std::optional<Tensor> step(const StepOperands& o, const Spec* spec) {
   with_dtype(spec->key.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     if (p.query_rows() > 0) run<T>(p);
-    std::optional<Kept> kept;
-    if (stays < fresh) kept = evict(o, *keys, *values, stays);
+    std::optional<Staying> staying;
+    if (stays < fresh) staying = evict(o, *keys, *values, stays);
     const Queries queries[] = {queries_of(o.query, *keys)};
     if (!o.keep) {
       observe<T>(*keys, queries);
