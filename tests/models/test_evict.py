@@ -100,11 +100,12 @@ def test_beams() -> None:
 
 
 def test_prompt_lookup_crops_what_came_after_the_eviction() -> None:
+    """The first drafted tokens come with the prompt: they are among its latest ones."""
     ids, text = prompt(1, 20).repeat(1, 2), SCORERS[0]
+    how = {"prompt_lookup_num_tokens": 3, "output_logits": False}
     model = optimize(tiny("llama", "sdpa"), evict=text, strict=True, **OPTIONS)
-    expected = expected_of(tiny("llama", "sdpa"), text, ids)
-    actual = generated(model, ids, prompt_lookup_num_tokens=3, output_logits=False)
-    assert torch.equal(actual.sequences, expected.sequences)
+    expected = expected_of(tiny("llama", "sdpa"), text, ids, **how)
+    assert torch.equal(generated(model, ids, **how).sequences, expected.sequences)
 
 
 @pytest.mark.parametrize("padding", [0, 5])
