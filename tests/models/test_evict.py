@@ -8,13 +8,18 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from compiled import compiled
 from eviction import MaskedEager, Numbers
+from handwritten import BATCH
+from handwritten_caches import handwritten
 from oracle import assert_close
 from torch import Tensor
 from zoo import CACHE, heads, tiny
 
 from spark_compile import PrunedKeys, SparkError, SparkWarning, kv_bytes, optimize
 from spark_compile.kernels.eviction import Scorer, parse_scorer
+from spark_compile.kernels.reference.evict import kept_positions, take
+from spark_compile.kernels.reference.store import Store
 from spark_compile.report import collect_report
 
 OPTIONS: dict[str, Any] = {"key_ratio": 0.0, "window": 4, "recent_tokens": 3, "inner": "eager"}
@@ -24,6 +29,10 @@ SCORERS = [
     "snapkv(tokens=21,window=6)", "knorm(tokens=20)", "keydiff(tokens=20)",
     "streamingllm(tokens=18,n_sink=3)", "pyramidkv(tokens=22,window=6,layers=2,beta=4)",
 ]  # fmt: skip
+
+
+def slow(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def scorers_of(text: str, layers: int = 2) -> list[Scorer]:
@@ -57,7 +66,7 @@ def assert_same(actual: Any, expected: Any) -> None:
 
 
 @pytest.mark.parametrize("padding", [0, 5])
-@pytest.mark.parametrize("text", SCORERS)
+@pytest.mark.parametrize("text", [SCORERS[0], *(slow(text) for text in SCORERS[1:])])
 def test_the_eager_model_with_hidden_tokens(text: str, padding: int) -> None:
     """Grouped heads; more than three pages of generated tokens are packed."""
     model, ids = tiny("llama", "sdpa"), prompt()
@@ -73,6 +82,7 @@ def test_the_eager_model_with_hidden_tokens(text: str, padding: int) -> None:
         assert layer.keys.packed_tokens() >= scorer.tokens - 3 - 4 + 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_other_models(name: str, attention: str) -> None:
@@ -82,6 +92,7 @@ def test_other_models(name: str, attention: str) -> None:
     assert_same(generated(model, ids, 5), expected)
 
 
+@pytest.mark.slow
 def test_sinks_stay() -> None:
     ids, text, numbers = prompt(), "knorm(tokens=20)", Numbers(window=4, recent=3, sinks=2)
     model = tiny("llama", "sdpa")
@@ -99,6 +110,7 @@ def test_beams() -> None:
     assert torch.equal(generated(model, ids, **how).sequences, expected.sequences)
 
 
+@pytest.mark.slow
 def test_prompt_lookup_crops_what_came_after_the_eviction() -> None:
     """The first drafted tokens come with the prompt: they are among its latest ones."""
     ids, text = prompt(1, 20).repeat(1, 2), SCORERS[0]
@@ -108,6 +120,7 @@ def test_prompt_lookup_crops_what_came_after_the_eviction() -> None:
     assert torch.equal(generated(model, ids, **how).sequences, expected.sequences)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("padding", [0, 5])
 def test_a_chunk_after_the_prompt(padding: int) -> None:
     text, ids = SCORERS[0], prompt(2, 60)
@@ -132,7 +145,7 @@ def test_a_chunk_after_the_prompt(padding: int) -> None:
 
 
 @pytest.mark.parametrize("padding", [0, 5])
-@pytest.mark.parametrize("text", [SCORERS[0], SCORERS[3]])
+@pytest.mark.parametrize("text", [SCORERS[0], slow(SCORERS[3])])
 def test_a_static_cache(text: str, padding: int) -> None:
     """The prompt is a step of an empty cache; the next prompt is one of the same cache."""
     ids, how = prompt(), {"cache_implementation": "static", "disable_compile": True}
@@ -146,6 +159,7 @@ def test_a_static_cache(text: str, padding: int) -> None:
     assert_same(generated(model, ids, padding, **how), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [
     {"key_ratio": 0.5},
     {"key_ratio": 0.5, "key_dtype": "int8", "value_dtype": "int8"},
@@ -165,6 +179,7 @@ def test_with_every_format(options: dict[str, Any], monkeypatch: pytest.MonkeyPa
     assert kv_bytes(results[0][CACHE]) < kv_bytes(generated(whole, ids, 5)[CACHE])
 
 
+@pytest.mark.slow
 def test_a_short_prompt_is_not_evicted() -> None:
     ids = prompt(length=15)
     model = optimize(tiny("llama", "sdpa"), evict=SCORERS[0], strict=True, **OPTIONS)
@@ -177,6 +192,7 @@ def test_a_short_prompt_is_not_evicted() -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mistral_sliding", "gemma3_sliding", "gemma4_shared"])
 @pytest.mark.parametrize("length", [9, PROMPT])
 def test_layers_that_slide_evict_by_their_window_alone(name: str, length: int) -> None:
@@ -194,6 +210,7 @@ def test_layers_that_slide_evict_by_their_window_alone(name: str, length: int) -
         assert keys._read_counts().dropped == (length - 20 if evicted else 0)
 
 
+@pytest.mark.slow
 def test_inductor_and_regions() -> None:
     ids, text = prompt(), SCORERS[0]
     expected = expected_of(tiny("llama", "sdpa"), text, ids)
@@ -217,3 +234,23 @@ def test_a_graph_that_reads_the_cache_otherwise_says_what_it_cannot() -> None:
         pytest.raises(SparkError, match="evicted tokens cannot be recovered"),
     ):
         mean(cache.layers[0].keys)
+
+
+@pytest.mark.parametrize("name", ["gpt_fast", "slice_writes"])
+def test_a_buffer_of_the_model(name: str) -> None:
+    """Written by a prefill that reads all of it under a mask, or its own tokens alone."""
+    model, tokens = handwritten(name), [torch.randint(1, 30, (BATCH, n)) for n in (13, 1, 1, 4)]
+    _, exact = model.feed(tokens[:1])
+    _, cache = model.feed(tokens, compiled(model, evict="knorm(tokens=11)"))
+    for (key, value), (dense_key, dense_value) in zip(cache, exact, strict=True):
+        assert isinstance(key, PrunedKeys)
+        stored = {side: Store(s.pages, s.head, s.spec, side)
+                  for side, s in (("key", key), ("value", value))}  # fmt: skip
+        heads_first = key.form.tokens_dim == 2
+        rows = [t[:, :, :13] if heads_first else t[:, :13].transpose(1, 2)
+                for t in (dense_key, dense_value)]  # fmt: skip
+        positions = kept_positions(rows[0], [], None, 0, key.spec)
+        assert torch.equal(stored["key"].positions()[:, :, :11], positions)
+        assert (stored["key"].tokens, stored["key"].dropped) == (19, 2)
+        for store, dense in zip(stored.values(), rows, strict=True):
+            torch.testing.assert_close(store.rows()[:, :, :11], take(dense, positions))
