@@ -414,7 +414,8 @@ def test_every_other_level(other: str) -> None:
     environment = {**os.environ, "SPARK_COMPILE_CPU": other}
     if other not in supported():
         environment["SPARK_COMPILE_CXXFLAGS"] = EMULATED_TILES
-    files = [__file__, str(Path(__file__).with_name("test_cpu_edges.py"))]
+    names = "test_cpu.py", "test_cpu_edges.py", "test_cpu_evict.py"
+    files = [str(Path(__file__).with_name(name)) for name in names]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
