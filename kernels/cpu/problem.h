@@ -61,10 +61,12 @@ struct Problem {
   }
   // The position of a block's first token, if the others come right after it.
   int64_t column(const Block& block) const { return block.first < sinks ? block.first : block.first + keys.dropped; }
-  // The position of a packed token.
-  int64_t position(const Block& block, int t) const {
-    const uint32_t stored = load<uint32_t>(block.key(t) + keys.format->position);
-    return std::min<int64_t>(stored, columns - 1);  // a damaged one leaves no mask
+  // The positions of a block of packed tokens.
+  void read_positions(const Block& block, int64_t* positions) const {
+    for (int t = 0; t < block.count; ++t) {
+      const uint32_t stored = load<uint32_t>(block.keys.at(t) + keys.format->position);
+      positions[t] = std::min<int64_t>(stored, columns - 1);  // a damaged one leaves no mask
+    }
   }
 
   // `count` packed tokens from position `first` on, or fewer where the next ones lie elsewhere.

@@ -56,20 +56,23 @@ class Prompt:
         kv_heads, tokens = self.key.shape[1:3]
         rows = min(window, query.shape[2])
         first = query.shape[2] - rows
-        grouped = query[:, :, first:].float().unflatten(1, (kv_heads, -1))
-        scores = (grouped @ self.key.float().unsqueeze(2).mT) * self.scale
+        # The queries of a group as rows: no copy of the keys for each of them.
+        grouped = (query[:, :, first:].float() * self.scale).unflatten(1, (kv_heads, -1))
+        scores = grouped.flatten(2, 3) @ self.key.float().mT
+        scores = scores.unflatten(2, (-1, rows))
         if self.softcap:
             scores = self.softcap * torch.tanh(scores / self.softcap)
         if self.causal_offset is not None:
             latest = torch.arange(first, query.shape[2], device=query.device) + self.causal_offset
             later = torch.arange(tokens, device=query.device) > latest.unsqueeze(1)
-            scores = scores.masked_fill(later, -torch.inf)
+            scores.masked_fill_(later, -torch.inf)
         if self.mask is not None:
             mask = self.mask[:, :, -rows:]
             if mask.dtype == torch.bool:
                 mask = torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, -torch.inf)
             scores = (scores.flatten(1, 2) + mask).unflatten(1, (kv_heads, -1))
-        weights: Tensor = scores.softmax(-1).masked_fill(scores.isneginf().all(-1, True), 0)
+        sees_nothing = scores.amax(-1, keepdim=True).isneginf()
+        weights: Tensor = scores.softmax(-1).masked_fill_(sees_nothing, 0)
         return weights
 
 
