@@ -65,7 +65,7 @@ def assert_same(actual: Any, expected: Any) -> None:
         assert_close(mine, theirs, torch.float32)
 
 
-@pytest.mark.parametrize("padding", [0, 5])
+@pytest.mark.parametrize("padding", [slow(0), 5])
 @pytest.mark.parametrize("text", [SCORERS[0], *(slow(text) for text in SCORERS[1:])])
 def test_the_eager_model_with_hidden_tokens(text: str, padding: int) -> None:
     """Grouped heads; more than three pages of generated tokens are packed."""
@@ -102,6 +102,7 @@ def test_sinks_stay() -> None:
     assert_same(generated(compiled, ids), expected)
 
 
+@pytest.mark.slow
 def test_beams() -> None:
     """The beams of a prompt have the same tokens of it, in whatever order they go on."""
     ids, text, how = prompt(), SCORERS[0], {"num_beams": 3, "output_logits": False}
@@ -144,7 +145,7 @@ def test_a_chunk_after_the_prompt(padding: int) -> None:
     assert_close(logits(model), expected, torch.float32)
 
 
-@pytest.mark.parametrize("padding", [0, 5])
+@pytest.mark.parametrize("padding", [slow(0), 5])
 @pytest.mark.parametrize("text", [SCORERS[0], slow(SCORERS[3])])
 def test_a_static_cache(text: str, padding: int) -> None:
     """The prompt is a step of an empty cache; the next prompt is one of the same cache."""
@@ -236,7 +237,7 @@ def test_a_graph_that_reads_the_cache_otherwise_says_what_it_cannot() -> None:
         mean(cache.layers[0].keys)
 
 
-@pytest.mark.parametrize("name", ["gpt_fast", "slice_writes"])
+@pytest.mark.parametrize("name", ["gpt_fast", slow("slice_writes")])
 def test_a_buffer_of_the_model(name: str) -> None:
     """Written by a prefill that reads all of it under a mask, or its own tokens alone."""
     model, tokens = handwritten(name), [torch.randint(1, 30, (BATCH, n)) for n in (13, 1, 1, 4)]
