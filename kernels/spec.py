@@ -70,9 +70,10 @@ class Spec:
             self._check_eviction(self.evict)
 
     def _check_eviction(self, scorer: Scorer) -> None:
-        least = self.sinks + max(self.recent, scorer.observed)
+        least = self.sinks + max(self.recent + self.window, scorer.observed)
         if scorer.tokens < least:
-            stay = f"{self.sinks} first and {least - self.sinks} latest ones always stay"
+            stay = f"the first {self.sinks}, the latest {max(self.recent, scorer.observed)}, and a"
+            stay += f" page of {self.window} that are chosen"
             _refuse("tokens of " + scorer.text, scorer.tokens, f"{least} or more: {stay}")
         if scorer.BY_LAYER:
             raise ValueError(f"{scorer.text} is for all layers: allowed is what it is in one layer")

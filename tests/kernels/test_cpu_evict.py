@@ -38,7 +38,7 @@ def specs(draw: st.DrawFn) -> Spec:
     )
     window, recent = draw(st.sampled_from([1, 3, 8, 32, 33])), draw(st.sampled_from([0, 5, 32]))
     sinks = draw(st.sampled_from([0, 3]))
-    tokens = sinks + recent + draw(st.integers(1, 100))
+    tokens = sinks + recent + window + draw(st.integers(0, 100))
     scorer = draw(st.sampled_from(["knorm(tokens={})", "snapkv(tokens={},window=1)"]))
     evict = parse_scorer(scorer.format(tokens))
     return Spec(*formats, window, recent, sinks, scale=0.4, softcap=draw(st.sampled_from([0.0, 3])),

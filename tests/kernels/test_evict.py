@@ -83,8 +83,16 @@ def test_the_spec_says_what_is_evicted() -> None:
 @pytest.mark.parametrize(
     ("scorer", "numbers", "said"),
     [
-        ("knorm(tokens=4)", {"sinks": 2}, "tokens of .* is 4: allowed is 5 or more"),
-        ("snapkv(tokens=9,window=8)", {"sinks": 2}, "is 9: allowed is 10 or more: 2 first and 8"),
+        (
+            "knorm(tokens=8)",
+            {"sinks": 2},
+            "tokens of .* is 8: allowed is 9 or more: the first 2, the",
+        ),
+        (
+            "snapkv(tokens=9,window=8)",
+            {"sinks": 2},
+            "is 9: allowed is 10 or more: .* latest 8, and a page of 4",
+        ),
         ("knorm(tokens=9)", {"min_tokens": 5}, "min_tokens is 5: allowed is 0 where knorm evicts"),
         ("knorm(tokens=9)", {"rolls": 5}, "rolls is 5: allowed is 0 where knorm evicts"),
         ("pyramidkv(tokens=99,layers=3)", {}, "is for all layers"),

@@ -49,7 +49,7 @@ OTHERS = {"key_ratio": 0.25, "value_ratio": 0.5, "key_dtype": "int8", "value_dty
           "key_format": "int8", "value_format": "dense"}  # fmt: skip
 
 
-EVICT = {"evict": "knorm(tokens=50)"}
+EVICT = {"evict": "knorm(tokens=64)"}
 """Does not go with min_tokens."""
 
 
