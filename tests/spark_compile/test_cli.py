@@ -49,7 +49,11 @@ OTHERS = {"key_ratio": 0.25, "value_ratio": 0.5, "key_dtype": "int8", "value_dty
           "key_format": "int8", "value_format": "dense"}  # fmt: skip
 
 
-@pytest.mark.parametrize("given", [{}, OTHERS, {"min_tokens": 0}])
+EVICT = {"evict": "knorm(tokens=64)"}
+"""Does not go with min_tokens."""
+
+
+@pytest.mark.parametrize("given", [{}, OTHERS, {"min_tokens": 0}, EVICT])
 @pytest.mark.parametrize("command", ["explain", "demo"])
 def test_every_option_reaches_the_command(
     monkeypatch: pytest.MonkeyPatch, llama_folder: Path, command: str, given: dict[str, Any]
@@ -66,7 +70,7 @@ def test_every_option_reaches_the_command(
 
     monkeypatch.setattr("spark_compile.explain", explain)
     monkeypatch.setattr("spark_compile.demo.comparison.run_demo", run_demo)
-    assert OTHERS.keys() == vars(SparkConfig()).keys()  # none is left out
+    assert {**OTHERS, **EVICT}.keys() == vars(SparkConfig()).keys()  # none is left out
     pairs = ([f"--{name.replace('_', '-')}", str(value)] for name, value in given.items())
     words = [word for pair in pairs for word in pair if word != "True"]
     model = [str(llama_folder)] if command == "explain" else []
