@@ -188,14 +188,16 @@ def tune(
     if dtype not in ("auto", *DTYPES):
         _fail(f"option 'dtype' is {dtype!r}: allowed is one of 'auto', {', '.join(DTYPES)}")
     _check({"budget": budget})
+    if not output.parent.is_dir():
+        _fail(f"output {output} cannot be written: there is no folder {output.parent}")
     place, keywords = _locate(model)
-    from .tune import TuneError, plan_for, plan_table
+    from .tune import plan_for, plan_table
 
     try:
         plan = plan_for(place, keywords, text, dtype, budget, context, windows)
         plan.save(output)
-    except (TuneError, SparkError, OSError) as error:
-        _fail(str(error))
+    except (SparkError, OSError) as error:
+        _fail(_line(error, 400))
     if as_json:
         typer.echo(json.dumps(plan.as_dict(), indent=2))
         return
@@ -265,10 +267,10 @@ def _locate(model: str) -> tuple[str, dict[str, str]]:
     return model, {}
 
 
-def _line(error: BaseException) -> str:
-    """The first line of an error's message, at most 120 characters of it."""
+def _line(error: BaseException, most: int = 120) -> str:
+    """The first line of an error's message, at most that many characters of it."""
     lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:120]
+    return (lines[0] if lines else type(error).__name__)[:most]
 
 
 def _fail(message: str, code: int = 2) -> NoReturn:

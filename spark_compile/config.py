@@ -70,11 +70,11 @@ class SparkConfig:
     min_tokens: Annotated[int, "Contexts shorter than this stay dense altogether."] = 0
     budget: Annotated[
         float | str | None,
-        "Share of the dense bytes of keys and values that a cache may take, in place of ratios and "
-        f"dtypes: a number up to 1 or {', '.join(f'{name} ({s})' for name, s in SHARES.items())}. "
-        f"Everything counts (records, constants, statistics, tail, slack) at {TOKENS:,} tokens: "
-        "shorter caches and sliding windows take a larger share, longer ones a smaller one, down "
-        "to that of a packed token.",
+        "Share of dense key and value bytes that a cache may take, up to 1, or "
+        f"{', '.join(f'{name} ({share})' for name, share in SHARES.items())}; chooses the formats "
+        "in place of ratios and dtypes. Everything counts (records, constants, statistics, tail, "
+        f"slack) at {TOKENS:,} tokens: shorter caches and sliding windows take a larger share, "
+        "longer ones a smaller one, down to that of a packed token.",
     ] = None
     inner: Annotated[Inner, "Compiler of the rewritten graph."] = "inductor"
     key_format: Annotated[
@@ -200,10 +200,10 @@ class SparkConfig:
         """The budget as a number.
 
         Raises:
-            ValueError: there is none.
+            OptionError: there is none.
         """
         if self.budget is None:
-            raise ValueError("option 'budget' is None")
+            raise _error("budget", None, f"a number or one of {', '.join(map(repr, SHARES))}")
         return SHARES[self.budget] if isinstance(self.budget, str) else float(self.budget)
 
     def _chosen(self, side: Side, head_dim: int, dtype: torch.dtype) -> Format:

@@ -201,7 +201,9 @@ def _layers(report: Report, cache: Any) -> list[Layer]:
     ]
     names = [site.layer for site in sites]
     if not sites:
-        raise SparkError(f"nothing of the model is compressed: {report.summary()}")
+        reasons = [graph.left_alone or graph.refusals() for graph in report.graphs]
+        reason = "; ".join(filter(None, reasons)) or "no attention was found"
+        raise SparkError(f"nothing of the model is compressed: {reason}")
     if len(sites) != len(held) or len(set(names)) != len(names):
         raise SparkError(
             f"{len(sites)} attentions use {len(held)} layers of the cache, calibration needs one "

@@ -11,10 +11,7 @@ from rich.table import Table
 
 from .calibrate import calibrate
 from .plan import Plan
-
-
-class TuneError(RuntimeError):
-    """The model or the text cannot be read; the message gives the reason."""
+from .report import OptionError
 
 
 def plan_for(
@@ -28,7 +25,8 @@ def plan_for(
         dtype: "auto", or of torch.
 
     Raises:
-        TuneError: the model, its tokenizer or the text cannot be read.
+        OptionError: the model, its tokenizer or the text cannot be read, or as ``calibrate``
+            raises it.
         SparkError: as ``calibrate`` raises it.
     """
     import transformers
@@ -37,7 +35,7 @@ def plan_for(
     try:
         written = text.read_text()
     except (OSError, UnicodeDecodeError) as error:
-        raise TuneError(f"text {text} cannot be read: {error}") from error
+        raise OptionError(f"text {text} cannot be read: {error}") from error
     load: dict[str, Any] = {**keywords, "dtype": dtype}
     if "gguf_file" in keywords and hasattr(transformers, "GgufConfig"):
         load["quantization_config"] = transformers.GgufConfig(dequantize=True)
@@ -45,7 +43,7 @@ def plan_for(
         tokenizer = transformers.AutoTokenizer.from_pretrained(place, **keywords)
         model = transformers.AutoModelForCausalLM.from_pretrained(place, **load).eval()
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise TuneError(f"model {place!r} cannot be loaded with its tokenizer: {error}") from error
+        raise OptionError(f"model {place!r} cannot be loaded with tokenizer: {error}") from error
     tokens = tokenizer(written, return_tensors="pt", verbose=False).input_ids
     return calibrate(model, tokens, budget=budget, context=context, windows=windows)
 

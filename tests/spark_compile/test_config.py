@@ -61,6 +61,8 @@ WRONG = [
     ("recent_tokens", "all", "an integer from 0 to"),
     ("recent_tokens", True, "an integer from 0 to"),
     ("min_tokens", 0.5, "an integer from 0 to"),
+    *(("budget", value, "a number with 0 < budget <= 1, or one of 'near-lossless', 'balanced', ")
+      for value in (0, -0.1, 1.5, HUGE, math.nan, True, "0.3", "tiny", [0.5], 0.5j)),
     ("strict", 1, "True or False"),
     ("strict", None, "True or False"),
 ]  # fmt: skip
@@ -77,6 +79,7 @@ EXTREMES = [
     *({"saliency": name} for name in ("squared", "absolute")),
     *({"inner": name} for name in ("inductor", "eager", "aot_eager")),
     {"strict": True},
+    *({"budget": budget} for budget in (1, 0.001, "smallest", None)),
     *({f"{side}_format": text} for side in ("key", "value") for text in ("dense", "int8",
       "pruned(kept=3,stored=int8)", "spark(kept=26,recovery=none)")),
     {"key_format": (("*.0.*", "dense"), ("*", "int8"))},
