@@ -56,7 +56,7 @@ def calibrate(
         SparkError: the model cannot be calibrated; the message says why.
     """
     share = SparkConfig(budget=budget).share
-    if any(module._compiled_call_impl is not None for module in model.modules()):
+    if any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in model.modules()):
         raise OptionError("the model is compiled: allowed is one as it was before optimize")
     least = POLICY.recent + POLICY.window
     for name, value, smallest in (("windows", windows, 1), ("context", context, least),

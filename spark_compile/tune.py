@@ -33,7 +33,7 @@ def plan_for(
 
     transformers.utils.logging.disable_progress_bar()
     try:
-        written = text.read_text()
+        written = text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise OptionError(f"text {text} cannot be read: {error}") from error
     load: dict[str, Any] = {**keywords, "dtype": dtype}

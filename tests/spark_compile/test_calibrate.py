@@ -69,7 +69,7 @@ def test_fewer_bits_do_more_and_more_bytes_do_less() -> None:
             assert values[0] > 4 * values[-3]
             assert values[-2] > values[-1] == 0  # int8 and dense
             assert list(kl)[-1] == "dense"
-    assert plans[0].kl > plans[1].kl > 1000 * plans[2].kl
+    assert plans[0].kl > plans[1].kl > 100 * plans[2].kl
     assert plans[0].layers[0].key_kl == plans[1].layers[0].key_kl  # measuring repeats exactly
     assert {layer.key for layer in plans[2].layers} == {"dense"}  # what fits beside the slack
 
@@ -167,8 +167,9 @@ def test_wrong_arguments_are_named(change: dict[str, Any], message: str) -> None
         spark_compile.calibrate(llama(1), **arguments)
 
 
-def test_a_compiled_model_is_refused() -> None:
-    model = spark_compile.optimize(llama(1))
+@pytest.mark.parametrize("compiling", [spark_compile.optimize, torch.compile])
+def test_a_compiled_model_is_refused(compiling: Any) -> None:
+    model = compiling(llama(1))
     with pytest.raises(OptionError, match="the model is compiled: allowed is one as it was before"):
         spark_compile.calibrate(model, text(), budget=0.5, **SHORT)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -164,3 +165,12 @@ def test_no_growing_cache_takes_more_than_is_counted(options: dict[str, Any]) ->
         for state, side in ((keys, "key"), (values, "value")):
             heads = state.shape[0] * state.shape[1]
             assert state.stored_bytes() <= heads * side_bytes(state.spec, side, state.tokens)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dim", [16, 64])
+def test_a_static_cache_takes_no_more_than_a_growing_one(dim: int) -> None:
+    for spec in rungs(dim, torch.bfloat16):
+        for side in SIDES:
+            room = spec.room(TOKENS, TOKENS)
+            shapes = spec.stored_shapes(side, (1, 1), *room)
+            assert sum(map(math.prod, shapes)) <= side_bytes(spec, side)
