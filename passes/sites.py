@@ -153,12 +153,13 @@ def formats(program: Program, site: CachedAttention) -> list[Format]:
             store them.
     """
     layer, found = layer_name(site.attention), []
-    for side, cached in site.sides:
+    sizes = [(int(t.shape[3]), t.dtype) for t in (tensor(s.operand) for _, s in site.sides)]
+    for (side, cached), size, other in zip(site.sides, sizes, reversed(sizes), strict=True):
         stored = tensor(cached.operand)
         if stored.dtype not in DTYPES.values():
             raise Refused(f"{side}s of {stored.dtype} cannot be pruned", cached.operand)
         try:
-            format = program.config.format_for(side, int(stored.shape[3]), stored.dtype, layer)
+            format = program.config.format_for(side, *size, layer, other)
         except ValueError as error:
             raise Refused(str(error), site.attention) from error
         if format.uses_queries and stored.shape[3] != tensor(site.query).shape[3]:

@@ -14,6 +14,7 @@ from .kernels.eviction import PyramidKV, parse_scorer
 from .kernels.formats import Dense, Format, Int8, Pruned, Spark, kept_channels, parse
 from .kernels.layout import PageLayout
 from .kernels.spec import Side, Spec, parse_spec
+from .presets import SHARES, TOKENS, Size, best_rung
 from .report import OptionError, warn_once
 
 Recovery = Literal["degenerate", "none", "exponential", "gaussian"]
@@ -68,6 +69,14 @@ class SparkConfig:
         "Number of latest tokens that stay dense; if not given, as many as the window.",
     ] = None
     min_tokens: Annotated[int, "Contexts shorter than this stay dense altogether."] = 0
+    budget: Annotated[
+        float | str | None,
+        "Share of dense key and value bytes that a cache may take, up to 1, or "
+        f"{', '.join(f'{name} ({share})' for name, share in SHARES.items())}; chooses the formats "
+        "in place of ratios and dtypes. Everything counts (records, constants, statistics, tail, "
+        f"slack) at {TOKENS:,} tokens: shorter caches and sliding windows take a larger share, "
+        "longer ones a smaller one, down to that of a packed token.",
+    ] = None
     inner: Annotated[Inner, "Compiler of the rewritten graph."] = "inductor"
     key_format: Annotated[
         Formats,
@@ -109,6 +118,21 @@ class SparkConfig:
         object.__setattr__(self, "evict", evict)
         if not isinstance(self.strict, bool):
             raise _error("strict", self.strict, "True or False")
+        if self.budget is not None:
+            self._check_budget()
+
+    def _check_budget(self) -> None:
+        number = _is_number(self.budget, (int, float)) and 0 < self.budget <= 1  # type: ignore[operator]
+        if not number and (not isinstance(self.budget, str) or self.budget not in SHARES):
+            allowed = f"a number with 0 < budget <= 1, or one of {', '.join(map(repr, SHARES))}"
+            raise _error("budget", self.budget, allowed)
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name in CHOOSING and value != field.default:
+                raise OptionError(
+                    f"options 'budget' ({self.budget!r}) and {field.name!r} ({value!r}) both "
+                    "choose the formats: allowed is one of them"
+                )
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | None) -> SparkConfig:
@@ -127,20 +151,35 @@ class SparkConfig:
                 raise _error(str(name), value, "one of the options " + ", ".join(known))
         return cls(**options)
 
-    def format_for(self, side: Side, head_dim: int, dtype: torch.dtype, layer: str = "") -> Format:
+    def format_for(
+        self,
+        side: Side,
+        head_dim: int,
+        dtype: torch.dtype,
+        layer: str = "",
+        other: Size | None = None,
+    ) -> Format:
         """The format of the keys or of the values of one attention site.
 
-        One that the options choose and that would take no fewer bytes than dense tokens is
+        One that ratio and dtype choose and that would take no fewer bytes than dense tokens is
         replaced by ``dense``, with a warning. One that is given by its text is what it is.
 
         Args:
             head_dim: D of the keys, or of the values.
             dtype: that the model has them in.
             layer: module path of the attention.
+            other: head size and dtype of the other side, which a budget is for too; None: the
+                same.
+
+        Raises:
+            ValueError: a text names a format that has no such head size, or no formats fit into
+                the budget.
         """
-        named = self.key_format if side == "key" else self.value_format
-        if (text := _text_for(named, layer)) is not None:
-            return parse(text, head_dim, dtype)
+        named = self._named(side, head_dim, dtype, layer)
+        if named is not None:
+            return named
+        if self.budget is not None:
+            return self._budgeted(side, (head_dim, dtype), other or (head_dim, dtype), layer)
         chosen, dense = self._chosen(side, head_dim, dtype), Dense(head_dim, dtype)
         pages = [PageLayout(format, self.window).page_bytes for format in (chosen, dense)]
         if pages[0] < pages[1] or chosen == dense:
@@ -150,6 +189,30 @@ class SparkConfig:
             f"choose, would take {pages[0]} bytes for {self.window} tokens, dense {pages[1]}"
         )
         return dense
+
+    def _named(self, side: Side, head_dim: int, dtype: torch.dtype, layer: str) -> Format | None:
+        """The format that an option names for a side of a layer."""
+        text = _text_for(self.key_format if side == "key" else self.value_format, layer)
+        return None if text is None else parse(text, head_dim, dtype)
+
+    def _budgeted(self, side: Side, own: Size, other: Size, layer: str) -> Format:
+        """The format of a side in the best rung that fits into the budget."""
+        is_key = side == "key"
+        key, value = (own, other) if is_key else (other, own)
+        named = self._named("key", *key, layer), self._named("value", *value, layer)
+        policy = self.spec(Dense(*key), Dense(*value))
+        return best_rung(self.share, (key, value), named, policy)[0 if is_key else 1]
+
+    @property
+    def share(self) -> float:
+        """The budget as a number.
+
+        Raises:
+            OptionError: there is none.
+        """
+        if self.budget is None:
+            raise _error("budget", None, f"a number or one of {', '.join(map(repr, SHARES))}")
+        return SHARES[self.budget] if isinstance(self.budget, str) else float(self.budget)
 
     def _chosen(self, side: Side, head_dim: int, dtype: torch.dtype) -> Format:
         """The format that ratio and dtype of a side stand for."""
@@ -192,6 +255,8 @@ class SparkConfig:
         return self.window if self.recent_tokens is None else self.recent_tokens
 
 
+CHOOSING = ("key_ratio", "value_ratio", "key_dtype", "value_dtype", "recovery", "saliency")
+"""Options that choose a format, for which others may stand."""
 _CHOICES: dict[str, Any] = {
     "key_dtype": Stored, "value_dtype": Stored, "recovery": Recovery, "saliency": Saliency,
     "inner": Inner,

@@ -71,6 +71,8 @@ WRONG = [
     ("evict", "pyramidkv(tokens=99)", "missing 1 required keyword-only argument: 'layers'"),
     ("evict", "streamingllm(tokens=99,n_sink=-1)", "'n_sink' of scorer 'streamingllm' is -1"),
     ("evict", 7, "the text of a scorer, or texts by layer"),
+    *(("budget", value, "a number with 0 < budget <= 1, or one of 'near-lossless', 'balanced', ")
+      for value in (0, -0.1, 1.5, HUGE, math.nan, True, "0.3", "tiny", [0.5], 0.5j)),
     ("strict", 1, "True or False"),
     ("strict", None, "True or False"),
 ]  # fmt: skip
@@ -87,6 +89,7 @@ EXTREMES = [
     *({"saliency": name} for name in ("squared", "absolute")),
     *({"inner": name} for name in ("inductor", "eager", "aot_eager")),
     {"strict": True},
+    *({"budget": budget} for budget in (1, 0.001, "smallest", None)),
     *({f"{side}_format": text} for side in ("key", "value") for text in ("dense", "int8",
       "pruned(kept=3,stored=int8)", "spark(kept=26,recovery=none)")),
     {"key_format": (("*.0.*", "dense"), ("*", "int8"))},
