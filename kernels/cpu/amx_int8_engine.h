@@ -101,7 +101,8 @@ class AmxInt8Engine : public AmxEngine<N> {
   }
 
   // From the order of these sums to the one that dense tokens have; finish() undoes that one.
-  void finish_packed(float* sums, int64_t rows) {
+  void finish_packed(Partial partial, int64_t rows) {
+    float* sums = partial.sums;
     for (int64_t at = 0; at < rows * value_width_; at += 64) {
       float ordered[64];
       for (int i = 0; i < 64; ++i) ordered[i % 16 / 4 * 16 + i / 16 * 4 + i % 4] = sums[at + i];

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from spark_compile.kernels import layout
-from spark_compile.kernels.formats import Dense, Format, Int8, Pruned, Spark
+from spark_compile.kernels.formats import Dense, Format, Int8, Pruned, Quantized, Spark
 from spark_compile.kernels.layout import FIRST, LENGTH, PACKED, STEP
 from spark_compile.kernels.spec import Side, Spec
 
@@ -22,8 +22,14 @@ ROUNDED = ("amplitude", "fill")
 
 def format_of(name: str, head_dim: int, dtype: torch.dtype, kept: int = 5) -> Format:
     """A format with ``kept`` of the channels, or all there are: dense, int8, spark, spark-int8,
-    spark-absolute, spark-none, pruned or pruned-int8."""
+    spark-absolute, spark-none, pruned, pruned-int8, or quantized with its bits: quantized-4,
+    quantized-scaled-4-2-2-1, quantized-plain-2 (not rotated)."""
     kept, (name, _, option) = min(kept, head_dim), name.partition("-")
+    if name == "quantized":
+        kind, _, bits = option.partition("-") if option[0].isalpha() else ("", "", option)
+        words = bits.split("-")
+        bits = bits if head_dim % len(words) == 0 else words[0]
+        return Quantized(head_dim, dtype, bits, kind == "scaled", kind != "plain")
     if name in ("dense", "int8"):
         return {"dense": Dense, "int8": Int8}[name](head_dim, dtype)
     stored = "int8" if option == "int8" else "model"
