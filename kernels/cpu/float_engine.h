@@ -38,7 +38,10 @@ class FloatRows {
   void expand(const Block& block, RowAt row_at) {
     if (!block.packed || f_.kind == Kind::dense) return each(block, row_at, [this](auto... a) { dense(a...); });
     if (f_.kind == Kind::int8) return each(block, row_at, [this](auto... a) { int8(a...); });
-    if (f_.kind == Kind::quantized) return levels(block, row_at);
+    if (f_.kind == Kind::quantized) {
+      read_amplitudes<T>(f_, row_at(0), f_.record_bytes, block.count, amplitudes_.get());
+      return each(block, row_at, [this](auto... a) { levels(a...); });
+    }
     if (f_.int8) return each(block, row_at, [this](auto... a) { pruned<int8_t>(a...); });
     each(block, row_at, [this](auto... a) { pruned<T>(a...); });
   }
@@ -71,23 +74,18 @@ class FloatRows {
     for (int64_t j = 0; j < f_.dim; j += LANES) store(out + j, load_floats(levels + j, f_.dim - j) * step);
   }
 
-  // Levels by rank: what is behind them is written over by the next row.
-  template <class RowAt>
-  void levels(const Block& block, RowAt row_at) {
+  // Levels by rank; the next row is written over what comes after them.
+  void levels(const char* record, float* out) const {
     const int64_t bytes = f_.record_used - f_.channels;
+    const uint8_t* codes = reinterpret_cast<const uint8_t*>(record + f_.channels);
     uint8_t copy[MAX_HEAD + LANES];
-    for (int t = 0; t < block.count; ++t) {
-      const char* record = row_at(t);
-      amplitudes_[t] = to_float(*reinterpret_cast<const T*>(record + f_.scale));
-      const uint8_t* codes = reinterpret_cast<const uint8_t*>(record + f_.channels);
-      if (record + f_.record_used + LANES > end_) codes = static_cast<const uint8_t*>(std::memcpy(copy, codes, bytes));
-      for (int p = 0; p < f_.part_count; ++p) {
-        const Part& part = f_.parts[p];
-        with_bits(part.bits, [&](auto bits) {
-          const Table<bits> table(grid_of(bits, f_.is_even()).levels);
-          expand_codes<bits>(codes + part.codes - f_.channels, part.channels, table, &rows_[t * width_ + part.first]);
-        });
-      }
+    if (record + f_.record_used + LANES > end_) codes = static_cast<const uint8_t*>(std::memcpy(copy, codes, bytes));
+    for (int p = 0; p < f_.part_count; ++p) {
+      const Part& part = f_.parts[p];
+      with_bits(part.bits, [&](auto bits) {
+        const Table<bits> table(grid_of(bits, f_.is_even()).levels);
+        expand_codes<bits>(codes + part.codes - f_.channels, part.channels, table, out + part.first);
+      });
     }
   }
 

@@ -9,6 +9,17 @@
 
 namespace spark {
 
+// The amplitudes of `count` tokens. One whose largest level overflows is a NaN: rotated, that level would
+// be one too, but what it meets here need not be.
+template <class T>
+void read_amplitudes(const Format& f, const char* record, int64_t step, int count, float* amplitudes) {
+  const float top = f.is_even() ? float((1 << f.parts[0].bits) - 1) : 127.0f;
+  for (int t = 0; t < count; ++t, record += step) {
+    const float amplitude = to_float(*reinterpret_cast<const T*>(record + f.scale)), largest = amplitude * top;
+    amplitudes[t] = std::isfinite(largest) ? amplitude : NAN;
+  }
+}
+
 // What a head says of that space; `order` may be anything in a damaged cache, and is bounded here.
 class QuantizedHead {
  public:

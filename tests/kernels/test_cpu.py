@@ -36,9 +36,15 @@ pytestmark = [
 
 reference = torch.ops.spark_reference
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-FORMATS = (
-    "spark", "spark-int8", "spark-absolute", "spark-none", "dense", "int8", "pruned", "pruned-int8",
+QUERIED = (
+    "spark", "spark-int8", "spark-absolute", "spark-none", "quantized-scaled-4",
+    "quantized-scaled-4-2-2-1", "quantized-scaled-6-5-3-3", "quantized-scaled-5",
 )  # fmt: skip
+FORMATS = (
+    *QUERIED, "dense", "int8", "pruned", "pruned-int8", "quantized-1", "quantized-2", "quantized-3",
+    "quantized-4", "quantized-5", "quantized-6", "quantized-plain-4", "quantized-plain-3",
+)  # fmt: skip
+"""Those that note queries, and all."""
 OPERANDS = (
     "query", "new_key", "new_value", "key_pages", "key_head", "value_pages", "value_head",
 )  # fmt: skip
@@ -50,10 +56,10 @@ thorough = settings(max_examples=120, deadline=None, derandomize=True, database=
 @st.composite
 def specs(draw: st.DrawFn) -> Spec:
     dtype = draw(st.sampled_from(DTYPES))
-    key_dim = draw(st.sampled_from([1, 3, 8, 12, 16, 20, 32, 64, 80, 96, 128, 256]))
+    key_dim = draw(st.sampled_from([1, 3, 8, 12, 16, 20, 32, 64, 80, 96, 128, 256, 300]))
     value_dim = draw(st.sampled_from([key_dim, key_dim, 1, 5, 24, 64, 128, 130]))
     # Values that note queries must have as many channels as those.
-    names = FORMATS if key_dim == value_dim else FORMATS[4:]
+    names = FORMATS if key_dim == value_dim else FORMATS[len(QUERIED) :]
     return Spec(
         format_of(draw(st.sampled_from(FORMATS)), key_dim, dtype, draw(st.integers(1, key_dim))),
         format_of(draw(st.sampled_from(names)), value_dim, dtype, draw(st.integers(1, value_dim))),
