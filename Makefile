@@ -5,7 +5,8 @@ STAMP := $(VENV)/.stamp
 # Extra arguments: make test ARGS="-k cli", make demo ARGS="--context 1000".
 ARGS ?=
 
-.PHONY: setup demo test test-all sanitize bench-kernels bench-decode coverage gpu fuzz check format clean
+.PHONY: setup demo test test-all sanitize bench-kernels bench-decode bench-quality coverage gpu fuzz check
+.PHONY: format clean
 
 setup: $(STAMP)
 
@@ -33,6 +34,12 @@ bench-kernels: setup
 
 bench-decode: setup
 	$(BIN)/python -m benchmarks.bench_decode $(ARGS)
+
+# Quality of the cache formats at equal bytes, ours and others', on two real models; an hour or more. Goes
+# on where it was stopped; ARGS='--model smollm2 --context 1024 --windows 2 --only "int8,KIVI*"' is short.
+# With '.[bench]' installed, optimum-quanto is compared too.
+bench-quality: setup
+	$(BIN)/python -m benchmarks.quality $(ARGS)
 
 # Every causal language model of transformers, tiny; an hour or more. Goes on where it was stopped;
 # ARGS="--fresh" starts again, ARGS="--jobs 2" runs two at a time. Also writes docs/coverage.md.
