@@ -107,13 +107,13 @@ void value_bias(const Rows& rows, int64_t count, int64_t channels, float* bias) 
 template <class T>
 void write_constants(const Side& side) {
   const Format& f = *side.format;
-  if (!f.has_planes() && !(f.kind == Kind::quantized && f.scaled)) return;
+  if (!f.has_planes() && f.kind != Kind::quantized) return;
   const int64_t first = side.spec->sinks, count = side.length + side.fresh_tokens - first;
   for_heads(side, f.kind == Kind::spark ? 4 * f.dim : count * f.row_bytes(), [&](int64_t b, int64_t h) {
     const Pending<T> pending(side, b, h);
     const auto rows = [&](int64_t s) { return pending[first + s]; };
     if (f.kind == Kind::pruned) return value_bias(rows, count, f.dim, side.constant(b, h));
-    const float* stats = side.stats(b, h, side.step);
+    const float* stats = f.uses_queries() ? side.stats(b, h, side.step) : nullptr;
     if (f.kind == Kind::quantized) return quantized_constants(f, rows, count, stats, side.head.at(b, h, 0));
     for (int64_t j = 0; j < f.dim; ++j) side.constant(b, h)[j] = std::sqrt(stats[j]);
   });

@@ -1,6 +1,7 @@
 // Codes of 1 to 6 bits in planes, and the levels that they stand for: kernels/formats/codes.py.
 #pragma once
 
+#include <algorithm>
 #include <array>
 
 #include "simd.h"
@@ -24,24 +25,17 @@ struct alignas(64) Grid {
 };
 
 // The positive levels for normal numbers.
-inline constexpr int8_t NORMAL[6][32] = {
-    {127},
-    {38, 127},
-    {14, 45, 79, 127},
-    {6, 18, 31, 44, 58, 75, 96, 127},
-    {3, 8, 13, 18, 24, 29, 35, 41, 47, 54, 61, 70, 79, 90, 105, 127},
-    {1, 3, 6, 8, 10, 13, 15, 17, 20, 22, 24, 27, 30, 32, 35, 38, 40, 43, 46, 49, 53, 56, 60, 64, 68, 73, 78, 84, 91,
-     99, 110, 127},
-};
-// Standard deviation of the normal numbers, in units of the levels.
+inline constexpr int8_t NORMAL[4][8] = {{127}, {38, 127}, {14, 45, 79, 127}, {6, 18, 31, 44, 58, 75, 96, 127}};
+// Standard deviation of the normal numbers in units of the best levels for them.
 inline constexpr float DEVIATION[6] = {159.17f, 84.08f, 59.02f, 46.48f, 38.95f, 33.92f};
 
-constexpr Grid make_grid(int bits, bool even) {
+constexpr Grid make_grid(int bits) {
   Grid grid;
   const int half = 1 << (bits - 1);
   for (int c = 0; c < 64; ++c) {
     const int code = c & (2 * half - 1), rank = code < half ? half - 1 - code : code - half;
-    const int magnitude = even ? 2 * rank + 1 : NORMAL[bits - 1][rank];
+    // From 5 bits on with equal distances.
+    const int magnitude = bits >= 5 ? 2 * rank + 1 : NORMAL[bits - 1][rank];
     grid.bytes[c] = int8_t(code < half ? -magnitude : magnitude);
     grid.levels[c] = grid.bytes[c];
     if (c > 0) grid.middles[c] = (grid.levels[c] + grid.levels[c - 1]) / 2;
@@ -49,14 +43,12 @@ constexpr Grid make_grid(int bits, bool even) {
   return grid;
 }
 
-inline const Grid& grid_of(int bits, bool even) {
-  static constexpr std::array<Grid, 12> grids = [] {
-    std::array<Grid, 12> made;
-    for (int i = 0; i < 12; ++i) made[i] = make_grid(i / 2 + 1, i % 2);
-    return made;
-  }();
-  return grids[(bits - 1) * 2 + even];
-}
+inline constexpr std::array<Grid, 6> GRIDS = [] {
+  std::array<Grid, 6> grids;
+  for (int bits = 1; bits <= 6; ++bits) grids[bits - 1] = make_grid(bits);
+  return grids;
+}();
+inline const Grid& grid_of(int bits) { return GRIDS[bits - 1]; }
 
 // Calls f with an integral constant of the bits.
 template <class Function>
@@ -170,22 +162,44 @@ inline void each_code(const uint8_t* plane, int64_t channels, const Function& f)
   }
 }
 
-// The numbers of a table that codes of a part point to; up to LANES - 1 more are written, and read.
+// The numbers of a table that codes of a part point to, times a factor; up to LANES - 1 more are written,
+// and read.
 template <int BITS>
-inline void expand_codes(const uint8_t* codes, int64_t channels, const Table<BITS>& table, float* out) {
+inline void expand_codes(const uint8_t* codes, int64_t channels, const Table<BITS>& table, float factor, float* out) {
   constexpr int LOW = low_width(BITS), HIGH = high_width(BITS);
   if constexpr (HIGH == 0) {
-    each_code<LOW>(codes, channels, [&](int64_t j, I code) { store(out + j, table[code]); });
+    each_code<LOW>(codes, channels, [&](int64_t j, I code) { store(out + j, table[code] * factor); });
   } else {
-    int32_t low[1024 + LANES];
+    int32_t low[1024 + LANES];  // MAX_HEAD
     each_code<LOW>(codes, channels, [&](int64_t j, I code) {
       const I part = code & ((1 << LOW) - 1);
       std::memcpy(low + j, &part, sizeof(I));
     });
     each_code<HIGH>(codes + plane_bytes(channels, LOW), channels, [&](int64_t j, I code) {
-      store(out + j, table[load<I>(low + j) | (code << LOW)]);
+      store(out + j, table[load<I>(low + j) | (code << LOW)] * factor);
     });
   }
+}
+
+constexpr int UNIT_CODE = 81, OCTAVE = 16, NOT_FINITE = 255;
+
+// What codes of amplitudes stand for: kernels/formats/quantized.py.
+inline const std::array<float, 256>& amplitudes() {
+  static const std::array<float, 256> table = [] {
+    std::array<float, 256> made{};
+    for (int code = 1; code < NOT_FINITE; ++code) made[code] = std::exp2(float(code - UNIT_CODE) / OCTAVE);
+    made[NOT_FINITE] = NAN;
+    return made;
+  }();
+  return table;
+}
+
+// The code next to an amplitude, or the next higher one.
+inline uint8_t amplitude_code(float amplitude, bool up) {
+  if (!std::isfinite(amplitude)) return NOT_FINITE;
+  if (amplitude == 0) return 0;
+  const float steps = std::log2(amplitude) * OCTAVE + UNIT_CODE;
+  return uint8_t(std::clamp(up ? std::ceil(steps) : std::nearbyint(steps), 1.0f, float(NOT_FINITE - 1)));
 }
 
 // Packs a plane of WIDTH bits from bit `shift` of each code on; zeros have to follow the codes, 8 of them.

@@ -14,131 +14,98 @@ class QuantizedEncoder {
 
  public:
   explicit QuantizedEncoder(const Format& f)
-      : f_(f), head_(f), row_(scratch<float>(f.dim + LANES)), numbers_(scratch<float>(padded(f))),
-        gains_(scratch<float>(padded(f))), codes_(scratch<uint8_t>(f.dim + LANES + 8)) {}
+      : f_(f), head_(f), row_(scratch<float>(f.dim + LANES)), numbers_(scratch<float>(f.dim + LANES)),
+        codes_(scratch<uint8_t>(f.dim + LANES + 8)) {}
 
-  void start(const Side& side, int64_t b, int64_t h) {
-    head_.read(side, b, h);
-    expected_ = 0;
-    each_part([&](int p, const Part& part, int64_t at) {
-      std::fill_n(&gains_[at], part.channels, head_.gain(p));
-      const float size = head_.gain(p) * DEVIATION[part.bits - 1];
-      expected_ += size * size * float(part.channels);
-    });
-  }
+  void start(const Side& side, int64_t b, int64_t h) { head_.read(side, b, h); }
 
   void encode(const T* row, char* record) {
-    spread(row);
-    const float amplitude = f_.is_even() ? largest_level() : refitted();
-    *reinterpret_cast<T*>(record + f_.scale) = from_float<T>(amplitude);
-    const float unit = amplitude > 0 ? amplitude : 1.0f;
-    each_part([&](int, const Part& part, int64_t at) {
-      with_bits(part.bits, [&](auto bits) {
-        const Table<bits> middles(grid_of(bits, f_.is_even()).middles);
-        for (int64_t j = 0; j < part.channels; j += LANES) {
-          store_codes(&codes_[j], nearest<bits>(load(&numbers_[at + j]) / unit, middles));
-        }
-        std::fill_n(&codes_[part.channels], 8, uint8_t(0));
-        pack_codes<bits>(codes_.get(), part.channels, reinterpret_cast<uint8_t*>(record + part.codes));
-      });
-    });
-    std::memset(record + f_.record_used, 0, f_.record_bytes - f_.record_used);
-  }
-
- private:
-  static int64_t padded(const Format& f) { return f.dim + f.part_count * LANES; }
-
-  // Calls f(index, part, its place in `numbers_`).
-  template <class Function>
-  void each_part(const Function& f) const {
-    for (int64_t p = 0, at = 0; p < f_.part_count; ++p) {
-      f(int(p), f_.parts[p], at);
-      at += round_up(f_.parts[p].channels, LANES);
-    }
-  }
-
-  // Part after part in units of its gain: what is next to amplitude * level.
-  void spread(const T* row) {
     for (int64_t j = 0; j < f_.dim; j += LANES) {
       F x = load_floats(row + j, f_.dim - j);
       if (f_.scaled) x = (x - load(head_.center() + j)) * load(head_.factor() + j);
       store(&row_[j], x);
     }
-    each_part([&](int p, const Part& part, int64_t at) {
-      head_.gather(part, row_.get(), &numbers_[at]);
-      if (!f_.scaled) return;
-      for (int64_t j = 0; j < part.channels; j += LANES) store(&numbers_[at + j], load(&numbers_[at + j]) / head_.gain(p));
-    });
+    uint8_t* bytes = reinterpret_cast<uint8_t*>(record);
+    for (int p = 0; p < f_.part_count; ++p) {
+      const Part& part = f_.parts[p];
+      head_.gather(part, row_.get(), numbers_.get());
+      for (int64_t j = 0; j < part.channels; j += LANES) store(&numbers_[j], load(&numbers_[j]) / head_.gain(p));
+      with_bits(part.bits, [&](auto bits) { bytes[f_.scale + p] = encode_part<bits>(part.channels, bytes + part.codes); });
+    }
   }
 
-  // As it is stored. A NaN stays one.
-  static float stored(float amplitude) {
-    return to_float(from_float<T>(amplitude > largest<T>() ? largest<T>() : amplitude));
+ private:
+  // Writes the codes of a part's numbers; returns the one of their amplitude.
+  template <int BITS>
+  uint8_t encode_part(int64_t channels, uint8_t* packed) {
+    const Table<BITS> middles(grid_of(BITS).middles);
+    const float amplitude = BITS >= 5 ? largest(channels) / float((1 << BITS) - 1) : refitted<BITS>(channels, middles);
+    const uint8_t code = amplitude_code(amplitude, BITS >= 5);
+    const float unit = positive(amplitudes()[code]);
+    for (int64_t j = 0; j < channels; j += LANES) store_codes(&codes_[j], nearest<BITS>(load(&numbers_[j]) / unit, middles));
+    std::fill_n(&codes_[channels], 8, uint8_t(0));
+    pack_codes<BITS>(codes_.get(), channels, packed);
+    return code;
   }
 
-  float largest_level() const {
+  static float positive(float amplitude) { return amplitude > 0 ? amplitude : 1.0f; }
+
+  float largest(int64_t channels) const {
     F top{};
     uint32_t nan = 0;  // max() passes over it
-    for (int64_t j = 0; j < f_.dim; j += LANES) {
+    for (int64_t j = 0; j < channels; j += LANES) {
       const F x = load(&numbers_[j]);
       top = spark::max(top, spark::abs(x)), nan |= lane_bits(x != x);
     }
-    return nan ? NAN : stored(maximum(top) / float((1 << f_.parts[0].bits) - 1));
+    return nan ? NAN : maximum(top);
   }
 
-  // The amplitude of normal channels, then the least squares for the levels that it has led to.
-  float refitted() const {
+  // The amplitude of normal numbers, then the least squares for the levels that it has led to.
+  template <int BITS>
+  float refitted(int64_t channels, const Table<BITS>& middles) const {
+    const Table<BITS> levels(grid_of(BITS).levels);
     F energy{};
-    each_part([&](int, const Part& part, int64_t at) {
-      for (int64_t j = at; j < at + part.channels; j += LANES) {
-        const F x = load(&numbers_[j]) * load(&gains_[j]);
-        energy += x * x;
-      }
-    });
-    float amplitude = stored(std::sqrt(sum(energy) / expected_));
+    for (int64_t j = 0; j < channels; j += LANES) energy += load(&numbers_[j]) * load(&numbers_[j]);
+    float amplitude = std::sqrt(sum(energy) / float(channels)) / DEVIATION[BITS - 1];
     for (int i = 0; i < REFITS; ++i) {
-      const float unit = amplitude > 0 ? amplitude : 1.0f;
+      const float unit = positive(amplitude);
       F with_level{}, with_itself{};
-      each_part([&](int, const Part& part, int64_t at) {
-        with_bits(part.bits, [&](auto bits) {
-          const Grid& grid = grid_of(bits, false);
-          const Table<bits> middles(grid.middles), levels(grid.levels);
-          for (int64_t j = at; j < at + part.channels; j += LANES) {
-            const F x = load(&numbers_[j]), gain = load(&gains_[j]);
-            const F level = levels[nearest<bits>(x / unit, middles)] * gain;
-            with_level += x * gain * level, with_itself += level * level;
-          }
-        });
-      });
-      amplitude = stored(sum(with_level) / sum(with_itself));
+      for (int64_t j = 0; j < channels; j += LANES) {
+        const F x = load(&numbers_[j]);
+        const F level = select(lanes() < int32_t(channels - j), levels[nearest<BITS>(x / unit, middles)], F{});
+        with_level += x * level, with_itself += level * level;
+      }
+      amplitude = sum(with_level) / sum(with_itself);
     }
     return amplitude;
   }
 
   const Format& f_;
   QuantizedHead head_;
-  Scratch<float> row_, numbers_, gains_;
+  Scratch<float> row_, numbers_;
   Scratch<uint8_t> codes_;
-  float expected_ = 0;
 };
 
-// At least a hundredth of the mean, and positive; if one is a NaN, all are.
+inline F finite_or_zero(F x) { return select(spark::abs(x) < splat(INF), x, F{}); }
+
+// At least a hundredth of the mean, and positive.
 inline void raise_to_floor(double* numbers, int64_t count) {
-  const double mean = std::accumulate(numbers, numbers + count, 0.0) / double(count);
-  const double least = std::isnan(mean) ? mean : std::max(mean * 0.01, 1e-12);
-  for (int64_t i = 0; i < count; ++i) numbers[i] = numbers[i] > least ? numbers[i] : least;
+  const double mean = std::accumulate(numbers, numbers + count, 0.0) / double(count), least = std::max(mean * 0.01, 1e-12);
+  for (int64_t i = 0; i < count; ++i) numbers[i] = std::max(numbers[i], least);
 }
 
-// The means of f(channels, j) over tokens, for each channel; rows(s): token s.
+// The means of f(channels, j) over tokens, for each channel; rows(s): token s. Channels that are not finite
+// spoil their own token and no other.
 template <class Rows, class Function>
 void channel_means(const Rows& rows, int64_t count, int64_t channels, const Function& f, double* means) {
-  const Scratch<float> some = uncleared_scratch<float>(round_up(channels, LANES));
+  const int64_t width = round_up(channels, LANES);
+  const Scratch<float> some = uncleared_scratch<float>(width);
   std::fill_n(means, channels, 0.0);
   for (int64_t first = 0; first < count; first += 64) {
-    std::fill_n(some.get(), round_up(channels, LANES), 0.0f);
+    std::fill_n(some.get(), width, 0.0f);
     for (int64_t s = first; s < std::min<int64_t>(count, first + 64); ++s) {
       for (int64_t j = 0; j < channels; j += LANES) {
-        store(&some[j], load(&some[j]) + f(load_floats(rows(s) + j, channels - j), j));
+        store(&some[j], load(&some[j]) + f(finite_or_zero(load_floats(rows(s) + j, channels - j)), j));
       }
     }
     for (int64_t j = 0; j < channels; ++j) means[j] += some[j];
@@ -146,50 +113,52 @@ void channel_means(const Rows& rows, int64_t count, int64_t channels, const Func
   for (int64_t j = 0; j < channels; ++j) means[j] /= double(count);
 }
 
-// Writes center, factor, order and gain of a head; stats: whose square roots are the query norms.
-template <class Rows>
-void quantized_constants(const Format& f, const Rows& rows, int64_t count, const float* stats, char* head) {
+// Writes center, factor and order of a head; stats: whose square roots are the query norms. Sizes of the
+// channels, which are squares, become those of the scaled ones by rank.
+inline void rank_channels(const Format& f, const float* center, const float* stats, char* head, double* squares) {
   const int64_t channels = f.dim;
-  bf16 *center = reinterpret_cast<bf16*>(head + f.center), *factor = reinterpret_cast<bf16*>(head + f.factor);
-  bf16* gain = reinterpret_cast<bf16*>(head + f.gain);
+  bf16 *centers = reinterpret_cast<bf16*>(head + f.center), *factors = reinterpret_cast<bf16*>(head + f.factor);
   int16_t* order = reinterpret_cast<int16_t*>(head + f.order);
-  const Scratch<double> spread = scratch<double>(channels), floored = scratch<double>(channels), norms = scratch<double>(channels);
-  const Scratch<float> middle = scratch<float>(channels), rank = scratch<float>(channels);
-  channel_means(rows, count, channels, [](F x, int64_t) { return x; }, spread.get());
+  const Scratch<double> spread = scratch<double>(channels), norms = scratch<double>(channels);
+  const Scratch<float> rank = scratch<float>(channels);
   for (int64_t j = 0; j < channels; ++j) {
-    center[j] = from_float<bf16>(float(spread[j]));
-    middle[j] = to_float(center[j]);
+    spread[j] = std::sqrt(squares[j]);
+    norms[j] = std::isfinite(stats[j]) ? std::sqrt(stats[j]) : 0.0;
   }
-  const auto squared = [&](F x, int64_t j) { return (x - load(&middle[j])) * (x - load(&middle[j])); };
-  channel_means(rows, count, channels, squared, spread.get());
-  for (int64_t j = 0; j < channels; ++j) {
-    floored[j] = spread[j] = std::sqrt(spread[j]);
-    norms[j] = std::sqrt(stats[j]);
-  }
-  raise_to_floor(floored.get(), channels);
+  raise_to_floor(spread.get(), channels);
   raise_to_floor(norms.get(), channels);
   for (int64_t j = 0; j < channels; ++j) {
-    factor[j] = from_float<bf16>(float(std::sqrt(norms[j] / floored[j])));
-    rank[j] = float(spread[j]) * to_float(factor[j]);
+    centers[j] = from_float<bf16>(center[j]);
+    factors[j] = from_float<bf16>(float(std::sqrt(norms[j] / spread[j])));
+    rank[j] = float(std::sqrt(squares[j])) * to_float(factors[j]);
   }
   std::iota(order, order + channels, int16_t(0));
-  // A NaN is the largest.
-  const auto larger = [&](int a, int b) { return rank[a] > rank[b] || (rank[a] != rank[a] && rank[b] == rank[b]); };
-  std::stable_sort(order, order + channels, larger);
+  std::stable_sort(order, order + channels, [&](int a, int b) { return rank[a] > rank[b]; });
+  for (int64_t r = 0; r < channels; ++r) spread[r] = squares[order[r]] * std::pow(double(to_float(factors[order[r]])), 2);
+  std::copy_n(spread.get(), channels, squares);
+}
+
+// Writes the constants of a head.
+template <class Rows>
+void quantized_constants(const Format& f, const Rows& rows, int64_t count, const float* stats, char* head) {
+  const Scratch<double> squares = scratch<double>(f.dim);
+  const Scratch<float> center = scratch<float>(f.dim);
+  if (f.scaled) {
+    channel_means(rows, count, f.dim, [](F x, int64_t) { return x; }, squares.get());
+    for (int64_t j = 0; j < f.dim; ++j) center[j] = to_float(from_float<bf16>(float(squares[j])));
+  }
+  const auto squared = [&](F x, int64_t j) { return (x - load(&center[j])) * (x - load(&center[j])); };
+  channel_means(rows, count, f.dim, squared, squares.get());
+  if (f.scaled) rank_channels(f, center.get(), stats, head, squares.get());
   double sizes[MAX_PARTS];
   for (int p = 0; p < f.part_count; ++p) {
-    const Part& part = f.parts[p];
-    double energy = 0;  // which no rotation changes
-    for (int64_t r = part.first; r < part.first + part.channels; ++r) {
-      const double size = spread[order[r]] * to_float(factor[order[r]]);
-      energy += size * size;
-    }
-    sizes[p] = std::sqrt(energy / double(part.channels));
+    // No rotation changes it.
+    const double* first = squares.get() + f.parts[p].first;
+    sizes[p] = std::sqrt(std::accumulate(first, first + f.parts[p].channels, 0.0) / double(f.parts[p].channels));
   }
   raise_to_floor(sizes, f.part_count);
-  for (int p = 0; p < f.part_count; ++p) {
-    gain[p] = from_float<bf16>(float(sizes[p] / (f.is_even() ? 1.0 : double(DEVIATION[f.parts[p].bits - 1]))));
-  }
+  bf16* gain = reinterpret_cast<bf16*>(head + f.gain);
+  for (int p = 0; p < f.part_count; ++p) gain[p] = from_float<bf16>(float(sizes[p] / double(DEVIATION[f.parts[p].bits - 1])));
 }
 
 }  // namespace spark

@@ -39,7 +39,8 @@ class FloatRows {
     if (!block.packed || f_.kind == Kind::dense) return each(block, row_at, [this](auto... a) { dense(a...); });
     if (f_.kind == Kind::int8) return each(block, row_at, [this](auto... a) { int8(a...); });
     if (f_.kind == Kind::quantized) {
-      read_amplitudes<T>(f_, row_at(0), f_.record_bytes, block.count, amplitudes_.get());
+      const auto amplitude = [&](int t) { return spark::amplitudes()[*reinterpret_cast<const uint8_t*>(row_at(t) + f_.scale)]; };
+      for (int t = 0; t < block.count; ++t) amplitudes_[t] = f_.part_count == 1 ? amplitude(t) : 1.0f;
       return each(block, row_at, [this](auto... a) { levels(a...); });
     }
     if (f_.int8) return each(block, row_at, [this](auto... a) { pruned<int8_t>(a...); });
@@ -74,7 +75,7 @@ class FloatRows {
     for (int64_t j = 0; j < f_.dim; j += LANES) store(out + j, load_floats(levels + j, f_.dim - j) * step);
   }
 
-  // Levels by rank; the next row is written over what comes after them.
+  // Levels by rank, of several parts times their amplitudes; the next row is written over what comes after.
   void levels(const char* record, float* out) const {
     const int64_t bytes = f_.record_used - f_.channels;
     const uint8_t* codes = reinterpret_cast<const uint8_t*>(record + f_.channels);
@@ -83,8 +84,9 @@ class FloatRows {
     for (int p = 0; p < f_.part_count; ++p) {
       const Part& part = f_.parts[p];
       with_bits(part.bits, [&](auto bits) {
-        const Table<bits> table(grid_of(bits, f_.is_even()).levels);
-        expand_codes<bits>(codes + part.codes - f_.channels, part.channels, table, out + part.first);
+        const float factor = f_.part_count == 1 ? 1.0f : spark::amplitudes()[uint8_t(record[f_.scale + p])];
+        const Table<bits> table(grid_of(bits).levels);
+        expand_codes<bits>(codes + part.codes - f_.channels, part.channels, table, factor, out + part.first);
       });
     }
   }

@@ -9,17 +9,6 @@
 
 namespace spark {
 
-// The amplitudes of `count` tokens. One whose largest level overflows is a NaN: rotated, that level would
-// be one too, but what it meets here need not be.
-template <class T>
-void read_amplitudes(const Format& f, const char* record, int64_t step, int count, float* amplitudes) {
-  const float top = f.is_even() ? float((1 << f.parts[0].bits) - 1) : 127.0f;
-  for (int t = 0; t < count; ++t, record += step) {
-    const float amplitude = to_float(*reinterpret_cast<const T*>(record + f.scale)), largest = amplitude * top;
-    amplitudes[t] = std::isfinite(largest) ? amplitude : NAN;
-  }
-}
-
 // What a head says of that space; `order` may be anything in a damaged cache, and is bounded here.
 class QuantizedHead {
  public:
@@ -28,17 +17,16 @@ class QuantizedHead {
         order_(scratch<int32_t>(scaled_channels())), part_(scratch<float>(f.dim + LANES)) {}
 
   void read(const Side& side, int64_t b, int64_t h) {
-    std::fill_n(gain_, MAX_PARTS, 1.0f);
-    if (!f_.scaled) return;
     const char* head = side.head.at(b, h, 0);
-    const bf16 *center = reinterpret_cast<const bf16*>(head + f_.center), *factor = reinterpret_cast<const bf16*>(head + f_.factor);
     const bf16* gain = reinterpret_cast<const bf16*>(head + f_.gain);
+    for (int i = 0; i < f_.part_count; ++i) gain_[i] = to_float(gain[i]);
+    if (!f_.scaled) return;
+    const bf16 *center = reinterpret_cast<const bf16*>(head + f_.center), *factor = reinterpret_cast<const bf16*>(head + f_.factor);
     const int16_t* order = reinterpret_cast<const int16_t*>(head + f_.order);
     for (int64_t j = 0; j < f_.dim; ++j) {
       center_[j] = to_float(center[j]), factor_[j] = to_float(factor[j]);
       order_[j] = std::clamp<int32_t>(order[j], 0, int32_t(f_.dim) - 1);
     }
-    for (int i = 0; i < f_.part_count; ++i) gain_[i] = to_float(gain[i]);
   }
 
   float gain(int part) const { return gain_[part]; }

@@ -47,17 +47,15 @@ struct Format {
   int64_t dim = 0, kept = 0;              // channels of a token, and those of them that are stored
   ScalarType dtype = ScalarType::Float;
   int64_t itemsize = 0;
-  // In a record: `scale` is the amplitude (spark, quantized) or the fill (pruned).
+  // In a record: `scale` is the amplitude (spark), its codes (quantized) or the fill (pruned).
   int64_t scale = 0, step = 0, channels = 0, keep = 0, negative = 0;
   int64_t record_used = 0, record_bytes = 0, page_bytes = 0;
   // In a head: `constant` are the norms (spark) or the bias (pruned).
   int64_t constant = 0, stats = 0, tail = 0;
-  int64_t center = 0, factor = 0, order = 0, gain = 0;  // quantized with query scaling
+  int64_t gain = 0, center = 0, factor = 0, order = 0;  // quantized; all but the first with query scaling
 
   bool has_planes() const { return kind == Kind::spark || kind == Kind::pruned; }
   bool uses_queries() const { return kind == Kind::spark || (kind == Kind::quantized && scaled); }
-  // Whether levels have equal distances.
-  bool is_even() const { return part_count == 1 && parts[0].bits >= 5; }
   int64_t plane() const { return (dim + 7) / 8; }
   int64_t row_bytes() const { return dim * itemsize; }
 };
@@ -168,9 +166,11 @@ inline void lay_out(Format& f, int64_t page_tokens) {
     return first;
   };
   auto record = field;
-  if (f.has_planes() || f.kind == Kind::quantized) f.scale = record(f.itemsize, 1);
+  const bool is_quantized = f.kind == Kind::quantized;
+  if (f.has_planes()) f.scale = record(f.itemsize, 1);
+  if (is_quantized) f.scale = record(1, f.part_count);
   if (f.int8) f.step = record(f.itemsize, 1);
-  if (f.kind == Kind::quantized) {
+  if (is_quantized) {
     f.channels = record(1, 0);
     for (int i = 0; i < f.part_count; ++i) f.parts[i].codes = record(1, code_bytes(f.parts[i].channels, f.parts[i].bits));
   } else {
@@ -179,14 +179,13 @@ inline void lay_out(Format& f, int64_t page_tokens) {
   if (f.has_planes()) f.keep = record(1, f.plane());
   if (f.kind == Kind::spark) f.negative = record(1, f.plane());
   f.record_used = record(1, 0);
-  f.record_bytes = round_up(f.record_used, f.itemsize);
+  f.record_bytes = is_quantized ? f.record_used : round_up(f.record_used, f.itemsize);
   f.page_bytes = round_up(f.record_bytes * page_tokens, 8);
   auto head = field;
   head(1, COUNTER_BYTES);
   if (f.has_planes()) f.constant = head(4, f.dim);
-  if (f.kind == Kind::quantized && f.scaled) {
-    f.center = head(2, f.dim), f.factor = head(2, f.dim), f.order = head(2, f.dim), f.gain = head(2, f.part_count);
-  }
+  if (is_quantized) f.gain = head(2, f.part_count);
+  if (is_quantized && f.scaled) f.center = head(2, f.dim), f.factor = head(2, f.dim), f.order = head(2, f.dim);
   if (f.uses_queries()) f.stats = head(4, 2 * f.dim);
   f.tail = head(8, 0);
 }
