@@ -68,6 +68,8 @@ class Sensitivity:
         self._prefills: dict[bool, Callable[..., Any]] = {}
         self._windows = 0
         self.layers: list[Layer] = []
+        self.noise = 0.0
+        """Mean divergence of two dense runs of different batch sizes, in nats."""
 
     def begin(self, ids: Tensor) -> int:
         """Find the layers by means of one prompt.
@@ -112,6 +114,7 @@ class Sensitivity:
         # What a batch of several changes by itself is no effect of a format.
         floor = divergence(expected, self._logits(cache, scored, TOGETHER)[0])
         self._windows += 1
+        self.noise += (floor - self.noise) / self._windows
         for layer, kept in zip(self.layers, statistics, strict=True):
             for side in SIDES:
                 logits = self._changed(cache, layer, side, kept, scored, advance)

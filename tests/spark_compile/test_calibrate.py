@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 import spark_compile
-from spark_compile import OptionError, Plan, SparkConfig, SparkError
+from spark_compile import OptionError, Plan, SparkConfig, SparkError, SparkWarning
 from spark_compile.kernels.formats import parse
 from spark_compile.kernels.reference.store import query_stats
 from spark_compile.kernels.spec import SIDES
@@ -35,12 +35,12 @@ def text(tokens: int = 300) -> Tensor:
     return torch.randint(64, (tokens,))
 
 
-def stored_share(plan: Plan, dim: int = 16) -> float:
+def stored_share(plan: Plan, dtype: torch.dtype = torch.float32, dim: int = 16) -> float:
     """What the plan's formats take of dense bytes, from specs."""
     shares = []
     for layer in plan.layers:
         config = SparkConfig(key_format=layer.key, value_format=layer.value)
-        spec = config.spec(*(config.format_for(s, dim, torch.float32) for s in SIDES))
+        spec = config.spec(*(config.format_for(s, dim, dtype) for s in SIDES))
         shares.append(share_of(spec))
     return sum(shares) / len(shares)
 
@@ -72,6 +72,23 @@ def test_fewer_bits_do_more_and_more_bytes_do_less() -> None:
     assert plans[0].kl > plans[1].kl > 100 * plans[2].kl
     assert plans[0].layers[0].key_kl == plans[1].layers[0].key_kl  # measuring repeats exactly
     assert {layer.key for layer in plans[2].layers} == {"dense"}  # what fits beside the slack
+
+
+def test_bytes_are_those_of_the_dtype_that_is_asked_for() -> None:
+    model, ids = llama(), text()
+    plan = spark_compile.calibrate(model, ids, budget=0.4, dtype=torch.bfloat16, **SHORT)
+    assert (plan.measured.dtype, plan.measured.computed_in) == ("bfloat16", "float32")
+    assert 0.37 < plan.share <= 0.4
+    assert stored_share(plan, torch.bfloat16) == pytest.approx(plan.share)
+    own = spark_compile.calibrate(model, ids, budget=0.4, **SHORT)
+    assert own.layers[0].key_kl == plan.layers[0].key_kl
+    assert own.kl < plan.kl
+
+
+def test_a_model_in_16_bits_is_told_what_it_does_not_see() -> None:
+    with pytest.warns(SparkWarning, match=r"in float32, with dtype=torch\.bfloat16"):
+        plan = spark_compile.calibrate(llama(1).bfloat16(), text(), budget=0.5, **SHORT)
+    assert (plan.measured.dtype, plan.measured.computed_in) == ("bfloat16", "bfloat16")
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -138,7 +155,9 @@ def test_rows_are_texts_and_what_was_measured_is_told(capfd: pytest.CaptureFixtu
     ids = text(450).view(3, 150)
     plan = spark_compile.calibrate(llama(), ids, budget="near-lossless", **SHORT | {"progress": 1})
     measured = plan.measured
-    assert (measured.model, measured.dtype) == ("LlamaForCausalLM", "float32")
+    assert measured.model == "LlamaForCausalLM"
+    assert (measured.dtype, measured.computed_in) == ("float32", "float32")
+    assert 0 <= measured.noise < 1e-6
     assert (measured.windows, measured.context, measured.scored) == (2, 96, 16)
     assert measured.head_sizes == ((16, 16),)
     assert measured.versions["torch"] == torch.__version__
@@ -154,6 +173,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"budget": 0}, "option 'budget' is 0: allowed is"),
     ({"budget": None}, "option 'budget' is None"),
     ({"budget": 0.01}, r"budget is 0.01: allowed is 0\.\d+ or more for this model"),
+    ({"dtype": torch.int8}, r"dtype is torch.int8: allowed is one of \[torch.float32, "),
     ({"tokens": "text"}, "tokens are .*str.*: allowed is a tensor of ids"),
     ({"tokens": torch.zeros(300)}, r"tokens are torch.float32 \[300\]: allowed is a tensor of ids"),
     ({"tokens": torch.zeros(5, 60).long()}, r"tokens are \[5, 60\]: 2 windows of 112 tokens are"),
