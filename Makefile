@@ -5,7 +5,8 @@ STAMP := $(VENV)/.stamp
 # Extra arguments: make test ARGS="-k cli", make demo ARGS="--context 1000".
 ARGS ?=
 
-.PHONY: setup demo test test-all sanitize bench-kernels bench-decode coverage gpu fuzz check format clean
+.PHONY: setup demo test test-all sanitize bench-kernels bench-decode bench-quality coverage gpu fuzz check
+.PHONY: format clean
 
 setup: $(STAMP)
 
@@ -34,6 +35,12 @@ bench-kernels: setup
 bench-decode: setup
 	$(BIN)/python -m benchmarks.bench_decode $(ARGS)
 
+# Quality of the cache formats at equal bytes, ours and others', on two real models; an hour or more. Goes
+# on where it was stopped; ARGS='--model smollm2 --context 1024 --windows 2 --only "int8,KIVI*"' is short.
+# With '.[bench]' installed, optimum-quanto is compared too.
+bench-quality: setup
+	$(BIN)/python -m benchmarks.quality $(ARGS)
+
 # Every causal language model of transformers, tiny; an hour or more. Goes on where it was stopped;
 # ARGS="--fresh" starts again, ARGS="--jobs 2" runs two at a time. Also writes docs/coverage.md.
 coverage: setup
@@ -55,7 +62,7 @@ sanitize: setup
 		SPARK_COMPILE_CPU=$$level SPARK_COMPILE_CXXFLAGS="$(SANITIZE)" ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 		$(BIN)/python -m pytest -q -s -p no:cacheprovider tests/kernels/test_cpu.py \
-		tests/kernels/test_cpu_edges.py || exit 1; \
+		tests/kernels/test_cpu_edges.py tests/kernels/test_cpu_evict.py || exit 1; \
 	done
 
 # Random attention programs, others each time; those that failed are tried first the next time.

@@ -151,7 +151,10 @@ def write_json(
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     data = {"name": name, "machine": machine, "settings": settings, **content}
-    path.write_text(json.dumps(data, indent=1) + "\n")
+    # Replaced as a whole: a run that is stopped here must not lose what it has.
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text(json.dumps(data, indent=1) + "\n")
+    scratch.replace(path)
     return path
 
 

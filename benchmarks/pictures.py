@@ -14,6 +14,8 @@ from matplotlib import pyplot as plt
 from matplotlib.ticker import FuncFormatter
 
 Rows = Sequence[dict[str, Any]]
+LEAST_KL = 1e-8
+"""What is below is rounding of float32."""
 
 
 def kernels(rows: Rows, path: Path) -> Path:
@@ -51,6 +53,40 @@ def decode(rows: Rows, path: Path) -> Path:
             axis.set(title=model, xlabel="tokens of context", ylabel=label)
             axis.set_ylim(bottom=0)
     return _save(figure, axes, path)
+
+
+def quality(rows: Rows, path: Path, title: str) -> Path:
+    """KL and change of perplexity over the bytes of a packed token, a point per method.
+
+    The dense cache, of which the KL is 0, has no place on a logarithmic axis.
+    """
+    rows = [row for row in rows if row["kl"] > LEAST_KL]
+    figure, axes = plt.subplots(1, 2, figsize=(13, 6), squeeze=False)
+    for axis, column, scale, label in (
+        (axes[0, 0], "kl", 1, "KL from the dense model, nats"),
+        (axes[0, 1], "perplexity_change", 100, "change of perplexity, %"),
+    ):
+        _points(axis, rows, column, scale)
+        axis.set(title=title, xlabel="bytes of a packed token, % of bfloat16", ylabel=label)
+        axis.grid(alpha=0.3)
+    axes[0, 0].set_yscale("log")
+    axes[0, 1].set_yscale("symlog", linthresh=1)
+    return _save(figure, axes, path)
+
+
+def _points(axis: Any, rows: Rows, column: str, scale: float) -> None:
+    """Named points with their standard errors; ours are filled. A line joins the Pareto front."""
+    for family, style in (("ours", "o"), ("peer", "s")):
+        own = [row for row in rows if row["family"] == family]
+        errors = [scale * (row[f"{column}_se"] or 0) for row in own]
+        at = [[100 * row["packed_share"] for row in own], [scale * row[column] for row in own]]
+        fill = {} if family == "ours" else {"markerfacecolor": "none"}
+        axis.errorbar(*at, errors, fmt=style, markersize=5, label=family, **fill)
+        for row, x, y in zip(own, *at, strict=True):
+            axis.annotate(row["method"], (x, y), (4, 4), textcoords="offset points", fontsize=7)
+    front = [(100 * row["packed_share"], scale * row[column]) for row in rows if row["front"]]
+    if front:
+        axis.plot(*zip(*sorted(front), strict=True), "--", linewidth=1, label="Pareto front of KL")
 
 
 def _lines(axis: Any, rows: Rows, group: str, x: str, y: str) -> None:

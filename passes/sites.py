@@ -169,16 +169,29 @@ def formats(program: Program, site: CachedAttention) -> list[Format]:
     return found
 
 
+def wanted(program: Program, site: CachedAttention, slides: bool) -> Spec:
+    """How the options want a site's cache stored, of one that slides or of one that does not.
+
+    Raises:
+        Refused: see :func:`formats`; also if an option cannot tell which layer this is.
+    """
+    key, value = formats(program, site)
+    try:
+        return program.config.spec(key, value, slides=slides, layer=layer_name(site.attention))
+    except ValueError as error:
+        raise Refused(str(error), site.attention) from error
+
+
 def spec_of(program: Program, site: CachedAttention) -> Spec:
     """How a site's cache is stored: as its past is, or as the options want.
 
     Raises:
-        Refused: see :func:`formats`.
+        Refused: see :func:`wanted`.
     """
     past = program.states.get(site.key.past)  # type: ignore[arg-type]
     if past is not None:
         return past.spec
-    return program.config.spec(*formats(program, site), slides=site.key.slides)
+    return wanted(program, site, site.key.slides)
 
 
 def described(program: Program, site: CachedAttention) -> Site:
@@ -190,14 +203,15 @@ def described(program: Program, site: CachedAttention) -> Site:
     try:
         spec = spec_of(program, site)
     except Refused:
-        stored, names = 0, ("", "")
+        stored, names, evict = 0, ("", ""), ""
     else:
         page_bytes = sum(spec.pages(side).page_bytes for side in SIDES)
         stored = -(-kv_heads * page_bytes // spec.window)
         names = spec.key.text, spec.value.text
+        evict = "" if spec.evict is None else spec.evict.text
     return Site(
         layer_name(site.attention), *shape, dense_token_bytes=int(kv_heads * row_bytes),
-        stored_token_bytes=stored, formats=names,
+        stored_token_bytes=stored, formats=names, evict=evict,
     )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from . import dynamo, reuse
 from .adoption import give_back
 from .config import SparkConfig
 from .generation import called_modules, watch_generate
+from .kernels.eviction import parse_scorer
 from .passes.lower import as_dense, fake_inputs, lower
 from .passes.pipeline import run_passes
 from .passes.program import PassFailed, Program
@@ -170,13 +171,18 @@ def optimize(
     config = SparkConfig.from_options(options)
     complain = partial(_complain, config=config)
     if regional:
-        for name in ("key_format", "value_format"):
+        for name in ("key_format", "value_format", "evict"):
             if isinstance(getattr(config, name), tuple):
                 # Equal layers share one compiled graph, and a layer does not know where it is.
                 source = f"option {name!r}" if plan is None else "a plan"
                 raise OptionError(
-                    f"{source} has formats by layer: allowed with regional=True is one text"
+                    f"{source} has texts by layer: allowed with regional=True is one text"
                 )
+        if isinstance(config.evict, str) and parse_scorer(config.evict).BY_LAYER:
+            raise OptionError(
+                f"option 'evict' is {config.evict!r}: allowed with regional=True is a scorer that "
+                "does the same in every layer"
+            )
         compile_blocks(model, options, complain)
     else:
         for module in called_modules(model):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal, get_args
 
 import torch
 
+from .kernels.eviction import PyramidKV, parse_scorer
 from .kernels.formats import Dense, Format, Int8, Pruned, Spark, kept_channels, parse
 from .kernels.layout import PageLayout
 from .kernels.spec import Side, Spec, parse_spec
@@ -84,6 +85,12 @@ class SparkConfig:
         "first that matches counts.",
     ] = None
     value_format: Annotated[Formats, "Likewise the format of the values."] = None
+    evict: Annotated[
+        Formats,
+        "Scorer by which tokens of a prompt are evicted when it is stored, by its text, such as "
+        "snapkv(tokens=128): so many stay per key head; in Python also texts by layer patterns. If "
+        "not given, all stay.",
+    ] = None
     strict: Annotated[
         bool,
         "Raise instead of warning when a site is refused, nothing is rewritten, a pass fails or, "
@@ -105,7 +112,10 @@ class SparkConfig:
             if not isinstance(value, str) or value not in get_args(allowed):
                 raise _error(name, value, "one of " + ", ".join(map(repr, get_args(allowed))))
         for name in ("key_format", "value_format"):
-            object.__setattr__(self, name, _checked(name, getattr(self, name)))
+            formats = _checked(name, getattr(self, name), "the text of a format", _read_format)
+            object.__setattr__(self, name, formats)
+        evict = _checked("evict", self.evict, "the text of a scorer", self._read_scorer)
+        object.__setattr__(self, "evict", evict)
         if not isinstance(self.strict, bool):
             raise _error("strict", self.strict, "True or False")
         if self.budget is not None:
@@ -182,10 +192,8 @@ class SparkConfig:
 
     def _named(self, side: Side, head_dim: int, dtype: torch.dtype, layer: str) -> Format | None:
         """The format that an option names for a side of a layer."""
-        for pattern, text in _pairs(self.key_format if side == "key" else self.value_format):
-            if fnmatchcase(layer, pattern):
-                return parse(text, head_dim, dtype)
-        return None
+        text = _text_for(self.key_format if side == "key" else self.value_format, layer)
+        return None if text is None else parse(text, head_dim, dtype)
 
     def _budgeted(self, side: Side, own: Size, other: Size, layer: str) -> Format:
         """The format of a side in the best rung that fits into the budget."""
@@ -217,12 +225,29 @@ class SparkConfig:
             return Pruned(head_dim, dtype, kept, stored)
         return Spark(head_dim, dtype, kept, stored, self.recovery, self.saliency)
 
-    def spec(self, key: Format, value: Format, *, slides: bool = False) -> Spec:
-        """How the cache of a site is stored; of one that slides, no first tokens stay."""
-        spec = Spec(
-            key, value, self.window, self.recent, 0 if slides else self.sink_tokens, self.min_tokens
-        )
+    def spec(self, key: Format, value: Format, *, slides: bool = False, layer: str = "") -> Spec:
+        """How the cache of a site is stored; of one that slides, no first tokens stay, and a
+        scorer evicts none.
+
+        Args:
+            layer: module path of the attention.
+
+        Raises:
+            ValueError: a scorer cannot tell which layer that is.
+        """
+        sinks, scorer = 0 if slides else self.sink_tokens, None
+        if not slides and (text := _text_for(self.evict, layer)) is not None:
+            scorer = parse_scorer(text).in_layer(layer)
+        spec = Spec(key, value, self.window, self.recent, sinks, self.min_tokens, evict=scorer)
         return parse_spec(spec.text)  # one object for equal specs: Dynamo's guards compare them
+
+    def _read_scorer(self, text: str) -> None:
+        """Raise ValueError unless a scorer goes with the other options, in every layer."""
+        scorer, dense = parse_scorer(text), Dense(1, torch.float32)
+        if isinstance(scorer, PyramidKV):
+            scorer = scorer.in_layer(str(scorer.layers - 1))  # where the fewest tokens stay
+        numbers = self.window, self.recent, self.sink_tokens, self.min_tokens
+        Spec(dense, dense, *numbers, evict=scorer)
 
     @property
     def recent(self) -> int:
@@ -246,14 +271,23 @@ def _pairs(formats: Formats) -> tuple[tuple[str, str], ...]:
     return tuple((str(pattern), str(text)) for pattern, text in pairs)
 
 
-def _checked(name: str, formats: Formats) -> Formats:
+def _text_for(formats: Formats, layer: str) -> str | None:
+    """The text of the first pattern that a layer matches."""
+    return next((text for pattern, text in _pairs(formats) if fnmatchcase(layer, pattern)), None)
+
+
+def _read_format(text: str) -> None:
+    parse(text, 1 << 20, torch.float32)  # a head that is large enough for any option
+
+
+def _checked(name: str, formats: Formats, what: str, read: Callable[[str], None]) -> Formats:
     """The same as a value that can be hashed, every text read once."""
     try:
         pairs = _pairs(formats)
         for _, text in pairs:
-            parse(text, 1 << 20, torch.float32)  # a head that is large enough for any option
+            read(text)
     except (TypeError, ValueError) as error:
-        raise _error(name, formats, f"the text of a format, or texts by layer: {error}") from error
+        raise _error(name, formats, f"{what}, or texts by layer: {error}") from error
     return formats if formats is None or isinstance(formats, str) else pairs
 
 

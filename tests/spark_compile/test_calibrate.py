@@ -56,7 +56,7 @@ def test_a_layer_without_effect_gets_the_fewest_bits() -> None:
     assert idle.share < min(plan.layers[0].share, plan.layers[2].share)
     assert plan.kl > 0
     assert plan.budget == 0.25
-    assert 0.24 < plan.share <= 0.25
+    assert 0.18 < plan.share <= 0.25  # what the idle layer leaves is not enough for a dense side
     assert stored_share(plan) == pytest.approx(plan.share)
 
 

@@ -52,10 +52,12 @@ OTHERS = {"key_ratio": 0.25, "value_ratio": 0.5, "key_dtype": "int8", "value_dty
           "key_format": "int8", "value_format": "dense"}  # fmt: skip
 
 
+EVICT = {"evict": "knorm(tokens=64)"}
+"""Does not go with min_tokens."""
 BUDGETS: list[dict[str, Any]] = [{"budget": 0.25}, {"budget": "balanced"}]
 
 
-@pytest.mark.parametrize("given", [{}, OTHERS, {"min_tokens": 0}, *BUDGETS])
+@pytest.mark.parametrize("given", [{}, OTHERS, {"min_tokens": 0}, EVICT, *BUDGETS])
 @pytest.mark.parametrize("command", ["explain", "demo"])
 def test_every_option_reaches_the_command(
     monkeypatch: pytest.MonkeyPatch, llama_folder: Path, command: str, given: dict[str, Any]
@@ -72,7 +74,7 @@ def test_every_option_reaches_the_command(
 
     monkeypatch.setattr("spark_compile.explain", explain)
     monkeypatch.setattr("spark_compile.demo.comparison.run_demo", run_demo)
-    assert {*OTHERS, "budget"} == vars(SparkConfig()).keys()  # none is left out
+    assert {*OTHERS, *EVICT, "budget"} == vars(SparkConfig()).keys()  # none is left out
     pairs = ([f"--{name.replace('_', '-')}", str(value)] for name, value in given.items())
     words = [word for pair in pairs for word in pair if word != "True"]
     model = [str(llama_folder)] if command == "explain" else []
@@ -93,7 +95,7 @@ def test_explain_json_reports_every_layer(llama_folder: Path) -> None:
 
 
 def test_explain_follows_a_budget(llama_folder: Path) -> None:
-    result = RUNNER.invoke(app, ["explain", str(llama_folder), "--json", "--budget", "0.2"])
+    result = RUNNER.invoke(app, ["explain", str(llama_folder), "--json", "--budget", "smallest"])
     assert result.exit_code == 0, result.output
     sites = json.loads(result.stdout)["graphs"][0]["sites"]
     assert all(site["formats"][0].startswith("quantized(") for site in sites)

@@ -137,7 +137,7 @@ def test_a_model_of_another_dtype_is_told() -> None:
 
 
 def test_layers_that_are_compiled_alone_follow_no_plan() -> None:
-    with pytest.raises(OptionError, match="a plan has formats by layer"):
+    with pytest.raises(OptionError, match="a plan has texts by layer"):
         spark_compile.optimize(llama(), plan=PLAN, regional=True)
 
 

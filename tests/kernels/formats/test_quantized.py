@@ -8,6 +8,7 @@ from coding import encoded, round_trip
 from torch import Tensor
 
 from spark_compile.kernels.formats import Quantized
+from spark_compile.kernels.formats.quantized import amplitude_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -65,7 +66,7 @@ def test_the_fields_have_the_bytes_that_they_say() -> None:
         (0, 16, 4), (16, 32, 2), (48, 16, 1),
     ]  # fmt: skip
     sizes = {field.name: field.nbytes for field in format.fields() if field.per == "token"}
-    assert sizes == {"amplitude": 2, "codes": 8 + 8 + 2}
+    assert sizes == {"amplitude": 3, "codes": 8 + 8 + 2}
     stored = encoded(format, keys().bfloat16(), torch.ones(2, 3, 64))
     assert {name: field.shape[-1] * field.element_size() for name, field in stored.items()} == sizes
 
@@ -79,10 +80,21 @@ def test_rows_of_zeros_and_of_large_numbers_stay_finite(bits: str) -> None:
     assert worth.isfinite().all()
     if not format.scaled:
         assert not worth[:, :, 1].any()
-    rows[:, :, 3, 5] = float("nan")
-    worth = round_trip(Quantized(64, torch.float16, "3"), rows)
-    assert worth[:, :, 3].isnan().all()
-    assert worth[:, :, :3].isfinite().all()
+    for number in (float("nan"), float("inf")):
+        rows[:, :, 3, 5] = number
+        worth = round_trip(format, rows, torch.ones(1, 1, 64))
+        assert worth[:, :, 3].isnan().any()
+        assert worth[:, :, :3].isfinite().all()
+
+
+def test_an_amplitude_has_steps_of_a_sixteenth_of_an_octave() -> None:
+    codes = torch.arange(256).to(torch.uint8)
+    worth = amplitude_of(codes)
+    assert worth[0] == 0
+    assert worth[81] == 1
+    assert worth[81 + 16] == 2
+    assert worth[255].isnan()
+    torch.testing.assert_close(worth[2:255] / worth[1:254], torch.full((253,), 2 ** (1 / 16)))
 
 
 def test_a_later_page_takes_the_constants_of_the_first() -> None:

