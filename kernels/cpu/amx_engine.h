@@ -104,7 +104,7 @@ class AmxEngine {
   }
 
   // Sums of packed and of dense tokens have the same order.
-  void finish_packed(float*, int64_t) {}
+  void finish_packed(Partial, int64_t) {}
 
   // Channels in their own order again.
   void finish(float* sums, int64_t rows) {

@@ -14,6 +14,8 @@ constexpr float DIGITS = 127.0f * 128.0f;  // the largest number of two digits
 template <int N>
 class AmxInt8Engine : public AmxEngine<N> {
   using Base = AmxEngine<N>;
+
+ protected:
   using Base::columns, Base::key_steps_, Base::steps_, Base::weights_;
 
  public:
@@ -21,11 +23,13 @@ class AmxInt8Engine : public AmxEngine<N> {
   static int64_t padded(int64_t channels) { return round_up(channels, 64); }
   static int64_t padded_rows(int64_t rows) { return round_up(rows, 16); }
 
-  explicit AmxInt8Engine(const Problem& p)
-      : Base(p, 16, padded(p.value_dim)), p_(p), int8_keys_(p.keys.format->int8),
+  explicit AmxInt8Engine(const Problem& p) : AmxInt8Engine(p, p.keys.format->int8, padded(p.key_dim)) {}
+  // int8_keys: whether products with packed keys are of int8; key_width: their numbers per token.
+  AmxInt8Engine(const Problem& p, bool int8_keys, int64_t key_width)
+      : Base(p, 16, padded(p.value_dim)), p_(p), int8_keys_(int8_keys),
         has_signs_(p.keys.format->kind == Kind::spark && p.keys.format->recovers),
-        key_width_(padded(p.key_dim)), value_width_(padded(p.value_dim)),
-        kept_(scratch<int8_t>(int8_keys_ * BLOCK * key_width_)),
+        key_width_(key_width), value_width_(padded(p.value_dim)),
+        kept_(scratch<int8_t>(int8_keys_ * BLOCK * key_width_ + 64)),
         signs_(scratch<int8_t>(int8_keys_ * BLOCK * key_width_)), values_(scratch<int8_t>(64 * value_width_)),
         eights_(int8_keys_ * (p.query_rows() + 7) / 8), digits_(scratch<int8_t>(2 * eights_ * 16 * key_width_)),
         units_(scratch<float>(2 * eights_ * 8)), query_(scratch<float>(key_width_)) {}
@@ -73,14 +77,7 @@ class AmxInt8Engine : public AmxEngine<N> {
           if (whole && j >= early) ahead(bytes);
           rows[i] = whole ? _mm512_loadu_si512(bytes) : t + i < block.count ? some_bytes(bytes, channels - j) : __m512i{};
         }
-        const __m512i a = _mm512_unpacklo_epi8(rows[0], rows[1]), b = _mm512_unpackhi_epi8(rows[0], rows[1]);
-        const __m512i c = _mm512_unpacklo_epi8(rows[2], rows[3]), d = _mm512_unpackhi_epi8(rows[2], rows[3]);
-        // Tiles of 16 channels whose rows are four tokens; with 32 tokens half of their rows stay zero.
-        int8_t* tile = tiles + j * 64 + t * 16;
-        _mm512_store_si512(tile, _mm512_unpacklo_epi16(a, c));
-        _mm512_store_si512(tile + 1024, _mm512_unpackhi_epi16(a, c));
-        _mm512_store_si512(tile + 2048, _mm512_unpacklo_epi16(b, d));
-        _mm512_store_si512(tile + 3072, _mm512_unpackhi_epi16(b, d));
+        put_four(rows, tiles + j * 64 + t * 16);
       }
     }
   }
@@ -101,7 +98,8 @@ class AmxInt8Engine : public AmxEngine<N> {
   }
 
   // From the order of these sums to the one that dense tokens have; finish() undoes that one.
-  void finish_packed(float* sums, int64_t rows) {
+  void finish_packed(Partial partial, int64_t rows) {
+    float* sums = partial.sums;
     for (int64_t at = 0; at < rows * value_width_; at += 64) {
       float ordered[64];
       for (int i = 0; i < 64; ++i) ordered[i % 16 / 4 * 16 + i / 16 * 4 + i % 4] = sums[at + i];
@@ -112,7 +110,18 @@ class AmxInt8Engine : public AmxEngine<N> {
     }
   }
 
- private:
+ protected:
+  // 64 channels of four tokens, in tiles of 16 channels whose rows are four tokens; with 32 tokens half of
+  // the rows stay zero.
+  static void put_four(const __m512i* rows, int8_t* tile) {
+    const __m512i a = _mm512_unpacklo_epi8(rows[0], rows[1]), b = _mm512_unpackhi_epi8(rows[0], rows[1]);
+    const __m512i c = _mm512_unpacklo_epi8(rows[2], rows[3]), d = _mm512_unpackhi_epi8(rows[2], rows[3]);
+    _mm512_store_si512(tile, _mm512_unpacklo_epi16(a, c));
+    _mm512_store_si512(tile + 1024, _mm512_unpackhi_epi16(a, c));
+    _mm512_store_si512(tile + 2048, _mm512_unpacklo_epi16(b, d));
+    _mm512_store_si512(tile + 3072, _mm512_unpackhi_epi16(b, d));
+  }
+
   // Whole numbers of two digits each as the digits.
   static void split(F x, int8_t* high, int8_t* low) {
     const __m512i whole = _mm512_cvtps_epi32(x);
@@ -243,7 +252,7 @@ class AmxInt8Engine : public AmxEngine<N> {
   template <bool SIGNS>
   void score_eight(int64_t first, int count, float (*scores)[BLOCK]) {
     alignas(64) int32_t kept[BLOCK][16], signs[BLOCK][16];
-    for (int t = 0; t < BLOCK; t += 32) multiply<SIGNS>(first, t, kept + t, signs + t);
+    for (int t = 0; t < BLOCK; t += 32) multiply<SIGNS>(first, t, 0, key_width_, kept + t, signs + t);
     for (int t = 0; t < BLOCK; t += 16) {
       const F step = load(key_steps_ + t), amplitude = load(amplitudes_ + t);
       for (int r = 0; r < count; r += 4) {
@@ -267,16 +276,16 @@ class AmxInt8Engine : public AmxEngine<N> {
     for (int i = 0; i < 4; ++i) numbers[i] = joined(bit_cast<__m512i>(numbers[i]), bit_cast<__m512i>(low[i]));
   }
 
-  // Products of 32 tokens with the digits of eight queries; sums side by side.
+  // Products of 32 tokens with the digits of eight queries, columns [from, to); sums side by side.
   template <bool SIGNS>
-  void multiply(int64_t first, int token, int32_t (*kept)[16], int32_t (*signs)[16]) {
+  void multiply(int64_t first, int token, int64_t from, int64_t to, int32_t (*kept)[16], int32_t (*signs)[16]) {
     const int64_t width = key_width_, at = token * width, half = at + 16 * width;
     const int8_t *query = digits(first, 0), *weighted = digits(first, 1);
     TILE_ZERO(0);
     TILE_ZERO(2);
     TILE_ZERO(3);
     TILE_ZERO(4);
-    for (int64_t j = 0; j < width; j += 64) {
+    for (int64_t j = from; j < to; j += 64) {
       TILE_LOAD(7, query + j * 16, 64);
       TILE_LOAD(5, &kept_[at + j], width);
       TILE_ADD_INT8(0, 5, 7);

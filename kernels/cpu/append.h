@@ -4,6 +4,7 @@
 #include <span>
 
 #include "encode.h"
+#include "encode_quantized.h"
 #include "threads.h"
 
 namespace spark {
@@ -14,18 +15,20 @@ struct Queries {
   int64_t heads, count;
 };
 
-// Adds the sum over the last `window` queries of the squared mean query of the group.
+// Adds the sum over the last `window` queries of the squared mean query of the group, or of the mean of the
+// squared ones.
 template <class T>
 void add_stats(const Queries& queries, const Side& side, int64_t b, int64_t h, float* stats) {
   const int64_t channels = side.format->dim, group = queries.heads / side.heads;
+  const bool each = side.format->kind == Kind::quantized;  // kernels/formats/base.py: EACH_QUERY
   const Scratch<float> sums = scratch<float>(channels), mean = uncleared_scratch<float>(channels);
   for (int64_t i = std::max<int64_t>(queries.count - side.spec->window, 0); i < queries.count; ++i) {
     std::fill_n(mean.get(), channels, 0.0f);
     for (int64_t g = 0; g < group; ++g) {
       const T* row = queries.rows.at<T>(b, h * group + g, i);
-      for (int64_t j = 0; j < channels; ++j) mean[j] += to_float(row[j]);
+      for (int64_t j = 0; j < channels; ++j) mean[j] += each ? to_float(row[j]) * to_float(row[j]) : to_float(row[j]);
     }
-    for (int64_t j = 0; j < channels; ++j) sums[j] += (mean[j] / group) * (mean[j] / group);
+    for (int64_t j = 0; j < channels; ++j) sums[j] += each ? mean[j] / group : (mean[j] / group) * (mean[j] / group);
   }
   for (int64_t j = 0; j < channels; ++j) stats[j] += sums[j];
 }
@@ -70,18 +73,18 @@ struct Pending {
   int64_t fresh_step, row_bytes, tail_count;
 };
 
-// Biases of pruned values: kernels/formats/pruned.py.
-template <class T>
-void value_bias(const Pending<T>& rows, int64_t count, int64_t channels, float* bias) {
+// Biases of pruned values: kernels/formats/pruned.py. rows(s): token s.
+template <class Rows>
+void value_bias(const Rows& rows, int64_t count, int64_t channels, float* bias) {
   const Scratch<double> mean = scratch<double>(channels), variance = scratch<double>(channels);
   for (int64_t s = 0; s < count; ++s) {
-    for (int64_t j = 0; j < channels; ++j) mean[j] += to_float(rows[s][j]);
+    for (int64_t j = 0; j < channels; ++j) mean[j] += to_float(rows(s)[j]);
   }
   for (int64_t j = 0; j < channels; ++j) mean[j] /= double(count);
   double most_of_tokens = 0, most_of_channels = 0;
   const auto larger = [](double a, double b) { return b > a || b != b ? b : a; };  // NaN is the largest
   for (int64_t s = 0; s < count; ++s) {
-    const T* row = rows[s];
+    const auto* row = rows(s);
     double middle = 0, squares = 0;
     for (int64_t j = 0; j < channels; ++j) middle += to_float(row[j]);
     middle /= double(channels);
@@ -100,22 +103,24 @@ void value_bias(const Pending<T>& rows, int64_t count, int64_t channels, float* 
   for (int64_t j = 0; j < channels; ++j) bias[j] = float(0.3 / 0.7 * variance[j] / largest);
 }
 
-// The constants of all heads, from all tokens of a cache that has no page yet.
+// The constants of all heads, from all tokens of a cache that has no page yet but the dense sinks.
 template <class T>
 void write_constants(const Side& side) {
   const Format& f = *side.format;
-  if (!f.has_planes()) return;
-  const int64_t count = side.length + side.fresh_tokens;
-  for_heads(side, f.kind == Kind::pruned ? count * f.row_bytes() : 4 * f.dim, [&](int64_t b, int64_t h) {
-    float* constant = side.constant(b, h);
-    if (f.kind == Kind::pruned) return value_bias(Pending<T>(side, b, h), count, f.dim, constant);
-    const float* stats = side.stats(b, h, side.step);
-    for (int64_t j = 0; j < f.dim; ++j) constant[j] = std::sqrt(stats[j]);
+  if (!f.has_planes() && f.kind != Kind::quantized) return;
+  const int64_t first = side.spec->sinks, count = side.length + side.fresh_tokens - first;
+  for_heads(side, f.kind == Kind::spark ? 4 * f.dim : count * f.row_bytes(), [&](int64_t b, int64_t h) {
+    const Pending<T> pending(side, b, h);
+    const auto rows = [&](int64_t s) { return pending[first + s]; };
+    if (f.kind == Kind::pruned) return value_bias(rows, count, f.dim, side.constant(b, h));
+    const float* stats = f.uses_queries() ? side.stats(b, h, side.step) : nullptr;
+    if (f.kind == Kind::quantized) return quantized_constants(f, rows, count, stats, side.head.at(b, h, 0));
+    for (int64_t j = 0; j < f.dim; ++j) side.constant(b, h)[j] = std::sqrt(stats[j]);
   });
 }
 
 // Packs `pages` pages from the tail and the new tokens.
-template <class T>
+template <class T, class Encoder>
 void pack(const Side& side, int64_t pages) {
   const Format& f = *side.format;
   const int64_t window = side.spec->window, heads = side.heads;
@@ -123,12 +128,11 @@ void pack(const Side& side, int64_t pages) {
   const int64_t skipped = std::max<int64_t>(pages - side.slots, 0), count = pages - skipped;
   // Grain: a range shares the powers of the norms, so it should be more than a few tokens.
   parallel(0, side.batch * heads * count, std::max<int64_t>(64 / window, 1), [&](int64_t first, int64_t last) {
-    Encoder<T> encoder(f);
+    Encoder encoder(f);
     int64_t known = -1;
     for (int64_t at = first; at < last; ++at) {
       const int64_t head = at / count, b = head / heads, h = head % heads, page = skipped + at % count;
-      const float* stats = f.uses_queries() ? side.stats(b, h, side.step) : nullptr;
-      if (head != known) encoder.start(f.has_planes() ? side.constant(b, h) : nullptr, stats);
+      if (head != known) encoder.start(side, b, h);
       known = head;
       const Pending<T> rows(side, b, h);
       char* record = side.record(b, h, side.packed + page * window);
@@ -171,7 +175,7 @@ void append(Side& side, int64_t pages, int64_t keep, std::span<const Queries> qu
   observe<T>(side, queries);
   if (pages) {
     if (side.packed == 0) write_constants<T>(side);
-    pack<T>(side, pages);
+    f.kind == Kind::quantized ? pack<T, QuantizedEncoder<T>>(side, pages) : pack<T, Encoder<T>>(side, pages);
     if (f.uses_queries()) {
       for_heads(side, 4 * f.dim, [&](int64_t b, int64_t h) {
         std::fill_n(side.stats(b, h, side.step), f.dim, 0.0f);

@@ -170,7 +170,7 @@ void attend_chunk(const Problem& p, Engine& engine, Weights<Engine::BLOCK>& weig
   attend_range(std::max(start, p.sinks), std::min(stop, packed_stop), [&](int64_t token, int64_t count) {
     return p.packed_block(b, h, token, count);
   });
-  engine.finish_packed(partial.sums, rows);
+  engine.finish_packed(partial, rows);
   attend_range(start, std::min(stop, p.sinks), dense);
   attend_range(std::max(start, packed_stop), stop, dense);
   engine.finish(partial.sums, rows);

@@ -83,10 +83,11 @@ class Encoder {
     kept_.all(f_.dim);
   }
 
-  // constant: of the head. stats: of the queries, whose square roots are the norms that select.
-  void start(const float* constant, const float* stats) {
-    if (f_.kind == Kind::pruned) std::copy_n(constant, f_.dim, select_.get());
+  // The square roots of the statistics are the norms that select.
+  void start(const Side& side, int64_t b, int64_t h) {
+    if (f_.kind == Kind::pruned) std::copy_n(side.constant(b, h), f_.dim, select_.get());
     if (f_.kind != Kind::spark) return;
+    const float *constant = side.constant(b, h), *stats = side.stats(b, h, side.step);
     for (int64_t j = 0; j < f_.dim; ++j) numbers_[j] = std::sqrt(stats[j]);
     norm_powers(numbers_.get(), f_.dim, f_.squared, select_.get());
     norm_powers(constant, f_.dim, f_.squared, recover_.get());

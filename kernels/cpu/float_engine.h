@@ -28,7 +28,8 @@ class FloatRows {
  public:
   explicit FloatRows(const Side& side, int block)
       : f_(*side.format), end_(side.pages_end), width_(round_up(f_.dim, LANES)),
-        rows_(scratch<float>(block * width_)), weights_(scratch<float>(width_)) {}
+        rows_(scratch<float>(block * width_ + LANES)), weights_(scratch<float>(width_)),
+        amplitudes_(scratch<float>(block)) {}
 
   void start(const Side& side, int64_t b, int64_t h) { recovery_weights(side, b, h, weights_.get()); }
 
@@ -36,14 +37,26 @@ class FloatRows {
   template <class RowAt>
   void expand(const Block& block, RowAt row_at) {
     if (!block.packed || f_.kind == Kind::dense) return each(block, row_at, [this](auto... a) { dense(a...); });
-    if (f_.kind == Kind::int8) return each(block, row_at, [this](auto... a) { quantized(a...); });
+    if (f_.kind == Kind::int8) return each(block, row_at, [this](auto... a) { int8(a...); });
+    if (f_.kind == Kind::quantized) {
+      const auto amplitude = [&](int t) { return spark::amplitudes()[*reinterpret_cast<const uint8_t*>(row_at(t) + f_.scale)]; };
+      for (int t = 0; t < block.count; ++t) amplitudes_[t] = f_.part_count == 1 ? amplitude(t) : 1.0f;
+      return each(block, row_at, [this](auto... a) { levels(a...); });
+    }
     if (f_.int8) return each(block, row_at, [this](auto... a) { pruned<int8_t>(a...); });
     each(block, row_at, [this](auto... a) { pruned<T>(a...); });
   }
 
   int64_t width() const { return width_; }
   const float* operator[](int64_t t) const { return &rows_[t * width_]; }
-  void clear_from(int t, int block) { std::fill(&rows_[t * width_], &rows_[block * width_], 0.0f); }
+  void clear_from(int t, int block) {
+    std::fill(&rows_[t * width_], &rows_[block * width_], 0.0f);
+    std::fill(&amplitudes_[t], &amplitudes_[block], 0.0f);
+  }
+  // What the rows of the tokens of a packed block have to be multiplied with, or nothing.
+  const float* amplitudes(const Block& block) const {
+    return block.packed && f_.kind == Kind::quantized ? amplitudes_.get() : nullptr;
+  }
 
  private:
   template <class RowAt, class Expand>
@@ -56,10 +69,26 @@ class FloatRows {
     for (int64_t j = 0; j < f_.dim; j += LANES) store(out + j, load_floats(numbers + j, f_.dim - j));
   }
 
-  void quantized(const char* record, float* out) const {
+  void int8(const char* record, float* out) const {
     const int8_t* levels = reinterpret_cast<const int8_t*>(record + f_.channels);
     const float step = to_float(*reinterpret_cast<const T*>(record + f_.step));
     for (int64_t j = 0; j < f_.dim; j += LANES) store(out + j, load_floats(levels + j, f_.dim - j) * step);
+  }
+
+  // Levels by rank, of several parts times their amplitudes; the next row is written over what comes after.
+  void levels(const char* record, float* out) const {
+    const int64_t bytes = f_.record_used - f_.channels;
+    const uint8_t* codes = reinterpret_cast<const uint8_t*>(record + f_.channels);
+    uint8_t copy[MAX_HEAD + LANES];
+    if (record + f_.record_used + LANES > end_) codes = static_cast<const uint8_t*>(std::memcpy(copy, codes, bytes));
+    for (int p = 0; p < f_.part_count; ++p) {
+      const Part& part = f_.parts[p];
+      with_bits(part.bits, [&](auto bits) {
+        const float factor = f_.part_count == 1 ? 1.0f : spark::amplitudes()[uint8_t(record[f_.scale + p])];
+        const Table<bits> table(grid_of(bits).levels);
+        expand_codes<bits>(codes + part.codes - f_.channels, part.channels, table, factor, out + part.first);
+      });
+    }
   }
 
   template <class Stored>
@@ -87,7 +116,7 @@ class FloatRows {
   const Format& f_;
   const char* end_;
   const int64_t width_;
-  Scratch<float> rows_, weights_;
+  Scratch<float> rows_, weights_, amplitudes_;
 };
 
 // T: the model's dtype.
@@ -100,15 +129,24 @@ class FloatEngine {
 
   explicit FloatEngine(const Problem& p)
       : p_(p), keys_(p.keys, BLOCK), values_(p.values, BLOCK), key_width_(keys_.width()), value_width_(values_.width()),
-        queries_(scratch<float>(p.query_rows() * key_width_)) {}
+        queries_(scratch<float>(p.query_rows() * key_width_)), key_head_(*p.keys.format), value_head_(*p.values.format),
+        turned_(scratch<float>(p.keys.format->kind == Kind::quantized ? p.query_rows() * key_width_ : 0)),
+        biases_(scratch<float>(p.query_rows())) {}
 
   void start(int64_t b, int64_t h) {
     keys_.start(p_.keys, b, h);
     values_.start(p_.values, b, h);
+    const bool turns = p_.packed && p_.keys.format->kind == Kind::quantized;
+    if (turns) key_head_.read(p_.keys, b, h);
+    if (p_.packed && p_.values.format->kind == Kind::quantized) value_head_.read(p_.values, b, h);
+    const Scratch<float> copy = scratch<float>(key_width_);
     for (int64_t row = 0; row < p_.query_rows(); ++row) {
       const int64_t head = h * p_.group() + row / p_.queries;
       const T* query = p_.query.at<T>(b, head, row % p_.queries);
       for (int64_t j = 0; j < p_.key_dim; ++j) queries_[row * key_width_ + j] = to_float(query[j]);
+      if (!turns) continue;
+      std::copy_n(&queries_[row * key_width_], key_width_, copy.get());
+      key_head_.turn_query(copy.get(), &turned_[row * key_width_], biases_[row] = 0);
     }
   }
 
@@ -123,15 +161,25 @@ class FloatEngine {
   }
 
   // Dot products of `count` queries from row `first` on with the block.
-  void scores(const Block&, int64_t first, int count, float (*scores)[BLOCK]) {
-    const float* query = &queries_[first * key_width_];
-    if (count == 4) return dots<4>(query, scores);
-    if (count == 3) return dots<3>(query, scores);
-    if (count == 2) return dots<2>(query, scores);
-    dots<1>(query, scores);
+  void scores(const Block& block, int64_t first, int count, float (*scores)[BLOCK]) {
+    const float* amplitudes = keys_.amplitudes(block);
+    const float* query = amplitudes ? &turned_[first * key_width_] : &queries_[first * key_width_];
+    if (count == 4) dots<4>(query, scores);
+    else if (count == 3) dots<3>(query, scores);
+    else if (count == 2) dots<2>(query, scores);
+    else dots<1>(query, scores);
+    for (int r = 0; amplitudes && r < count; ++r) {
+      for (int t = 0; t < BLOCK; t += LANES) {
+        store(&scores[r][t], load(&scores[r][t]) * load(amplitudes + t) + biases_[first + r]);
+      }
+    }
   }
 
-  void accumulate(const Block&, float (*weights)[BLOCK], int count, const float* rescale, float* sums) {
+  void accumulate(const Block& block, float (*weights)[BLOCK], int count, const float* rescale, float* sums) {
+    const float* amplitudes = values_.amplitudes(block);
+    for (int r = 0; amplitudes && r < count; ++r) {
+      for (int t = 0; t < BLOCK; t += LANES) store(&weights[r][t], load(&weights[r][t]) * load(amplitudes + t));
+    }
     if (rescale) rescale_sums(rescale, count, value_width_, sums);
     if (count == 4) return add_values<4>(weights, sums);
     if (count == 3) return add_values<3>(weights, sums);
@@ -139,8 +187,11 @@ class FloatEngine {
     add_values<1>(weights, sums);
   }
 
-  // Sums have the order of the channels at all times.
-  void finish_packed(float*, int64_t) {}
+  // Sums of levels become those of the values.
+  void finish_packed(Partial partial, int64_t rows) {
+    if (!p_.packed || p_.values.format->kind != Kind::quantized) return;
+    for (int64_t row = 0; row < rows; ++row) value_head_.restore(partial.sums + row * value_width_, partial.softmax[row].total);
+  }
   void finish(float*, int64_t) {}
 
  private:
@@ -186,6 +237,9 @@ class FloatEngine {
   FloatRows<T> keys_, values_;
   const int64_t key_width_, value_width_;
   Scratch<float> queries_;
+  // Of quantized sides: queries and sums of values in the space of their codes.
+  QuantizedHead key_head_, value_head_;
+  Scratch<float> turned_, biases_;
 };
 
 }  // namespace spark

@@ -1,7 +1,7 @@
 // One attention over a cache and new tokens, and its blocks of tokens.
 #pragma once
 
-#include "encode.h"
+#include "quantized.h"
 
 namespace spark {
 
@@ -123,6 +123,9 @@ class Ahead {
 };
 // Expanding keys leaves more time between two requests than expanding values does: the first half of
 // a value (in whole lines) is asked for with its key.
-inline int64_t early_bytes(const Format& f) { return round_up((f.kept * (f.int8 ? 1 : f.itemsize) + 1) / 2, 64); }
+inline int64_t early_bytes(const Format& f) {
+  const bool bytes = f.int8 || f.kind == Kind::quantized;
+  return round_up((f.kept * (bytes ? 1 : f.itemsize) + 1) / 2, 64);
+}
 
 }  // namespace spark

@@ -4,6 +4,7 @@
 
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <charconv>
 #include <cmath>
 #include <memory>
@@ -14,7 +15,7 @@
 #include <string_view>
 #include <unordered_map>
 
-#include "simd.h"
+#include "codes.h"
 
 namespace spark {
 
@@ -24,25 +25,38 @@ constexpr int MAX_HEAD = 1024;  // channels
 constexpr int64_t COUNTER_BYTES = 40;
 constexpr std::string_view LAYOUT_VERSION = "2";  // VERSION in kernels/layout.py
 
-enum class Kind { dense, int8, spark, pruned };
+constexpr int MAX_PARTS = 8;  // of a quantized format
+
+enum class Kind { dense, int8, spark, pruned, quantized };
+
+// Channels of consecutive ranks with equal bits, and where their codes begin in a record.
+struct Part {
+  int64_t first = 0, channels = 0;
+  int bits = 0;
+  int64_t codes = 0;
+};
 
 // How the tokens of one side are stored. Offsets are bytes.
 struct Format {
   Kind kind = Kind::dense;
   bool int8 = false;                      // stored channels are int8, with a step
   bool recovers = true, squared = true;   // of spark
+  bool scaled = false, rotated = true;    // of quantized
+  Part parts[MAX_PARTS];                  // of quantized: by falling rank
+  int part_count = 0;
   int64_t dim = 0, kept = 0;              // channels of a token, and those of them that are stored
   ScalarType dtype = ScalarType::Float;
   int64_t itemsize = 0;
-  // In a record: `scale` is the amplitude (spark) or the fill (pruned).
+  // In a record: `scale` is the amplitude (spark), its codes (quantized) or the fill (pruned).
   int64_t scale = 0, step = 0, channels = 0, keep = 0, negative = 0;
   int64_t position = 0;  // of keys where a scorer may evict; after the bytes of the format
   int64_t record_used = 0, record_bytes = 0, page_bytes = 0;
   // In a head: `constant` are the norms (spark) or the bias (pruned).
   int64_t constant = 0, stats = 0, tail = 0;
+  int64_t gain = 0, center = 0, factor = 0, order = 0;  // quantized; all but the first with query scaling
 
   bool has_planes() const { return kind == Kind::spark || kind == Kind::pruned; }
-  bool uses_queries() const { return kind == Kind::spark; }
+  bool uses_queries() const { return kind == Kind::spark || (kind == Kind::quantized && scaled); }
   int64_t plane() const { return (dim + 7) / 8; }
   int64_t row_bytes() const { return dim * itemsize; }
 };
@@ -100,6 +114,29 @@ std::optional<Number> number(View text) {
   return value;
 }
 
+inline std::optional<bool> truth(View text) {
+  if (text == "True") return true;
+  if (text == "False") return false;
+  return std::nullopt;
+}
+
+// Reads "4" or, for equal shares of the channels, "4-2-2-1".
+inline bool read_parts(View text, Format& f) {
+  const int64_t words = 1 + std::count(text.begin(), text.end(), '-');
+  f.part_count = 0;
+  if (f.dim < 1 || f.dim % words) return false;
+  for (int64_t i = 0; i < words; ++i) {
+    const int bits = number<int>(next(text, '-')).value_or(0);
+    if (bits < 1 || bits > 6) return false;
+    if (f.part_count == 0 || f.parts[f.part_count - 1].bits != bits) {
+      if (f.part_count == MAX_PARTS) return false;
+      f.parts[f.part_count++] = {i * (f.dim / words), 0, bits};
+    }
+    f.parts[f.part_count - 1].channels += f.dim / words;
+  }
+  return true;
+}
+
 // Sets an option of a format; false if native code does not know it.
 inline bool set_option(Format& format, View name, View value) {
   const bool is_spark = format.kind == Kind::spark;
@@ -119,6 +156,11 @@ inline bool set_option(Format& format, View name, View value) {
     format.squared = value == "squared";
     return format.squared || value == "absolute";
   }
+  if (format.kind == Kind::quantized && name == "bits") return read_parts(value, format);
+  if (format.kind == Kind::quantized && (name == "scaled" || name == "rotated")) {
+    (name == "scaled" ? format.scaled : format.rotated) = truth(value).value_or(false);
+    return truth(value).has_value();
+  }
   return false;
 }
 
@@ -129,18 +171,27 @@ inline void lay_out(Format& f, int64_t page_tokens, bool has_position) {
     return first;
   };
   auto record = field;
+  const bool is_quantized = f.kind == Kind::quantized;
   if (f.has_planes()) f.scale = record(f.itemsize, 1);
+  if (is_quantized) f.scale = record(1, f.part_count);
   if (f.int8) f.step = record(f.itemsize, 1);
-  f.channels = record(f.int8 ? 1 : f.itemsize, f.kept);
+  if (is_quantized) {
+    f.channels = record(1, 0);
+    for (int i = 0; i < f.part_count; ++i) f.parts[i].codes = record(1, code_bytes(f.parts[i].channels, f.parts[i].bits));
+  } else {
+    f.channels = record(f.int8 ? 1 : f.itemsize, f.kept);
+  }
   if (f.has_planes()) f.keep = record(1, f.plane());
   if (f.kind == Kind::spark) f.negative = record(1, f.plane());
   f.record_used = record(1, 0);
   if (has_position) f.position = record(4, 1);
-  f.record_bytes = round_up(record(1, 0), has_position ? 4 : f.itemsize);
+  f.record_bytes = round_up(record(1, 0), has_position ? 4 : is_quantized ? 1 : f.itemsize);
   f.page_bytes = round_up(f.record_bytes * page_tokens, 8);
   auto head = field;
   head(1, COUNTER_BYTES);
   if (f.has_planes()) f.constant = head(4, f.dim);
+  if (is_quantized) f.gain = head(2, f.part_count);
+  if (is_quantized && f.scaled) f.center = head(2, f.dim), f.factor = head(2, f.dim), f.order = head(2, f.dim);
   if (f.uses_queries()) f.stats = head(4, 2 * f.dim);
   f.tail = head(8, 0);
 }
@@ -162,7 +213,9 @@ inline bool read_format(View text, Format& f) {
   else if (name == "int8") f.kind = Kind::int8;
   else if (name == "spark") f.kind = Kind::spark;
   else if (name == "pruned") f.kind = Kind::pruned;
+  else if (name == "quantized") f.kind = Kind::quantized;
   else return false;
+  if (f.kind == Kind::quantized && !read_parts("4", f)) return false;
   f.int8 = f.kind == Kind::int8;
   f.kept = f.has_planes() ? 0 : f.dim;
   if (!options.empty() && options.back() != ')') return false;
@@ -172,6 +225,7 @@ inline bool read_format(View text, Format& f) {
     const View option = trimmed(next(value, '='));
     if (!set_option(f, option, trimmed(value))) return false;
   }
+  if (f.part_count > 1 && !f.scaled) return false;
   return f.dim >= 1 && f.dim <= MAX_HEAD && f.kept >= 1 && f.kept <= f.dim;
 }
 

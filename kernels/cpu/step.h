@@ -4,7 +4,7 @@
 #include "float_engine.h"
 #include "operands.h"
 #if defined(SPARK_AMX)
-#include "amx_int8_engine.h"
+#include "amx_quantized_engine.h"
 #endif
 
 namespace spark {
@@ -148,10 +148,12 @@ void run(const Problem& p) {
     // The longer a block, the less its products are waited for, as long as it fits the first-level cache.
     const bool is_short = std::max(p.key_dim, p.value_dim) <= 64;
     const Kind keys = p.keys.format->kind, values = p.values.format->kind;
-    if (keys != Kind::pruned && values == Kind::int8) {
+    if (can_quantized_tiles(p)) return is_short ? attend<T, AmxQuantizedEngine<64>>(p) : attend<T, AmxQuantizedEngine<32>>(p);
+    const bool tiles = keys != Kind::pruned && keys != Kind::quantized;
+    if (tiles && values == Kind::int8) {
       return is_short ? attend<T, AmxInt8Engine<64>>(p) : attend<T, AmxInt8Engine<32>>(p);
     }
-    if (keys != Kind::pruned && values != Kind::spark) {
+    if (tiles && values != Kind::spark && values != Kind::quantized) {
       return is_short ? attend<T, AmxEngine<64>>(p) : attend<T, AmxEngine<32>>(p);
     }
   }

@@ -238,7 +238,8 @@ def _constants(constants: Stored) -> tuple[Tensor, Tensor, Tensor]:
     center, factor, order = (
         constants[name][:, :, None, None] for name in ("center", "factor", "order")
     )
-    return center.float(), factor.float(), order.long()
+    # A damaged cache may say anything.
+    return center.float(), factor.float(), order.long().clamp(0, order.shape[-1] - 1)
 
 
 def _floored(numbers: Tensor) -> Tensor:

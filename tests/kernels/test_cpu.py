@@ -37,9 +37,15 @@ pytestmark = [
 
 reference = torch.ops.spark_reference
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-FORMATS = (
-    "spark", "spark-int8", "spark-absolute", "spark-none", "dense", "int8", "pruned", "pruned-int8",
+QUERIED = (
+    "spark", "spark-int8", "spark-absolute", "spark-none", "quantized-scaled-4",
+    "quantized-scaled-4-2-2-1", "quantized-scaled-6-5-3-3", "quantized-scaled-5",
 )  # fmt: skip
+FORMATS = (
+    *QUERIED, "dense", "int8", "pruned", "pruned-int8", "quantized-1", "quantized-2", "quantized-3",
+    "quantized-4", "quantized-5", "quantized-6", "quantized-plain-4", "quantized-plain-3",
+)  # fmt: skip
+"""Those that note queries, and all."""
 OPERANDS = (
     "query", "new_key", "new_value", "key_pages", "key_head", "value_pages", "value_head",
 )  # fmt: skip
@@ -49,10 +55,10 @@ EMULATED_TILES = "-DSPARK_EMULATED_TILES"
 @st.composite
 def specs(draw: st.DrawFn) -> Spec:
     dtype = draw(st.sampled_from(DTYPES))
-    key_dim = draw(st.sampled_from([1, 3, 8, 12, 16, 20, 32, 64, 80, 96, 128, 256]))
+    key_dim = draw(st.sampled_from([1, 3, 8, 12, 16, 20, 32, 64, 80, 96, 128, 256, 300]))
     value_dim = draw(st.sampled_from([key_dim, key_dim, 1, 5, 24, 64, 128, 130]))
     # Values that note queries must have as many channels as those.
-    names = FORMATS if key_dim == value_dim else FORMATS[4:]
+    names = FORMATS if key_dim == value_dim else FORMATS[len(QUERIED) :]
     return Spec(
         format_of(draw(st.sampled_from(FORMATS)), key_dim, dtype, draw(st.integers(1, key_dim))),
         format_of(draw(st.sampled_from(names)), value_dim, dtype, draw(st.integers(1, value_dim))),
@@ -241,7 +247,9 @@ def test_every_pair_of_formats_has_a_native_kernel(
     def asked_for(name: str, args: Any) -> None:
         pytest.fail(f"{name} went to the reference")
 
-    for names in itertools.product(FORMATS, FORMATS):
+    some = [n for n in FORMATS if not n.startswith("quantized") or n.endswith(("scaled-4", "d-4"))]
+    alike = [(name, name) for name in FORMATS if name not in some]
+    for names in (*itertools.product(some, some), *alike):
         formats = (format_of(n, d, dtype, d // 3) for n, d in zip(names, dims, strict=True))
         spec = Spec(*formats, 8, 4, sinks=2, scale=0.3)
         expected, _ = cache_for(spec, 150)

@@ -24,7 +24,13 @@ pytestmark = [
 
 reference = torch.ops.spark_reference
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-FORMATS = ("spark", "spark-int8", "spark-none", "dense", "int8", "pruned", "pruned-int8")
+QUANTIZED = (
+    "quantized-1", "quantized-3", "quantized-4", "quantized-6", "quantized-plain-4",
+    "quantized-scaled-4", "quantized-scaled-4-2-2-1", "quantized-scaled-5",
+)  # fmt: skip
+FORMATS = (
+    "spark", "spark-int8", "spark-none", "dense", "int8", "pruned", "pruned-int8", *QUANTIZED,
+)  # fmt: skip
 Tokens = tuple[Tensor, Tensor, Tensor]
 
 
@@ -118,7 +124,8 @@ def test_no_new_tokens(keep: int | None, position: list[int] | None) -> None:
 @pytest.mark.parametrize("where", ["a key", "a value", "a query", "a new key"])
 def test_numbers_that_are_not_finite(where: str, what: float) -> None:
     for dtype in DTYPES:
-        for name, values in itertools.product(FORMATS, ("dense", "int8", "pruned")):
+        pairs = itertools.product(FORMATS, ("dense", "int8", "pruned", "quantized-4"))
+        for name, values in (*pairs, *(("dense", name) for name in QUANTIZED)):
             spec = spec_of(name, values, dtype)
             prompt, new = tokens_of(spec, 40), tokens_of(spec, 2)
             rows = {"a key": prompt[1], "a value": prompt[2], "a query": new[0]}

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from quantized_stores import assert_same_tokens, same_constants
 from torch import Tensor
 
 from spark_compile.kernels import layout
-from spark_compile.kernels.formats import Dense, Format, Int8, Pruned, Spark
+from spark_compile.kernels.formats import Dense, Format, Int8, Pruned, Quantized, Spark
 from spark_compile.kernels.layout import FIRST, LENGTH, PACKED, STEP
 from spark_compile.kernels.spec import Side, Spec
 
@@ -22,8 +23,14 @@ ROUNDED = ("amplitude", "fill")
 
 def format_of(name: str, head_dim: int, dtype: torch.dtype, kept: int = 5) -> Format:
     """A format with ``kept`` of the channels, or all there are: dense, int8, spark, spark-int8,
-    spark-absolute, spark-none, pruned or pruned-int8."""
+    spark-absolute, spark-none, pruned, pruned-int8, or quantized with its bits: quantized-4,
+    quantized-scaled-4-2-2-1, quantized-plain-2 (not rotated)."""
     kept, (name, _, option) = min(kept, head_dim), name.partition("-")
+    if name == "quantized":
+        kind, _, bits = option.partition("-") if option[0].isalpha() else ("", "", option)
+        words = bits.split("-")
+        bits = bits if head_dim % len(words) == 0 else words[0]
+        return Quantized(head_dim, dtype, bits, kind == "scaled", kind != "plain")
     if name in ("dense", "int8"):
         return {"dense": Dense, "int8": Int8}[name](head_dim, dtype)
     stored = "int8" if option == "int8" else "model"
@@ -123,10 +130,16 @@ def assert_same(actual: Cache, expected: Cache) -> None:
         dense = expected.count(LENGTH) - expected.count(PACKED)
         tails = (spec.head(side).tail(h)[:, :, :dense] for h in (head, other_head))
         torch.testing.assert_close(*tails, rtol=0, atol=0)
-        _assert_heads(spec, side, head, other_head, expected)
+        same = _same_heads(spec, side, head, other_head, expected)
         slots = expected.live_slots(other_pages.shape[2])
-        of_pages = spec.pages(side)
+        of_pages, format = spec.pages(side), spec.format(side)
         fields, others = of_pages.views(pages), of_pages.views(other_pages)
+        if isinstance(format, Quantized):
+            live, other_live = (
+                {name: field[:, :, slots] for name, field in f.items()} for f in (fields, others)
+            )
+            assert_same_tokens(format, live, other_live, same)
+            continue
         differ = torch.zeros(*pages.shape[:2], len(slots), spec.window, dtype=torch.bool)
         for name, field in fields.items():
             mine, theirs = field[:, :, slots], others[name][:, :, slots]
@@ -139,14 +152,21 @@ def assert_same(actual: Cache, expected: Cache) -> None:
                 torch.testing.assert_close(mine, theirs)
 
 
-def _assert_heads(spec: Spec, side: Side, head: Tensor, other: Tensor, expected: Cache) -> None:
-    of_head = spec.head(side)
-    if expected.count(PACKED):
-        for name, constant in of_head.constants(head).items():
-            torch.testing.assert_close(constant, of_head.constants(other)[name])
+def _same_heads(spec: Spec, side: Side, head: Tensor, other: Tensor, expected: Cache) -> Tensor:
+    """Which heads [B, Hkv] have equal constants, but for the last bits of float32; raises where
+    constants or statistics differ by more than rounding."""
+    of_head, same = spec.head(side), torch.ones(head.shape[:2], dtype=torch.bool)
     stats, other_stats = of_head.stats(head), of_head.stats(other)
     if stats is not None and other_stats is not None:
         torch.testing.assert_close(stats, other_stats, equal_nan=True)
+    constants, others = of_head.constants(head), of_head.constants(other)
+    if not expected.count(PACKED) or not constants:
+        return same
+    if isinstance(spec.format(side), Quantized):
+        return same_constants(constants, others)
+    for name, constant in constants.items():
+        torch.testing.assert_close(constant, others[name])
+    return same
 
 
 def with_room(rows: Tensor, room: int, poison: float) -> Tensor:

@@ -1,0 +1,204 @@
+// Blocks of quantized keys or values for the integer products of the tile registers.
+//
+// Levels are int8: they go to the tiles as stored int8 does. The amplitude of a token, and the gain, are
+// factors of a whole product, one for each part of a key.
+#pragma once
+
+#include "amx_int8_engine.h"
+
+namespace spark {
+
+// What the integer tiles can do: values of one part, so that a weight carries their amplitude.
+inline bool can_quantized_tiles(const Problem& p) {
+  const Format &keys = *p.keys.format, &values = *p.values.format;
+  const bool quantized_values = values.kind == Kind::quantized && values.part_count == 1;
+  if (keys.kind == Kind::pruned) return false;
+  return quantized_values || (keys.kind == Kind::quantized && values.kind == Kind::int8);
+}
+
+// The levels of codes whose bits are alone in their bytes.
+template <int BITS>
+inline __m512i level_bytes(__m512i codes) {
+  if constexpr (BITS >= 5) {
+    return _mm512_sub_epi8(_mm512_add_epi8(codes, codes), _mm512_set1_epi8((1 << BITS) - 1));
+  } else {
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(load<__m128i>(grid_of(BITS).bytes)), codes);
+  }
+}
+
+// As each_code() in codes.h for 64 channels, whose parts of codes are alone in their bytes; nothing after
+// the plane is read.
+template <int WIDTH, class Function>
+inline void each_byte(const uint8_t* plane, int64_t channels, const Function& f) {
+  const int64_t bytes = plane_bytes(channels, WIDTH);
+  const __m512i ones = _mm512_set1_epi8((1 << WIDTH) - 1);
+  for (int s = 0; s < 8 / WIDTH; ++s) {
+    for (int64_t i = 0; i < bytes && s * bytes + i < channels; i += 64) {
+      const __m512i codes = some_bytes(reinterpret_cast<const int8_t*>(plane + i), bytes - i);
+      f(s * bytes + i, _mm512_and_si512(_mm512_srli_epi16(codes, WIDTH * s), ones));
+    }
+  }
+}
+
+// The levels of a part; up to 63 bytes more are written.
+template <int BITS>
+inline void expand_levels(const uint8_t* codes, int64_t channels, int8_t* out) {
+  constexpr int LOW = low_width(BITS), HIGH = high_width(BITS);
+  if constexpr (HIGH == 0) {
+    each_byte<LOW>(codes, channels, [&](int64_t j, __m512i code) { _mm512_storeu_si512(out + j, level_bytes<BITS>(code)); });
+  } else {
+    uint8_t low[MAX_HEAD + 64];
+    each_byte<LOW>(codes, channels, [&](int64_t j, __m512i code) { _mm512_storeu_si512(low + j, code); });
+    each_byte<HIGH>(codes + plane_bytes(channels, LOW), channels, [&](int64_t j, __m512i code) {
+      const __m512i whole = _mm512_or_si512(_mm512_loadu_si512(low + j), _mm512_slli_epi16(code, LOW));
+      _mm512_storeu_si512(out + j, level_bytes<BITS>(whole));
+    });
+  }
+}
+
+template <int N>
+class AmxQuantizedEngine : public AmxInt8Engine<N> {
+  using Base = AmxInt8Engine<N>;
+  using Base::kept_, Base::key_width_, Base::query_, Base::steps_, Base::units, Base::value_width_;
+
+ public:
+  static constexpr int BLOCK = N;
+
+  explicit AmxQuantizedEngine(const Problem& p)
+      : Base(p, is_int8(*p.keys.format), width_of(*p.keys.format)), p_(p), turns_keys_(p.keys.format->kind == Kind::quantized),
+        turns_values_(p.values.format->kind == Kind::quantized), key_head_(*p.keys.format), value_head_(*p.values.format),
+        levels_(scratch<int8_t>(turns_values_ * BLOCK * value_width_ + 64)), biases_(scratch<float>(p.query_rows() + 8)) {}
+
+  void start(int64_t b, int64_t h) {
+    if (turns_values_ && p_.packed) value_head_.read(p_.values, b, h);
+    if (!turns_keys_) return Base::start(b, h);
+    AmxEngine<N>::start(b, h);
+    if (!p_.packed) return;
+    key_head_.read(p_.keys, b, h);
+    const Format& f = *p_.keys.format;
+    const Scratch<float> query = scratch<float>(f.dim + LANES), turned = scratch<float>(f.dim + LANES);
+    for (int64_t row = 0; row < p_.query_rows(); ++row) {
+      const bf16* from = p_.query.at<bf16>(b, h * p_.group() + row / p_.queries, row % p_.queries);
+      for (int64_t j = 0; j < f.dim; ++j) query[j] = to_float(from[j]);
+      key_head_.turn_query(query.get(), turned.get(), biases_[row] = 0);
+      each_part([&](const Part& part, int64_t at) { std::copy_n(&turned[part.first], part.channels, &query_[at]); });
+      this->split_query(row, 0);
+    }
+  }
+
+  void expand_keys(const Block& block) {
+    if (!block.packed || !turns_keys_) return Base::expand_keys(block);
+    const Format& f = *p_.keys.format;
+    const Ahead key_ahead(block.keys.step, 0, block.keys.step), value_ahead(block.values.step, 0, block.values.step);
+    // What is written after a part is written over by the next one or by the next token.
+    for (int t = 0; t < block.count; ++t) {
+      const char* record = block.keys.at(t);
+      key_ahead(record), value_ahead(block.values.at(t));
+      each_part([&](const Part& part, int64_t at) {
+        const uint8_t* codes = reinterpret_cast<const uint8_t*>(record + part.codes);
+        with_bits(part.bits, [&](auto bits) { expand_levels<bits>(codes, part.channels, &kept_[t * key_width_ + at]); });
+      });
+    }
+    for (int p = 0; p < f.part_count; ++p) read_amplitudes(block, block.keys, f.scale + p, part_amplitudes_[p]);
+  }
+
+  void scores(const Block& block, int64_t first, int count, float (*scores)[BLOCK]) {
+    if (!block.packed || !turns_keys_) return Base::scores(block, first, count, scores);
+    for (int r = 0; r < count; r += 8) score_eight(first + r, std::min(count - r, 8), scores + r);
+  }
+
+  void expand_values(const Block& block) {
+    if (!block.packed || !turns_values_) return Base::expand_values(block);
+    const Format& f = *p_.values.format;
+    const int64_t width = value_width_;
+    std::fill_n(steps_, BLOCK, 0.0f);
+    read_amplitudes(block, block.values, f.scale, steps_);
+    with_bits(f.parts[0].bits, [&](auto bits) {
+      for (int t = 0; t < block.count; ++t) {
+        expand_levels<bits>(reinterpret_cast<const uint8_t*>(block.values.at(t) + f.channels), f.dim, &levels_[t * width]);
+      }
+    });
+    // What is left of earlier blocks meets weights of 0.
+    for (int t = 0; t < BLOCK; t += 4) {
+      for (int64_t j = 0; j < width; j += 64) {
+        __m512i rows[4];
+        for (int i = 0; i < 4; ++i) rows[i] = _mm512_loadu_si512(&levels_[(t + i) * width + j]);
+        Base::put_four(rows, &this->values_[j * 64 + t * 16]);
+      }
+    }
+  }
+
+  void finish_packed(Partial partial, int64_t rows) {
+    Base::finish_packed(partial, rows);
+    if (!turns_values_ || !p_.packed) return;
+    // In the order of the channels, and back.
+    Base::finish(partial.sums, rows);
+    for (int64_t row = 0; row < rows; ++row) {
+      float* sums = partial.sums + row * value_width_;
+      value_head_.restore(sums, partial.softmax[row].total);
+      for (int64_t at = 0; at < value_width_; at += 32) {
+        float ordered[32];
+        std::copy_n(sums + at, 32, ordered);
+        for (int c = 0; c < 16; ++c) {
+          const int channel = c / 4 * 8 + c % 4;
+          sums[at + c] = ordered[channel], sums[at + 16 + c] = ordered[channel + 4];
+        }
+      }
+    }
+  }
+
+ private:
+  static bool is_int8(const Format& f) { return f.int8 || f.kind == Kind::quantized; }
+  // Each part begins at a multiple of 64.
+  static int64_t width_of(const Format& f) {
+    if (f.kind != Kind::quantized) return Base::padded(f.dim);
+    int64_t width = 0;
+    for (int p = 0; p < f.part_count; ++p) width += round_up(f.parts[p].channels, 64);
+    return width;
+  }
+
+  // Calls f(part, its first column) for the parts of a key.
+  template <class Function>
+  void each_part(const Function& f) const {
+    const Format& keys = *p_.keys.format;
+    for (int64_t p = 0, at = 0; p < keys.part_count; ++p) {
+      f(keys.parts[p], at);
+      at += round_up(keys.parts[p].channels, 64);
+    }
+  }
+
+  void read_amplitudes(const Block& block, const Tokens& records, int64_t offset, float* numbers) const {
+    const std::array<float, 256>& worth = amplitudes();
+    for (int t = 0; t < block.count; ++t) numbers[t] = worth[uint8_t(records.at(t)[offset])];
+  }
+
+  void score_eight(int64_t first, int count, float (*scores)[BLOCK]) {
+    alignas(64) int32_t dots[BLOCK][16];
+    int p = 0;
+    each_part([&](const Part& part, int64_t at) {
+      const int64_t stop = at + round_up(part.channels, 64);
+      for (int t = 0; t < BLOCK; t += 32) this->template multiply<false>(first, t, at, stop, dots + t, nullptr);
+      for (int t = 0; t < BLOCK; t += 16) {
+        const F amplitude = load(part_amplitudes_[p] + t);
+        for (int r = 0; r < count; r += 4) {
+          F k[4];
+          Base::whole_numbers(dots + t, r, k);
+          for (int i = 0; i < 4; ++i) {
+            const F before = p ? load(&scores[r + i][t]) : splat(biases_[first + r + i]);
+            store(&scores[r + i][t], before + k[i] * (units(first, 0)[r + i] * amplitude));
+          }
+        }
+      }
+      ++p;
+    });
+  }
+
+  const Problem& p_;
+  const bool turns_keys_, turns_values_;
+  QuantizedHead key_head_, value_head_;
+  Scratch<int8_t> levels_;
+  Scratch<float> biases_;
+  alignas(64) float part_amplitudes_[MAX_PARTS][BLOCK] = {};
+};
+
+}  // namespace spark

@@ -1,0 +1,223 @@
+// Codes of 1 to 6 bits in planes, and the levels that they stand for: kernels/formats/codes.py.
+#pragma once
+
+#include <algorithm>
+#include <array>
+
+#include "simd.h"
+
+namespace spark {
+
+// The widths of the planes of a code, lowest bits first; no second plane: 0.
+constexpr int low_width(int bits) { return bits >= 4 ? 4 : bits >= 2 ? 2 : 1; }
+constexpr int high_width(int bits) { return bits - low_width(bits); }
+
+inline int64_t plane_bytes(int64_t channels, int width) { return (channels * width + 7) / 8; }
+inline int64_t code_bytes(int64_t channels, int bits) {
+  return plane_bytes(channels, low_width(bits)) + plane_bytes(channels, high_width(bits));
+}
+
+// Levels by code, and the numbers between two of them.
+struct alignas(64) Grid {
+  float levels[64] = {};   // repeated after 2^bits
+  float middles[64] = {};  // [c]: between the levels of c - 1 and c
+  int8_t bytes[64] = {};   // the levels again
+};
+
+// The positive levels for normal numbers.
+inline constexpr int8_t NORMAL[4][8] = {{127}, {38, 127}, {14, 45, 79, 127}, {6, 18, 31, 44, 58, 75, 96, 127}};
+// Standard deviation of the normal numbers in units of the best levels for them.
+inline constexpr float DEVIATION[6] = {159.17f, 84.08f, 59.02f, 46.48f, 38.95f, 33.92f};
+
+constexpr Grid make_grid(int bits) {
+  Grid grid;
+  const int half = 1 << (bits - 1);
+  for (int c = 0; c < 64; ++c) {
+    const int code = c & (2 * half - 1), rank = code < half ? half - 1 - code : code - half;
+    // From 5 bits on with equal distances.
+    const int magnitude = bits >= 5 ? 2 * rank + 1 : NORMAL[bits - 1][rank];
+    grid.bytes[c] = int8_t(code < half ? -magnitude : magnitude);
+    grid.levels[c] = grid.bytes[c];
+    if (c > 0) grid.middles[c] = (grid.levels[c] + grid.levels[c - 1]) / 2;
+  }
+  return grid;
+}
+
+inline constexpr std::array<Grid, 6> GRIDS = [] {
+  std::array<Grid, 6> grids;
+  for (int bits = 1; bits <= 6; ++bits) grids[bits - 1] = make_grid(bits);
+  return grids;
+}();
+inline const Grid& grid_of(int bits) { return GRIDS[bits - 1]; }
+
+// Calls f with an integral constant of the bits.
+template <class Function>
+inline void with_bits(int bits, const Function& f) {
+  switch (bits) {
+    case 1: return f(std::integral_constant<int, 1>{});
+    case 2: return f(std::integral_constant<int, 2>{});
+    case 3: return f(std::integral_constant<int, 3>{});
+    case 4: return f(std::integral_constant<int, 4>{});
+    case 5: return f(std::integral_constant<int, 5>{});
+    default: return f(std::integral_constant<int, 6>{});
+  }
+}
+
+// A table of 64 numbers, repeated after 2^BITS; of a code the lowest BITS bits count.
+template <int BITS>
+class Table {
+#if defined(__AVX512F__)
+  static constexpr int COUNT = BITS <= 4 ? 1 : BITS == 5 ? 2 : 4;
+#elif defined(__AVX2__)
+  static constexpr int COUNT = BITS <= 3 ? 1 : 2;
+#else
+  static constexpr int COUNT = 1;
+#endif
+
+ public:
+  explicit Table(const float* numbers) : numbers_(numbers) {
+    for (int i = 0; i < COUNT; ++i) parts_[i] = load(numbers + i * LANES);
+  }
+
+  F operator[](I code) const {
+#if defined(__AVX512F__)
+    const __m512i index = (__m512i)code;
+    if constexpr (BITS <= 4) return _mm512_permutexvar_ps(index, parts_[0]);
+    else {
+      const __m512 low = _mm512_permutex2var_ps(parts_[0], index, parts_[1]);
+      if constexpr (BITS == 5) return low;
+      const __m512 high = _mm512_permutex2var_ps(parts_[COUNT - 2], index, parts_[COUNT - 1]);
+      return _mm512_mask_mov_ps(low, _mm512_test_epi32_mask(index, _mm512_set1_epi32(32)), high);
+    }
+#elif defined(__AVX2__)
+    const __m256i index = (__m256i)code;
+    if constexpr (BITS <= 4) {
+      const __m256 low = _mm256_permutevar8x32_ps(parts_[0], index);
+      if constexpr (BITS <= 3) return low;
+      const __m256 high = _mm256_permutevar8x32_ps(parts_[COUNT - 1], index);
+      return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
+    } else {
+      return _mm256_i32gather_ps(numbers_, (__m256i)(code & ((1 << BITS) - 1)), 4);
+    }
+#else
+    F v;
+    for (int i = 0; i < LANES; ++i) v[i] = numbers_[code[i] & ((1 << BITS) - 1)];
+    return v;
+#endif
+  }
+
+ private:
+  [[maybe_unused]] const float* numbers_;
+  F parts_[COUNT];
+};
+
+// The codes of the levels next to some numbers, of two that are as near the higher; `middles` are those
+// of a grid. A NaN has the last code.
+template <int BITS>
+inline I nearest(F x, const Table<BITS>& middles) {
+  I code{};
+  for (int bit = 1 << (BITS - 1); bit; bit /= 2) {
+    const I next = code | bit;
+    code = bit_cast<I>(select(x < middles[next], bit_cast<F>(code), bit_cast<F>(next)));
+  }
+  return code;
+}
+
+inline I load_codes(const uint8_t* p) {
+#if defined(__AVX512F__)
+  return (I)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+#elif defined(__AVX2__)
+  return (I)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+#else
+  I v;
+  for (int i = 0; i < LANES; ++i) v[i] = p[i];
+  return v;
+#endif
+}
+inline void store_codes(uint8_t* p, I codes) {
+  typedef uint8_t Bytes __attribute__((vector_size(LANES)));
+  const Bytes bytes = __builtin_convertvector(codes, Bytes);
+  std::memcpy(p, &bytes, LANES);
+}
+
+// Calls f(j, parts) for LANES channels from j on, whose parts of codes are the lowest WIDTH bits. Of calls
+// that overlap the last one is right, and some of the lanes behind the last channel are none. Up to
+// LANES bytes after the plane are read.
+template <int WIDTH, class Function>
+inline void each_code(const uint8_t* plane, int64_t channels, const Function& f) {
+  const int64_t bytes = plane_bytes(channels, WIDTH);
+  if (bytes % LANES == 0) {
+    for (int64_t i = 0; i < bytes; i += LANES) {
+      const I codes = load_codes(plane + i);
+      for (int s = 0; s < 8 / WIDTH; ++s) {
+        if (s * bytes + i < channels) f(s * bytes + i, codes >> (WIDTH * s));
+      }
+    }
+    return;
+  }
+  for (int s = 0; s < 8 / WIDTH; ++s) {
+    for (int64_t i = 0; i < bytes && s * bytes + i < channels; i += LANES) {
+      f(s * bytes + i, load_codes(plane + i) >> (WIDTH * s));
+    }
+  }
+}
+
+// The numbers of a table that codes of a part point to, times a factor; up to LANES - 1 more are written,
+// and read.
+template <int BITS>
+inline void expand_codes(const uint8_t* codes, int64_t channels, const Table<BITS>& table, float factor, float* out) {
+  constexpr int LOW = low_width(BITS), HIGH = high_width(BITS);
+  if constexpr (HIGH == 0) {
+    each_code<LOW>(codes, channels, [&](int64_t j, I code) { store(out + j, table[code] * factor); });
+  } else {
+    int32_t low[1024 + LANES];  // MAX_HEAD
+    each_code<LOW>(codes, channels, [&](int64_t j, I code) {
+      const I part = code & ((1 << LOW) - 1);
+      std::memcpy(low + j, &part, sizeof(I));
+    });
+    each_code<HIGH>(codes + plane_bytes(channels, LOW), channels, [&](int64_t j, I code) {
+      store(out + j, table[load<I>(low + j) | (code << LOW)] * factor);
+    });
+  }
+}
+
+constexpr int UNIT_CODE = 81, OCTAVE = 16, NOT_FINITE = 255;
+
+// What codes of amplitudes stand for: kernels/formats/quantized.py.
+inline const std::array<float, 256>& amplitudes() {
+  static const std::array<float, 256> table = [] {
+    std::array<float, 256> made{};
+    for (int code = 1; code < NOT_FINITE; ++code) made[code] = std::exp2(float(code - UNIT_CODE) / OCTAVE);
+    made[NOT_FINITE] = NAN;
+    return made;
+  }();
+  return table;
+}
+
+// The code next to an amplitude, or the next higher one.
+inline uint8_t amplitude_code(float amplitude, bool up) {
+  if (!std::isfinite(amplitude)) return NOT_FINITE;
+  if (amplitude == 0) return 0;
+  const float steps = std::log2(amplitude) * OCTAVE + UNIT_CODE;
+  return uint8_t(std::clamp(up ? std::ceil(steps) : std::nearbyint(steps), 1.0f, float(NOT_FINITE - 1)));
+}
+
+// Packs a plane of WIDTH bits from bit `shift` of each code on; zeros have to follow the codes, 8 of them.
+template <int WIDTH>
+inline uint8_t* pack_plane(const uint8_t* __restrict codes, int64_t channels, int shift, uint8_t* __restrict plane) {
+  const int64_t bytes = plane_bytes(channels, WIDTH);
+  for (int64_t i = 0; i < bytes; ++i) plane[i] = uint8_t(codes[i] >> shift & ((1 << WIDTH) - 1));
+  for (int s = 1; s < 8 / WIDTH; ++s) {
+    const uint8_t* part = codes + s * bytes;
+    for (int64_t i = 0; i < bytes; ++i) plane[i] |= uint8_t((part[i] >> shift & ((1 << WIDTH) - 1)) << (WIDTH * s));
+  }
+  return plane + bytes;
+}
+
+template <int BITS>
+inline void pack_codes(const uint8_t* codes, int64_t channels, uint8_t* packed) {
+  packed = pack_plane<low_width(BITS)>(codes, channels, 0, packed);
+  if constexpr (high_width(BITS) > 0) pack_plane<high_width(BITS)>(codes, channels, low_width(BITS), packed);
+}
+
+}  // namespace spark

@@ -1,0 +1,164 @@
+// Encoding tokens in the format quantized, and the constants of a head: kernels/formats/quantized.py.
+#pragma once
+
+#include <numeric>
+
+#include "quantized.h"
+
+namespace spark {
+
+// Encodes the tokens of one head after the other.
+template <class T>
+class QuantizedEncoder {
+  static constexpr int REFITS = 2;
+
+ public:
+  explicit QuantizedEncoder(const Format& f)
+      : f_(f), head_(f), row_(scratch<float>(f.dim + LANES)), numbers_(scratch<float>(f.dim + LANES)),
+        codes_(scratch<uint8_t>(f.dim + LANES + 8)) {}
+
+  void start(const Side& side, int64_t b, int64_t h) { head_.read(side, b, h); }
+
+  void encode(const T* row, char* record) {
+    for (int64_t j = 0; j < f_.dim; j += LANES) {
+      F x = load_floats(row + j, f_.dim - j);
+      if (f_.scaled) x = (x - load(head_.center() + j)) * load(head_.factor() + j);
+      store(&row_[j], x);
+    }
+    uint8_t* bytes = reinterpret_cast<uint8_t*>(record);
+    for (int p = 0; p < f_.part_count; ++p) {
+      const Part& part = f_.parts[p];
+      head_.gather(part, row_.get(), numbers_.get());
+      for (int64_t j = 0; j < part.channels; j += LANES) store(&numbers_[j], load(&numbers_[j]) / head_.gain(p));
+      with_bits(part.bits, [&](auto bits) { bytes[f_.scale + p] = encode_part<bits>(part.channels, bytes + part.codes); });
+    }
+  }
+
+ private:
+  // Writes the codes of a part's numbers; returns the one of their amplitude.
+  template <int BITS>
+  uint8_t encode_part(int64_t channels, uint8_t* packed) {
+    const Table<BITS> middles(grid_of(BITS).middles);
+    const float amplitude = BITS >= 5 ? largest(channels) / float((1 << BITS) - 1) : refitted<BITS>(channels, middles);
+    const uint8_t code = amplitude_code(amplitude, BITS >= 5);
+    const float unit = positive(amplitudes()[code]);
+    for (int64_t j = 0; j < channels; j += LANES) store_codes(&codes_[j], nearest<BITS>(load(&numbers_[j]) / unit, middles));
+    std::fill_n(&codes_[channels], 8, uint8_t(0));
+    pack_codes<BITS>(codes_.get(), channels, packed);
+    return code;
+  }
+
+  static float positive(float amplitude) { return amplitude > 0 ? amplitude : 1.0f; }
+
+  float largest(int64_t channels) const {
+    F top{};
+    uint32_t nan = 0;  // max() passes over it
+    for (int64_t j = 0; j < channels; j += LANES) {
+      const F x = load(&numbers_[j]);
+      top = spark::max(top, spark::abs(x)), nan |= lane_bits(x != x);
+    }
+    return nan ? NAN : maximum(top);
+  }
+
+  // The amplitude of normal numbers, then the least squares for the levels that it has led to.
+  template <int BITS>
+  float refitted(int64_t channels, const Table<BITS>& middles) const {
+    const Table<BITS> levels(grid_of(BITS).levels);
+    F energy{};
+    for (int64_t j = 0; j < channels; j += LANES) energy += load(&numbers_[j]) * load(&numbers_[j]);
+    float amplitude = std::sqrt(sum(energy) / float(channels)) / DEVIATION[BITS - 1];
+    for (int i = 0; i < REFITS; ++i) {
+      const float unit = positive(amplitude);
+      F with_level{}, with_itself{};
+      for (int64_t j = 0; j < channels; j += LANES) {
+        const F x = load(&numbers_[j]);
+        const F level = select(lanes() < int32_t(channels - j), levels[nearest<BITS>(x / unit, middles)], F{});
+        with_level += x * level, with_itself += level * level;
+      }
+      amplitude = sum(with_level) / sum(with_itself);
+    }
+    return amplitude;
+  }
+
+  const Format& f_;
+  QuantizedHead head_;
+  Scratch<float> row_, numbers_;
+  Scratch<uint8_t> codes_;
+};
+
+inline F finite_or_zero(F x) { return select(spark::abs(x) < splat(INF), x, F{}); }
+
+// At least a hundredth of the mean, and positive.
+inline void raise_to_floor(double* numbers, int64_t count) {
+  const double mean = std::accumulate(numbers, numbers + count, 0.0) / double(count), least = std::max(mean * 0.01, 1e-12);
+  for (int64_t i = 0; i < count; ++i) numbers[i] = std::max(numbers[i], least);
+}
+
+// The means of f(channels, j) over tokens, for each channel; rows(s): token s. Channels that are not finite
+// spoil their own token and no other.
+template <class Rows, class Function>
+void channel_means(const Rows& rows, int64_t count, int64_t channels, const Function& f, double* means) {
+  const int64_t width = round_up(channels, LANES);
+  const Scratch<float> some = uncleared_scratch<float>(width);
+  std::fill_n(means, channels, 0.0);
+  for (int64_t first = 0; first < count; first += 64) {
+    std::fill_n(some.get(), width, 0.0f);
+    for (int64_t s = first; s < std::min<int64_t>(count, first + 64); ++s) {
+      for (int64_t j = 0; j < channels; j += LANES) {
+        store(&some[j], load(&some[j]) + f(finite_or_zero(load_floats(rows(s) + j, channels - j)), j));
+      }
+    }
+    for (int64_t j = 0; j < channels; ++j) means[j] += some[j];
+  }
+  for (int64_t j = 0; j < channels; ++j) means[j] /= double(count);
+}
+
+// Writes center, factor and order of a head; stats: whose square roots are the query norms. Sizes of the
+// channels, which are squares, become those of the scaled ones by rank.
+inline void rank_channels(const Format& f, const float* center, const float* stats, char* head, double* squares) {
+  const int64_t channels = f.dim;
+  bf16 *centers = reinterpret_cast<bf16*>(head + f.center), *factors = reinterpret_cast<bf16*>(head + f.factor);
+  int16_t* order = reinterpret_cast<int16_t*>(head + f.order);
+  const Scratch<double> spread = scratch<double>(channels), norms = scratch<double>(channels);
+  const Scratch<float> rank = scratch<float>(channels);
+  for (int64_t j = 0; j < channels; ++j) {
+    spread[j] = std::sqrt(squares[j]);
+    norms[j] = std::isfinite(stats[j]) ? std::sqrt(stats[j]) : 0.0;
+  }
+  raise_to_floor(spread.get(), channels);
+  raise_to_floor(norms.get(), channels);
+  for (int64_t j = 0; j < channels; ++j) {
+    centers[j] = from_float<bf16>(center[j]);
+    factors[j] = from_float<bf16>(float(std::sqrt(norms[j] / spread[j])));
+    rank[j] = float(std::sqrt(squares[j])) * to_float(factors[j]);
+  }
+  std::iota(order, order + channels, int16_t(0));
+  std::stable_sort(order, order + channels, [&](int a, int b) { return rank[a] > rank[b]; });
+  for (int64_t r = 0; r < channels; ++r) spread[r] = squares[order[r]] * std::pow(double(to_float(factors[order[r]])), 2);
+  std::copy_n(spread.get(), channels, squares);
+}
+
+// Writes the constants of a head.
+template <class Rows>
+void quantized_constants(const Format& f, const Rows& rows, int64_t count, const float* stats, char* head) {
+  const Scratch<double> squares = scratch<double>(f.dim);
+  const Scratch<float> center = scratch<float>(f.dim);
+  if (f.scaled) {
+    channel_means(rows, count, f.dim, [](F x, int64_t) { return x; }, squares.get());
+    for (int64_t j = 0; j < f.dim; ++j) center[j] = to_float(from_float<bf16>(float(squares[j])));
+  }
+  const auto squared = [&](F x, int64_t j) { return (x - load(&center[j])) * (x - load(&center[j])); };
+  channel_means(rows, count, f.dim, squared, squares.get());
+  if (f.scaled) rank_channels(f, center.get(), stats, head, squares.get());
+  double sizes[MAX_PARTS];
+  for (int p = 0; p < f.part_count; ++p) {
+    // No rotation changes it.
+    const double* first = squares.get() + f.parts[p].first;
+    sizes[p] = std::sqrt(std::accumulate(first, first + f.parts[p].channels, 0.0) / double(f.parts[p].channels));
+  }
+  raise_to_floor(sizes, f.part_count);
+  bf16* gain = reinterpret_cast<bf16*>(head + f.gain);
+  for (int p = 0; p < f.part_count; ++p) gain[p] = from_float<bf16>(float(sizes[p] / double(DEVIATION[f.parts[p].bits - 1])));
+}
+
+}  // namespace spark
