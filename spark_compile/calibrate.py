@@ -13,12 +13,11 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 from torch import Tensor, nn
 
-from .config import SparkConfig
 from .kernels.formats import Dense, Format
 from .kernels.spec import DTYPES, SIDES, Side
 from .knapsack import solve
 from .plan import Measured, Plan, PlannedLayer
-from .presets import TOKENS, dense_bytes, side_bytes
+from .presets import NAMES, TOKENS, dense_bytes, share_named, side_bytes
 from .report import OptionError, warn_once
 from .sensitivity import POLICY, Layer, Sensitivity
 
@@ -60,7 +59,10 @@ def calibrate(
             SparkError and a ValueError.
         SparkError: the model cannot be calibrated; the message says why.
     """
-    share = SparkConfig(budget=budget).share
+    if (share := share_named(budget)) is None:
+        raise OptionError(
+            f"budget is {budget!r}: allowed is a number with 0 < budget <= 1, or one of {NAMES}"
+        )
     if any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in model.modules()):
         raise OptionError("the model is compiled: allowed is one as it was before optimize")
     least = POLICY.recent + POLICY.window

@@ -14,7 +14,7 @@ from .kernels.eviction import PyramidKV, parse_scorer
 from .kernels.formats import Dense, Format, Int8, Pruned, Spark, kept_channels, parse
 from .kernels.layout import PageLayout
 from .kernels.spec import Side, Spec, parse_spec
-from .presets import SHARES, TOKENS, Size, best_rung
+from .presets import NAMES, SHARES, TOKENS, Size, best_rung, share_named
 from .report import OptionError, warn_once
 
 Recovery = Literal["degenerate", "none", "exponential", "gaussian"]
@@ -122,10 +122,8 @@ class SparkConfig:
             self._check_budget()
 
     def _check_budget(self) -> None:
-        number = _is_number(self.budget, (int, float)) and 0 < self.budget <= 1  # type: ignore[operator]
-        if not number and (not isinstance(self.budget, str) or self.budget not in SHARES):
-            allowed = f"a number with 0 < budget <= 1, or one of {', '.join(map(repr, SHARES))}"
-            raise _error("budget", self.budget, allowed)
+        if share_named(self.budget) is None:
+            raise _error("budget", self.budget, f"a number with 0 < budget <= 1, or one of {NAMES}")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name in CHOOSING and value != field.default:
@@ -200,19 +198,9 @@ class SparkConfig:
         is_key = side == "key"
         key, value = (own, other) if is_key else (other, own)
         named = self._named("key", *key, layer), self._named("value", *value, layer)
-        policy = self.spec(Dense(*key), Dense(*value))
-        return best_rung(self.share, (key, value), named, policy)[0 if is_key else 1]
-
-    @property
-    def share(self) -> float:
-        """The budget as a number.
-
-        Raises:
-            OptionError: there is none.
-        """
-        if self.budget is None:
-            raise _error("budget", None, f"a number or one of {', '.join(map(repr, SHARES))}")
-        return SHARES[self.budget] if isinstance(self.budget, str) else float(self.budget)
+        policy, share = self.spec(Dense(*key), Dense(*value), layer=layer), share_named(self.budget)
+        assert share is not None
+        return best_rung(share, (key, value), named, policy)[0 if is_key else 1]
 
     def _chosen(self, side: Side, head_dim: int, dtype: torch.dtype) -> Format:
         """The format that ratio and dtype of a side stand for."""

@@ -22,6 +22,7 @@ TOKENS = 4096
 """Length of the cache that a share is stated for."""
 SHARES = {"near-lossless": 0.45, "balanced": 0.3, "smallest": 0.18}
 """The budgets that have a name."""
+NAMES = ", ".join(map(repr, SHARES))
 _BITS = (
     ("3-2-1-1", 2),
     ("4-2-1-1", 2),
@@ -45,6 +46,14 @@ LADDER = tuple(
 """Formats of keys and of values, from the fewest bytes to the most."""
 Size = tuple[int, torch.dtype]
 """D and the dtype of one side's dense tokens."""
+
+
+def share_named(budget: object) -> float | None:
+    """A budget as a number; None if it is not allowed."""
+    if isinstance(budget, str):
+        return SHARES.get(budget)
+    is_number = isinstance(budget, int | float) and not isinstance(budget, bool)
+    return float(budget) if is_number and 0 < budget <= 1 else None  # type: ignore[operator, arg-type]
 
 
 def side_bytes(spec: Spec, side: Side, tokens: int = TOKENS) -> int:

@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import spark_compile
 from spark_compile import OptionError, SparkConfig, SparkWarning, kv_bytes
+from spark_compile.kernels.eviction import parse_scorer
 from spark_compile.kernels.formats import Dense
 from spark_compile.kernels.spec import SIDES, Spec
 from spark_compile.presets import LADDER, SHARES, TOKENS, dense_bytes, share_of, side_bytes
@@ -125,6 +126,15 @@ def test_sides_of_different_sizes_share_a_budget() -> None:
 def test_dense_tokens_count(change: dict[str, int]) -> None:
     spec = spec_for(0.5)
     assert share_of(replace(spec, **change)) > share_of(spec)  # type: ignore[arg-type]
+
+
+def test_positions_beside_evicted_tokens_count() -> None:
+    plain = spec_for(0.3)
+    exactly = share_of(plain)
+    assert spec_for(exactly) == plain
+    spec = spec_for(exactly, evict="snapkv(tokens=256)")
+    assert (spec.key, spec.value) != (plain.key, plain.value)
+    assert share_of(replace(spec, evict=parse_scorer("snapkv(tokens=256)"))) <= exactly
 
 
 def test_a_cache_that_is_dense_at_that_length_takes_all() -> None:
