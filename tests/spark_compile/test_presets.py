@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -54,6 +55,11 @@ def test_each_name_has_formats_for_usual_head_sizes(name: str, dim: int) -> None
     spec = spec_for(name, dim)
     assert share_of(spec) <= SHARES[name]
     assert spec == spec_for(SHARES[name], dim)
+
+
+def test_the_readme_has_the_names() -> None:
+    told = (Path(__file__).parents[2] / "README.md").read_text()
+    assert all(f'`"{name}"` ({share})' in told for name, share in SHARES.items())
 
 
 def test_longer_caches_take_a_smaller_share() -> None:
