@@ -13,13 +13,13 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 from torch import Tensor, nn
 
-from .kernels.formats import Dense, Format
-from .kernels.spec import DTYPES, SIDES, Side
+from .config import QUANTIZED_SINKS, SparkConfig
+from .kernels.spec import DTYPES, SIDES
 from .knapsack import solve
 from .plan import Measured, Plan, PlannedLayer
 from .presets import NAMES, TOKENS, dense_bytes, share_named, side_bytes
 from .report import OptionError, warn_once
-from .sensitivity import POLICY, Layer, Sensitivity
+from .sensitivity import Layer, Sensitivity, site_spec
 
 
 def calibrate(
@@ -65,7 +65,7 @@ def calibrate(
         )
     if any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in model.modules()):
         raise OptionError("the model is compiled: allowed is one as it was before optimize")
-    least = POLICY.recent + POLICY.window
+    least = SparkConfig().recent + SparkConfig().window + QUANTIZED_SINKS
     if dtype is not None and dtype not in DTYPES.values():
         raise OptionError(f"dtype is {dtype!r}: allowed is one of {[*DTYPES.values()]}")
     for name, value, smallest in (("windows", windows, 1), ("context", context, least),
@@ -87,7 +87,7 @@ def calibrate(
             f"the model was calibrated in {own}: rounding hides what most formats do; calibrate it "
             f"in float32, with dtype={own}"
         )
-    chosen, taken = choose(layers, share, context, dtype or own)
+    chosen, taken = choose(layers, share, dtype or own)
     packages = ("spark-compile", "torch", "transformers")
     measured = Measured(
         model=type(model).__name__,
@@ -104,12 +104,11 @@ def calibrate(
 
 
 def choose(
-    layers: list[Layer], share: float, context: int, dtype: torch.dtype
+    layers: list[Layer], share: float, dtype: torch.dtype
 ) -> tuple[list[PlannedLayer], float]:
     """The formats of all layers with the least divergence that a share of the bytes allows.
 
     Args:
-        context: tokens of the prompts.
         dtype: that bytes are counted for.
 
     Returns:
@@ -120,11 +119,12 @@ def choose(
     """
     items, dense = [], []
     for layer in layers:
-        held = TOKENS if layer.tokens >= context else layer.tokens  # fewer where the cache slides
+        held = layer.tokens if layer.slides else TOKENS
         for side in SIDES:
             formats = [replace(format, dtype=dtype) for format in layer.formats[side]]
             heads = layer.site.kv_heads
-            sizes = [heads * _bytes(format, side, held) for format in formats]
+            specs = [site_spec(side, format, slides=layer.slides) for format in formats]
+            sizes = [heads * side_bytes(spec, side, held) for spec in specs]
             items.append(list(zip(sizes, layer.kl[side], strict=True)))
             dense.append(heads * dense_bytes(formats[-1], held))
     least = sum(min(size for size, _ in choices) for choices in items)
@@ -148,13 +148,6 @@ def _planned(layer: Layer, picks: list[int], share: float) -> PlannedLayer:
         for found, side in zip(texts, SIDES, strict=True)
     )
     return PlannedLayer(layer.site.layer, key, value, share, key_kl, value_kl)
-
-
-def _bytes(format: Format, side: Side, tokens: int) -> int:
-    """Of one key head."""
-    other = Dense(format.head_dim, format.dtype)
-    spec = POLICY.spec(*((format, other) if side == "key" else (other, format)))
-    return side_bytes(spec, side, tokens)
 
 
 def _pieces(tokens: Any, windows: int, size: int) -> Tensor:

@@ -23,7 +23,8 @@ from typing import (
 import typer
 from rich.console import Console
 
-from .config import Formats, SparkConfig
+from .by_layer import Formats
+from .config import SparkConfig
 from .kernels.spec import DTYPES
 from .presets import SHARES, TOKENS
 from .report import OptionError, SparkError

@@ -23,6 +23,14 @@ TOKENS = 4096
 SHARES = {"near-lossless": 0.45, "balanced": 0.3, "smallest": 0.18}
 """The budgets that have a name."""
 NAMES = ", ".join(map(repr, SHARES))
+MEANING = (
+    "Share of dense key and value bytes that a cache may take, up to 1, or "
+    f"{', '.join(f'{name} ({share})' for name, share in SHARES.items())}; chooses the formats in "
+    "place of ratios and dtypes. Everything counts (records, constants, statistics, tail, slack) "
+    f"at {TOKENS:,} tokens: shorter caches and sliding windows take a larger share, longer ones a "
+    "smaller one, down to that of a packed token."
+)
+"""Of the option."""
 _BITS = (
     ("3-2-1-1", 2),
     ("4-2-1-1", 2),

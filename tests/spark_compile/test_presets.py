@@ -143,6 +143,12 @@ def test_positions_beside_evicted_tokens_count() -> None:
     assert share_of(replace(spec, evict=parse_scorer("snapkv(tokens=256)"))) <= exactly
 
 
+def test_the_default_knows_the_layer_of_a_scorer() -> None:
+    config = SparkConfig(evict="pyramidkv(tokens=256,layers=4)")
+    format = config.format_for("key", 64, torch.bfloat16, "model.layers.3.self_attn")
+    assert format == SparkConfig(budget="near-lossless").format_for("key", 64, torch.bfloat16)
+
+
 def test_a_cache_that_is_dense_at_that_length_takes_all() -> None:
     with pytest.raises(ValueError, match="allowed is 1"):
         spec_for(1, min_tokens=2 * TOKENS)
