@@ -178,7 +178,11 @@ def tune(
     context: Annotated[int, typer.Option(help="Length of a prompt in tokens.")] = 1024,
     windows: Annotated[int, typer.Option(help="Number of prompts.")] = 4,
     dtype: Annotated[
-        str, typer.Option(help="float32, bfloat16, float16, or auto: that of the weights.")
+        str,
+        typer.Option(
+            help="Of the model when it follows the plan: float32, bfloat16, float16, or auto: that "
+            "of the weights. Measuring is in float32."
+        ),
     ] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
 ) -> None:

@@ -14,8 +14,8 @@ from .by_layer import Formats, checked, text_for
 from .kernels.eviction import PyramidKV, parse_scorer
 from .kernels.formats import Dense, Format, Int8, Pruned, Quantized, Spark, kept_channels, parse
 from .kernels.layout import PageLayout
-from .kernels.spec import Side, Spec, parse_spec
-from .presets import SHARES, TOKENS, Size, best_rung
+from .kernels.spec import SIDES, Side, Spec, parse_spec
+from .presets import MEANING, NAMES, SHARES, Size, best_rung, share_named
 from .report import OptionError, warn_once, wrong_option
 
 Recovery = Literal["degenerate", "none", "exponential", "gaussian"]
@@ -78,14 +78,7 @@ class SparkConfig:
         "Number of latest tokens that stay dense; if not given, as many as the window.",
     ] = None
     min_tokens: Annotated[int, "Contexts shorter than this stay dense altogether."] = 0
-    budget: Annotated[
-        float | str | None,
-        "Share of dense key and value bytes that a cache may take, up to 1, or "
-        f"{', '.join(f'{name} ({share})' for name, share in SHARES.items())}; chooses the formats "
-        "in place of ratios and dtypes. Everything counts (records, constants, statistics, tail, "
-        f"slack) at {TOKENS:,} tokens: shorter caches and sliding windows take a larger share, "
-        "longer ones a smaller one, down to that of a packed token.",
-    ] = None
+    budget: Annotated[float | str | None, MEANING] = None
     inner: Annotated[Inner, "Compiler of the rewritten graph."] = "inductor"
     key_format: Annotated[
         Formats,
@@ -133,9 +126,8 @@ class SparkConfig:
             self._check_budget()
 
     def _check_budget(self) -> None:
-        number = _is_number(self.budget, (int, float)) and 0 < self.budget <= 1  # type: ignore[operator]
-        if not number and (not isinstance(self.budget, str) or self.budget not in SHARES):
-            allowed = f"a number with 0 < budget <= 1, or one of {', '.join(map(repr, SHARES))}"
+        if share_named(self.budget) is None:
+            allowed = f"a number with 0 < budget <= 1, or one of {NAMES}"
             raise wrong_option("budget", self.budget, allowed)
         for name in self._choosing():
             raise OptionError(
@@ -196,13 +188,13 @@ class SparkConfig:
         if named is not None:
             return named
         own, dense = (head_dim, dtype), Dense(head_dim, dtype)
-        if self.budget is not None:
-            return self._budgeted(self.share, side, own, other or own, layer)
+        if (share := share_named(self.budget)) is not None:
+            return self._budgeted(share, side, own, other or own, layer)
         texts = (text_for(formats, layer) for formats in (self.key_format, self.value_format))
         if self._choosing() or any(text is not None for text in texts):
             chosen = self._chosen(side, head_dim, dtype)
         else:
-            chosen = self._default(side, own, other or own, device)
+            chosen = self._default(side, own, other or own, layer, device)
         pages = [PageLayout(format, self.window).page_bytes for format in (chosen, dense)]
         if pages[0] < pages[1] or chosen == dense:
             return chosen
@@ -217,33 +209,21 @@ class SparkConfig:
         text = text_for(self.key_format if side == "key" else self.value_format, layer)
         return None if text is None else parse(text, head_dim, dtype)
 
-    def _default(self, side: Side, own: Size, other: Size, device: str) -> Format:
+    def _default(self, side: Side, own: Size, other: Size, layer: str, device: str) -> Format:
         """The format of a side where no option chooses one."""
         if device != "cpu":
             return Int8(*own)
         for share in (SHARES["near-lossless"], 1.0):  # small heads have no rung below the first
             with contextlib.suppress(ValueError):
-                return self._budgeted(share, side, own, other, "")
+                return self._budgeted(share, side, own, other, layer)
         return Dense(*own)
 
     def _budgeted(self, share: float, side: Side, own: Size, other: Size, layer: str) -> Format:
         """The format of a side in the best rung that fits into a share of the dense bytes."""
-        is_key = side == "key"
-        key, value = (own, other) if is_key else (other, own)
+        key, value = (own, other) if side == "key" else (other, own)
         named = self._named("key", *key, layer), self._named("value", *value, layer)
-        policy = self.spec(Quantized(*key), Quantized(*value))  # with their sinks
-        return best_rung(share, (key, value), named, policy)[0 if is_key else 1]
-
-    @property
-    def share(self) -> float:
-        """The budget as a number.
-
-        Raises:
-            OptionError: there is none.
-        """
-        if self.budget is None:
-            raise wrong_option("budget", None, f"a number or one of {', '.join(map(repr, SHARES))}")
-        return SHARES[self.budget] if isinstance(self.budget, str) else float(self.budget)
+        policy = self.spec(Quantized(*key), Quantized(*value), layer=layer)  # with their sinks
+        return best_rung(share, (key, value), named, policy)[SIDES.index(side)]
 
     def _chosen(self, side: Side, head_dim: int, dtype: torch.dtype) -> Format:
         """The format that ratio and dtype of a side stand for."""
