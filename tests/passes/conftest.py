@@ -19,7 +19,7 @@ from spark_compile.passes.program import Program
 from spark_compile.state import SparkTensor, new_state
 from spark_compile.storage import StateForm
 
-CONFIG = SparkConfig(window=4, inner="eager")
+CONFIG = SparkConfig(key_ratio=0.5, window=4, inner="eager")
 
 
 class Captured(Exception):

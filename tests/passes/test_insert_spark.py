@@ -181,7 +181,7 @@ def test_a_cache_of_other_options_is_refused(capture: Any, compressed: Any) -> N
     other = SparkConfig(window=4, inner="eager", key_ratio=0.75)
     program = capture(model, prompt(1), past, passes=PASSES, config=other)
     assert refusals(program) == ["the cache was compressed with other options"] * LAYERS
-    same = SparkConfig(window=4, inner="aot_eager", strict=True)
+    same = SparkConfig(window=4, inner="aot_eager", strict=True, key_ratio=0.5)
     program = capture(model, prompt(1), past, passes=PASSES, config=same)
     assert refusals(program) == [""] * LAYERS
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from spark_compile import SparkConfig, SparkError, SparkWarning
+from spark_compile.kernels.formats import Dense
 from spark_compile.kernels.spec import SIDES
 
 HUGE = 10**30
@@ -45,19 +46,18 @@ WRONG = [
     *((name, HUGE, f"an integer from {least} to ") for name, least in
       (("window", 2), ("sink_tokens", 0), ("recent_tokens", 0), ("min_tokens", 0))),
     *((name, value, "an integer from ") for name in ("window", "sink_tokens", "min_tokens")
-      for value in (math.nan, math.inf, -HUGE, True, None, "4", torch.tensor(4), [4])),
+      for value in (math.nan, math.inf, -HUGE, True, "4", torch.tensor(4), [4])),
+    ("window", None, "an integer from "),
     *((f"{side}_ratio", value, f"0 <= {side}_ratio < 1") for side in ("key", "value")
       for value in (-math.inf, HUGE, -HUGE, 0.5j, [0.5], torch.tensor([0.5, 0.5]))),
     ("recovery", np.array(["none", "none"]), "'degenerate', 'none', 'exponential', 'gaussian'"),
     ("key_ratio", "0.5", "a number with 0 <= key_ratio < 1"),
-    ("key_ratio", None, "a number with 0 <= key_ratio < 1"),
     ("key_ratio", False, "a number with 0 <= key_ratio < 1"),
     ("value_ratio", "0.5", "a number with 0 <= value_ratio < 1"),
     ("window", 4.0, "an integer from 2 to"),
     ("window", True, "an integer from 2 to"),
     ("window", None, "an integer from 2 to"),
     ("sink_tokens", 1.0, "an integer from 0 to"),
-    ("sink_tokens", None, "an integer from 0 to"),
     ("recent_tokens", "all", "an integer from 0 to"),
     ("recent_tokens", True, "an integer from 0 to"),
     ("min_tokens", 0.5, "an integer from 0 to"),
@@ -163,7 +163,8 @@ def test_recent_is_the_window_unless_given() -> None:
 
 
 FORMATS: list[tuple[dict[str, Any], str, str]] = [
-    ({}, "spark(kept=6,stored=model,recovery=degenerate,saliency=squared)", "dense"),
+    ({"saliency": "absolute"},
+     "spark(kept=6,stored=model,recovery=degenerate,saliency=absolute)", "dense"),
     ({"key_ratio": 0}, "dense", "dense"),
     ({"key_ratio": 0.05}, "dense", "dense"),  # less than a channel
     ({"key_ratio": 0, "key_dtype": "int8", "value_dtype": "int8"}, "int8", "int8"),
@@ -189,6 +190,29 @@ def test_options_choose_the_formats(
     assert [format.text for format in formats] == [key, value]
     assert [format.head_dim for format in formats] == [12, 8]
     assert {format.dtype for format in formats} == {dtype}
+
+
+@pytest.mark.parametrize("dim", [4, 16, 64, 65, 128])
+def test_without_options_tokens_take_six_bits_and_on_gpus_eight(dim: int) -> None:
+    def texts(**options: Any) -> list[str]:
+        config, size = SparkConfig(), (dim, torch.float32)
+        return [config.format_for(side, *size, **options).text for side in SIDES]
+
+    bits = "quantized(bits=6,scaled={},rotated=True)"
+    assert texts() == [bits.format("True"), bits.format("False")]
+    assert texts(device="cuda") == ["int8", "int8"]
+
+
+def test_first_tokens_stay_dense_beside_quantized_ones_where_a_cache_grows() -> None:
+    config, size = SparkConfig(), (64, torch.bfloat16)
+    pair = [config.format_for(side, *size) for side in SIDES]
+    assert config.spec(*pair).sinks == 4
+    assert config.spec(*pair, static=True).sinks == 0
+    assert config.spec(*pair, slides=True).sinks == 0
+    assert config.spec(*(Dense(*size) for _ in SIDES)).sinks == 0
+    assert SparkConfig(sink_tokens=2).spec(*pair, static=True).sinks == 2
+    evicting = SparkConfig(evict="knorm(tokens=64)")
+    assert evicting.spec(*pair).sinks == 0  # which would leave no room for a page
 
 
 NO_SMALLER: list[tuple[dict[str, Any], str, int, torch.dtype]] = [

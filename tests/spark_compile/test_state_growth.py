@@ -33,7 +33,7 @@ def test_whole_pages_are_packed_when_they_are_full(
     rows: tuple[torch.Tensor, ...] = (made.key, made.value)
     for _ in range(33 // chunk + 1):
         total = rows[0].shape[2]
-        packed = max(total - config.sink_tokens - config.recent, 0) // 4 * 4
+        packed = max(total - (config.sink_tokens or 0) - config.recent, 0) // 4 * 4
         packed = packed if total >= config.min_tokens else 0
         for state, dense in zip(states, rows, strict=True):
             assert state.packed_tokens() == packed
@@ -61,7 +61,7 @@ def test_sinks_and_recent_tokens_stay_dense_and_the_rest_is_pruned_by_the_latest
         for state, model, fresh, dense in zip(states, models, new, rows, strict=True):
             model.append(fresh, query=query)
             check_state(state, model)
-            first, packed = config.sink_tokens, state.packed_tokens()
+            first, packed = config.sink_tokens or 0, state.packed_tokens()
             worth = state.dense()
             assert torch.equal(worth[:, :, :first], dense[:, :, :first])
             assert torch.equal(worth[:, :, first + packed :], dense[:, :, first + packed :])
