@@ -62,7 +62,7 @@ sanitize: setup
 		SPARK_COMPILE_CPU=$$level SPARK_COMPILE_CXXFLAGS="$(SANITIZE)" ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 		$(BIN)/python -m pytest -q -s -p no:cacheprovider tests/kernels/test_cpu.py \
-		tests/kernels/test_cpu_edges.py || exit 1; \
+		tests/kernels/test_cpu_edges.py tests/kernels/test_cpu_evict.py || exit 1; \
 	done
 
 # Random attention programs, others each time; those that failed are tried first the next time.

@@ -169,7 +169,7 @@ class Case:
         for side, pages, head, rows in sides:
             own = head.clone()
             drawn.spec.head(side).tail(own)[:, :, :tail] = rows
-            counters(own).copy_(torch.tensor((packed + tail, packed, 0, 1)))
+            counters(own).copy_(torch.tensor((packed + tail, packed, 0, 1, 0)))
             drawn_pages = pages[:, :, : self.key.shape[2] // WINDOW]
             tensors += (filled(drawn_pages, self.pages, spare=1), own)
         return Layer(drawn.spec, tuple(tensors))

@@ -6,7 +6,7 @@ A cache side (the keys or the values of one layer) is two byte tensors.
   records, then the fields per page. A record is the fields per token in their order, each at a
   multiple of its item size; it ends at a multiple of the largest item size in it. Page i lies in
   slot i % N.
-- ``head`` [B, Hkv, head bytes], uint8: four int64 counters, the fields per head, with a format that
+- ``head`` [B, Hkv, head bytes], uint8: five int64 counters, the fields per head, with a format that
   uses queries two slots of query statistics [D] float32, and the tail: rows of dense tokens.
 
 The counters (the same for all batch entries and heads today):
@@ -15,7 +15,13 @@ The counters (the same for all batch entries and heads today):
 - ``PACKED``  those of them that are in pages, a multiple of P;
 - ``FIRST``   those of them, from the first on, that are no longer part of the cache;
 - ``STEP``    appends so far: statistics are read from slot STEP % 2 and written to the other one,
-  so that a handle of one append ago still finds its own.
+  so that a handle of one append ago still finds its own;
+- ``DROPPED`` tokens of the prompt that were not stored, because a scorer evicted them; they count
+  as part of the cache, which has LENGTH - FIRST + DROPPED tokens for the model.
+
+Where a scorer may evict, the records of the keys have one more field, the token's ``position``:
+which one of the tokens of the model it is. It may be another one in each key head. The first
+``sinks`` tokens and the tail need none: token i of the tail is the model's i + DROPPED.
 
 The order of the tokens is: the first ``sinks`` rows of the tail | packed | the rest of the tail.
 Only FIRST = 0 goes with sinks. While nothing is packed the tail alone holds all tokens.
@@ -31,15 +37,17 @@ from torch import SymInt, Tensor
 
 from .formats import Field, Format
 
-VERSION = 1
+VERSION = 2
 """To be raised with every change of what lies where, of how much room is made, or of a format: it
 is part of each graph's text, so that no cache of compiled graphs serves one of another version, and
 of each saved state."""
-LENGTH, PACKED, FIRST, STEP = range(4)
-COUNTERS = 4
+LENGTH, PACKED, FIRST, STEP, DROPPED = range(5)
+COUNTERS = 5
 MOST_TOKENS = 2**40
 """That a cache can count: sums of a few counters stay far from the ends of int64."""
 Count = int | SymInt
+POSITION = Field("position", torch.int32, 1)
+"""Which one of the tokens of the model a packed one is."""
 
 
 def round_up(number: int, multiple: int) -> int:
@@ -54,6 +62,8 @@ class PageLayout:
     format: Format
     tokens: int
     """P."""
+    more: tuple[Field, ...] = ()
+    """Fields after those of the format."""
 
     @functools.cached_property
     def offsets(self) -> dict[str, int]:
@@ -100,7 +110,7 @@ class PageLayout:
         }
 
     def _fields(self, per: str) -> list[Field]:
-        return [field for field in self.format.fields() if field.per == per]
+        return [field for field in (*self.format.fields(), *self.more) if field.per == per]
 
 
 @dataclass(frozen=True)
@@ -161,7 +171,7 @@ class HeadLayout:
 
 
 def counters(head: Tensor) -> Tensor:
-    """The counters [B, Hkv, 4] int64 of a head, as a view."""
+    """The counters [B, Hkv, 5] int64 of a head, as a view."""
     return head[..., : 8 * COUNTERS].view(torch.int64)
 
 

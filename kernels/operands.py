@@ -20,8 +20,9 @@ POSITION_DTYPES = (torch.int64, torch.int32)
 
 
 def check_build(
-    key: Tensor, value: Tensor, queries: list[Tensor], spec: Spec, capacity: int | None
-) -> None:
+    key: Tensor, value: Tensor, queries: list[Tensor], spec: Spec, capacity: int | None,
+    positions: Tensor | None = None,
+) -> None:  # fmt: skip
     """Raise ValueError unless ``spark::build`` can store these: its docstring has the shapes."""
     batch, heads, tokens = _sizes(key, 3)
     for name, rows, format in (("key", key, spec.key), ("value", value, spec.value)):
@@ -30,6 +31,22 @@ def check_build(
         _check_query(f"queries[{number}]", query, key, spec)
     if type(capacity) is int and not 0 <= capacity <= MOST_TOKENS:
         raise ValueError(f"capacity is {capacity}: allowed is 0 to {MOST_TOKENS}, or None")
+    if positions is not None:
+        _shaped("positions", positions, torch.int64, (batch, heads, tokens), key.device)
+
+
+def check_evict(key: Tensor, queries: list[Tensor], attn_mask: Tensor | None, spec: Spec) -> None:
+    """Raise ValueError unless ``spark::evict`` can choose: its docstring has the shapes."""
+    if spec.evict is None:
+        raise ValueError(f"spec {spec.text!r} names no scorer: allowed is one with 'evict='")
+    shape = (*_sizes(key, 3), spec.key.head_dim)
+    _shaped("key", key, spec.key.dtype, shape, key.device)
+    for number, query in enumerate(queries):
+        _check_query(f"queries[{number}]", query, key, spec)
+    if spec.evict.observed and not queries:
+        raise ValueError(f"queries is empty: {spec.evict.text} needs those of an attention")
+    if attn_mask is not None and queries:
+        check_mask(attn_mask, queries[0], shape[2] if type(shape[2]) is int else None)
 
 
 def check_step(

@@ -1,10 +1,11 @@
 """The spec: how the cache of one site is stored and when it is packed, as one short text.
 
-    layout=1;key=spark(kept=26,stored=int8,recovery=degenerate,saliency=squared):128:bfloat16;
+    layout=2;key=spark(kept=26,stored=int8,recovery=degenerate,saliency=squared):128:bfloat16;
     value=int8:128:bfloat16;window=32;recent=32;sinks=0;min_tokens=0
 
 Operators take it as a string, so that a new format changes no schema. Operators that attend get the
-constants of the attention behind it: ``;scale=0.125;softcap=0.0``.
+constants of the attention behind it: ``;scale=0.125;softcap=0.0``. Where prompts are evicted the
+scorer is one more part: ``;evict=snapkv(tokens=128,window=64,kernel=5,pooling=average)``.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from typing import Literal, NoReturn
 
 import torch
 
-from .formats import Format, parse
-from .layout import MOST_TOKENS, VERSION, Count, HeadLayout, PageLayout
+from .eviction import Scorer, parse_scorer
+from .formats import Field, Format, parse
+from .layout import MOST_TOKENS, POSITION, VERSION, Count, HeadLayout, PageLayout
 
 Side = Literal["key", "value"]
 SIDES: tuple[Side, Side] = ("key", "value")
@@ -50,6 +52,8 @@ class Spec:
     rolls: int = 0
     """Number of latest tokens that stay visible to new ones, as in a full buffer that rolls: the
     others are evicted before the attention too. 0: all stay."""
+    evict: Scorer | None = None
+    """Which tokens of a prompt stay; None: all."""
 
     def __post_init__(self) -> None:
         for side in SIDES:
@@ -62,17 +66,68 @@ class Spec:
         for name in ("scale", "softcap"):
             if not math.isfinite(getattr(self, name)):
                 _refuse(name, getattr(self, name), "a finite number")
+        if self.evict is not None:
+            self._check_eviction(self.evict)
+
+    def _check_eviction(self, scorer: Scorer) -> None:
+        least = self.sinks + max(self.recent + self.window, scorer.observed)
+        if scorer.tokens < least:
+            stay = f"the first {self.sinks}, the latest {max(self.recent, scorer.observed)}, and a"
+            stay += f" page of {self.window} that are chosen"
+            _refuse("tokens of " + scorer.text, scorer.tokens, f"{least} or more: {stay}")
+        if scorer.BY_LAYER:
+            raise ValueError(f"{scorer.text} is for all layers: allowed is what it is in one layer")
+        if self.min_tokens or self.rolls:
+            name = "min_tokens" if self.min_tokens else "rolls"
+            _refuse(name, getattr(self, name), f"0 where {scorer.NAME} evicts")
 
     def format(self, side: Side) -> Format:
         return self.key if side == "key" else self.value
 
     def pages(self, side: Side) -> PageLayout:
         """The layout of a side's pages."""
-        return _page_layout(self.format(side), self.window)
+        more = (POSITION,) if side == "key" and self.evict is not None else ()
+        return _page_layout(self.format(side), self.window, more)
 
     def head(self, side: Side) -> HeadLayout:
         """The layout of a side's head."""
         return _head_layout(self.format(side))
+
+    def stored_tokens(self, tokens: Count) -> Count:
+        """Number of tokens of a prompt that are stored."""
+        if self.evict is None:
+            return tokens
+        most = self.evict.tokens
+        stored: Count = min(tokens, most) if type(tokens) is int else torch.sym_min(tokens, most)
+        return stored
+
+    @functools.cached_property
+    def chosen_end(self) -> int:
+        """The stored tokens of an evicted prompt without those at its end: they come after what
+        was chosen, whole pages of it, and none of them was evicted."""
+        if self.evict is None:
+            return 0
+        return self.sinks + int(self.pages_due(self.evict.tokens, 0)) * self.window
+
+    def stored_index(self, position: int, dropped: int) -> int:
+        """Number of stored tokens in front of a position of the model.
+
+        Args:
+            dropped: tokens of the prompt that were evicted.
+
+        Raises:
+            ValueError: there are evicted tokens on both sides of it, in other heads maybe, so that
+                what is in front of it cannot be told.
+        """
+        index = position - dropped
+        if not dropped or position == 0:
+            return position
+        if index < self.chosen_end:
+            raise ValueError(
+                f"position {position} is among the first {dropped + self.chosen_end} tokens, of "
+                f"which {dropped} are evicted: evicted tokens cannot be recovered"
+            )
+        return index
 
     def pages_due(self, stored: Count, visible: Count, packed: Count = 0) -> Count:
         """Number of pages that are full and have to be packed.
@@ -150,6 +205,8 @@ class Spec:
             for side in SIDES
         ]
         parts += [f"{name}={getattr(self, name)}" for name in _NUMBERS]
+        if self.evict is not None:
+            parts.append(f"evict={self.evict.text}")
         if (self.scale, self.softcap) != (1.0, 0.0):
             parts += [f"scale={self.scale!r}", f"softcap={self.softcap!r}"]
         if self.rolls:
@@ -172,8 +229,9 @@ def parse_spec(text: str) -> Spec:
         formats = {side: _parse_side(parts.pop(side)) for side in SIDES}
         numbers = {name: int(parts.pop(name)) for name in _NUMBERS}
         rolls = int(parts.pop("rolls", "0"))
+        evict = parse_scorer(parts.pop("evict")) if "evict" in parts else None
         floats = {name: float(value) for name, value in parts.items()}
-        return Spec(**formats, **numbers, **floats, rolls=rolls)  # type: ignore[arg-type]
+        return Spec(**formats, **numbers, **floats, rolls=rolls, evict=evict)  # type: ignore[arg-type]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"spec {text!r} cannot be read: {error}") from error
 
@@ -188,8 +246,8 @@ def _parse_side(text: str) -> Format:
 
 
 @functools.cache
-def _page_layout(format: Format, tokens: int) -> PageLayout:
-    return PageLayout(format, tokens)
+def _page_layout(format: Format, tokens: int, more: tuple[Field, ...]) -> PageLayout:
+    return PageLayout(format, tokens, more)
 
 
 @functools.cache

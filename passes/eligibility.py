@@ -24,7 +24,7 @@ from .patterns import (
 )
 from .program import Program
 from .scores import is_tensor
-from .sites import CachedAttention, CachedSide, formats, kept
+from .sites import CachedAttention, CachedSide, kept, wanted
 
 _aten = torch.ops.aten
 ATTENTIONS = {ATTENTION, _aten.scaled_dot_product_attention.default, *SOFTMAXES}
@@ -50,7 +50,7 @@ def check(
         raise Refused("keys and values are the same tensor", key.base)
     if key.dim != value.dim or key.position is not value.position:
         raise Refused("keys and values are written in different ways", key.base)
-    formats(program, site)
+    wanted(program, site, site.key.slides)
     if site.is_static:
         _check_buffers(program, group)
     _check_past(program, site)
@@ -198,9 +198,8 @@ def _check_past(program: Program, site: CachedAttention) -> None:
 
 def _wanted(program: Program, site: CachedAttention) -> list[Spec]:
     """The specs of a past that this site can continue."""
-    key, value = formats(program, site)
     slides = [True] if site.key.slides else [False, True]
-    return [program.config.spec(key, value, slides=each) for each in slides]
+    return [wanted(program, site, each) for each in slides]
 
 
 def _is_self_attention(site: CachedAttention) -> bool:

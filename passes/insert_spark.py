@@ -184,10 +184,32 @@ def _built(
     with program.graph.inserting_before(after.next):
         key, value = (_heads_first(program, node, dim) for node in tokens)
         queries = [sharer.query for sharer in group]
-        args = (key, value, queries, spec.text, capacity)
+        args: tuple[object, ...] = (key, value, queries, spec.text, capacity)
+        if group and spec.evict is not None:
+            positions = _kept_positions(program, group, key, spec)
+            rows = [_taken(program, node, positions) for node in (key, value)]
+            args = (*rows, *args[2:], positions)
         built = call(program, torch.ops.spark.build.default, args)
         stored = [call(program, operator.getitem, (built, index)) for index in range(4)]
     return tuple(stored)  # type: ignore[return-value]
+
+
+def _kept_positions(
+    program: Program, group: list[CachedAttention], key: fx.Node, spec: Spec
+) -> fx.Node:
+    """Which of the keys [B, H, S, D] of a prompt stay, by the mask of the first attention."""
+    mask, causal_offset, scale, softcap, _sinks = group[0].attention.args[3:]
+    queries = [sharer.query for sharer in group]
+    text = spec.attending(scale, softcap).text  # type: ignore[arg-type]
+    args = (key, queries, mask, causal_offset, text)
+    return call(program, torch.ops.spark.evict.default, args)
+
+
+def _taken(program: Program, node: fx.Node, positions: fx.Node) -> fx.Node:
+    """The tokens [B, H, S', D] at positions [B, H, S'] of tokens [B, H, S, D]."""
+    index = call(program, _aten.unsqueeze.default, (positions, 3))
+    index = call(program, _aten.expand.default, (index, [-1, -1, -1, tensor(node).shape[3]]))
+    return call(program, _aten.gather.default, (node, 2, index))
 
 
 def _attend(

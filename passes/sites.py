@@ -153,12 +153,13 @@ def formats(program: Program, site: CachedAttention) -> list[Format]:
             store them.
     """
     layer, found = layer_name(site.attention), []
-    for side, cached in site.sides:
+    sizes = [(int(t.shape[3]), t.dtype) for t in (tensor(s.operand) for _, s in site.sides)]
+    for (side, cached), size, other in zip(site.sides, sizes, reversed(sizes), strict=True):
         stored = tensor(cached.operand)
         if stored.dtype not in DTYPES.values():
             raise Refused(f"{side}s of {stored.dtype} cannot be pruned", cached.operand)
         try:
-            format = program.config.format_for(side, int(stored.shape[3]), stored.dtype, layer)
+            format = program.config.format_for(side, *size, layer, other)
         except ValueError as error:
             raise Refused(str(error), site.attention) from error
         if format.uses_queries and stored.shape[3] != tensor(site.query).shape[3]:
@@ -168,16 +169,29 @@ def formats(program: Program, site: CachedAttention) -> list[Format]:
     return found
 
 
+def wanted(program: Program, site: CachedAttention, slides: bool) -> Spec:
+    """How the options want a site's cache stored, of one that slides or of one that does not.
+
+    Raises:
+        Refused: see :func:`formats`; also if an option cannot tell which layer this is.
+    """
+    key, value = formats(program, site)
+    try:
+        return program.config.spec(key, value, slides=slides, layer=layer_name(site.attention))
+    except ValueError as error:
+        raise Refused(str(error), site.attention) from error
+
+
 def spec_of(program: Program, site: CachedAttention) -> Spec:
     """How a site's cache is stored: as its past is, or as the options want.
 
     Raises:
-        Refused: see :func:`formats`.
+        Refused: see :func:`wanted`.
     """
     past = program.states.get(site.key.past)  # type: ignore[arg-type]
     if past is not None:
         return past.spec
-    return program.config.spec(*formats(program, site), slides=site.key.slides)
+    return wanted(program, site, site.key.slides)
 
 
 def described(program: Program, site: CachedAttention) -> Site:
@@ -189,14 +203,15 @@ def described(program: Program, site: CachedAttention) -> Site:
     try:
         spec = spec_of(program, site)
     except Refused:
-        stored, names = 0, ("", "")
+        stored, names, evict = 0, ("", ""), ""
     else:
         page_bytes = sum(spec.pages(side).page_bytes for side in SIDES)
         stored = -(-kv_heads * page_bytes // spec.window)
         names = spec.key.text, spec.value.text
+        evict = "" if spec.evict is None else spec.evict.text
     return Site(
         layer_name(site.attention), *shape, dense_token_bytes=int(kv_heads * row_bytes),
-        stored_token_bytes=stored, formats=names,
+        stored_token_bytes=stored, formats=names, evict=evict,
     )  # fmt: skip
 
 

@@ -8,19 +8,23 @@ from __future__ import annotations
 
 from .accounting import kv_bytes
 from .backend import optimize, spark
+from .calibrate import calibrate
 from .config import SparkConfig
 from .explain import explain
+from .plan import Plan
 from .report import OptionError, Report, SparkError, SparkWarning
 from .state import PrunedKeys, StoredValues
 
 __all__ = [
     "OptionError",
+    "Plan",
     "PrunedKeys",
     "Report",
     "SparkConfig",
     "SparkError",
     "SparkWarning",
     "StoredValues",
+    "calibrate",
     "explain",
     "kv_bytes",
     "optimize",

@@ -39,6 +39,11 @@ def adopt(buffer: Tensor, how: Adopted, args: Sequence[Any]) -> SparkTensor:
     filled = capacity if how.position is None else int(how.position(*args).flatten()[0])
     if not 0 <= filled <= capacity:
         raise ValueError(f"position {filled} is outside a cache of {capacity} tokens")
+    if spec.evict is not None and filled > spec.evict.tokens:
+        warn_once(
+            f"a cache buffer had {filled} tokens before a compiled graph got it: they all stay, "
+            f"since {spec.evict.text} evicts when a compiled graph stores the prompt"
+        )
     pages, tail_rows = map(int, spec.room(capacity, capacity))
     store = allocate(rows, spec, how.side, pages, tail_rows)
     if filled:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -16,9 +17,11 @@ from . import dynamo, reuse
 from .adoption import give_back
 from .config import SparkConfig
 from .generation import called_modules, watch_generate
+from .kernels.eviction import parse_scorer
 from .passes.lower import as_dense, fake_inputs, lower
 from .passes.pipeline import run_passes
 from .passes.program import PassFailed, Program
+from .plan import Plan, loaded
 from .regional import compile_blocks
 from .report import GraphReport, OptionError, SparkError, record, warn_once
 from .runtime import SparkGraph
@@ -139,7 +142,9 @@ def _ms_since(start_s: float) -> float:
     return (time.perf_counter() - start_s) * 1e3
 
 
-def optimize(model: ModuleT, *, regional: bool = False, **options: Any) -> ModuleT:
+def optimize(
+    model: ModuleT, *, regional: bool = False, plan: Plan | str | Path | None = None, **options: Any
+) -> ModuleT:
     """Compile ``model`` in place with ``backend="spark"`` and return it, ready for ``generate``.
 
     ``torch.compile(model).generate`` runs the uncompiled original: ``torch.compile`` returns a
@@ -151,22 +156,33 @@ def optimize(model: ModuleT, *, regional: bool = False, **options: Any) -> Modul
         model: any decoder, or a wrapper around one.
         regional: compile the repeated blocks of the model, elements of an ``nn.ModuleList``, in
             place of the whole; equal ones share a graph, so that compiling takes less time.
+        plan: formats by layer, as :func:`spark_compile.calibrate` chose them, or the path of the
+            file that they are in.
         options: fields of :class:`SparkConfig`.
 
     Raises:
-        OptionError: an option is wrong, which is a SparkError and a ValueError.
+        OptionError: an option or the plan is wrong, which is a SparkError and a ValueError.
+        OSError: the file of the plan cannot be read.
         ValueError: ``regional`` is set and there are no such blocks.
         SparkError: from ``generate``, under ``strict=True``, in place of that warning.
     """
+    if plan is not None:
+        options = loaded(plan).options_for(model, options)
     config = SparkConfig.from_options(options)
     complain = partial(_complain, config=config)
     if regional:
-        for name in ("key_format", "value_format"):
+        for name in ("key_format", "value_format", "evict"):
             if isinstance(getattr(config, name), tuple):
                 # Equal layers share one compiled graph, and a layer does not know where it is.
+                source = f"option {name!r}" if plan is None else "a plan"
                 raise OptionError(
-                    f"option {name!r} has formats by layer: allowed with regional=True is one text"
+                    f"{source} has texts by layer: allowed with regional=True is one text"
                 )
+        if isinstance(config.evict, str) and parse_scorer(config.evict).BY_LAYER:
+            raise OptionError(
+                f"option 'evict' is {config.evict!r}: allowed with regional=True is a scorer that "
+                "does the same in every layer"
+            )
         compile_blocks(model, options, complain)
     else:
         for module in called_modules(model):

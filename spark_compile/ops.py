@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from .kernels import cpu, triton
-from .kernels.operands import check_build, check_side, check_step
-from .kernels.reference import store as reference
+from .kernels.operands import check_build, check_evict, check_side, check_step
+from .kernels.reference import operators as reference
 from .kernels.reference.attend import attention as reference_attention
+from .kernels.reference.evict import kept_positions
 from .kernels.reference.store import Store
 from .kernels.spec import SIDES, Side, parse_spec
-from .report import warn_once
+from .report import SparkError, warn_once
 
 _library = torch.library.Library("spark", "FRAGMENT")
 _reference = torch.library.Library("spark_reference", "FRAGMENT")
@@ -126,7 +127,41 @@ def kv_append(past: Tensor | None, new: Tensor, position: Tensor | None, dim: in
     return past.index_copy(dim, positions, new)
 
 
-def _fake_build(key, value, queries, spec, capacity):  # type: ignore[no-untyped-def]
+def _fake_evict(key, queries, attn_mask, causal_offset, spec):  # type: ignore[no-untyped-def]
+    stay = parse_spec(spec).stored_tokens(key.shape[2])
+    return key.new_empty((*key.shape[:2], stay), dtype=torch.int64)
+
+
+@_operator(
+    "(Tensor key, Tensor[] queries, Tensor? attn_mask, SymInt? causal_offset, str spec) -> Tensor",
+    _fake_evict,
+)
+def evict(
+    key: Tensor, queries: list[Tensor], attn_mask: Tensor | None, causal_offset: int | None,
+    spec: str,
+) -> Tensor:  # fmt: skip
+    """Which tokens of a prompt stay, by the scorer of the spec.
+
+    Args:
+        key: [B, Hkv, S, D].
+        queries: [B, Hq, L, D] of the L latest tokens, of every attention that reads this cache.
+        attn_mask: of the first of them, broadcast to [B, Hq, L, S] or more columns; tokens that the
+            latest query does not see (padding) are the first to go.
+        causal_offset: query i sees tokens j <= i + causal_offset; None sees all.
+        spec: with the scorer, and with scale and softcap of the first attention.
+
+    Returns:
+        Their positions [B, Hkv, S'] int64, ascending; S' is ``Spec.stored_tokens(S)``.
+
+    Raises:
+        ValueError: operands do not fit the spec or each other.
+    """
+    parsed = parse_spec(spec)
+    check_evict(key, queries, attn_mask, parsed)
+    return kept_positions(key, queries, attn_mask, causal_offset, parsed)
+
+
+def _fake_build(key, value, queries, spec, capacity, positions=None):  # type: ignore[no-untyped-def]
     parsed, stored = parse_spec(spec), []
     room = parsed.room(key.shape[2], capacity)
     for side, rows in zip(SIDES, (key, value), strict=True):
@@ -136,13 +171,14 @@ def _fake_build(key, value, queries, spec, capacity):  # type: ignore[no-untyped
 
 
 @_operator(
-    "(Tensor key, Tensor value, Tensor[] queries, str spec, SymInt? capacity) -> "
-    "(Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor key, Tensor value, Tensor[] queries, str spec, SymInt? capacity, "
+    "Tensor? positions=None) -> (Tensor, Tensor, Tensor, Tensor)",
     _fake_build,
 )
 def build(
-    key: Tensor, value: Tensor, queries: list[Tensor], spec: str, capacity: int | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    key: Tensor, value: Tensor, queries: list[Tensor], spec: str, capacity: int | None,
+    positions: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Store the tokens of a prefill.
 
     Args:
@@ -151,6 +187,7 @@ def build(
         queries: [B, Hq, L, D] of every attention that reads this cache.
         spec: what to store and when to pack it.
         capacity: number of tokens that the cache will ever have; None lets it grow.
+        positions: what ``spark::evict`` returned, if these are the tokens that it chose.
 
     Returns:
         ``pages`` and ``head`` of the keys, then of the values.
@@ -159,8 +196,8 @@ def build(
         ValueError: operands do not fit the spec or each other.
     """
     parsed = parse_spec(spec)
-    check_build(key, value, queries, parsed, capacity)
-    keys, values = reference.build(key, value, queries, parsed, capacity)
+    check_build(key, value, queries, parsed, capacity, positions)
+    keys, values = reference.build(key, value, queries, parsed, capacity, positions)
     return keys.pages, keys.head, values.pages, values.head
 
 
@@ -181,7 +218,9 @@ def step(
 ) -> Tensor:  # fmt: skip
     """Attend over S cached and L new tokens, append those, pack the pages that are full, evict.
 
-    The new tokens are attended to as they come, before they can be packed.
+    The new tokens are attended to as they come, before they can be packed. In an empty cache they
+    are a prompt, of which tokens are evicted as ``spark::evict`` has it, by these queries. S, mask,
+    causal offset and position count evicted tokens of a prompt too.
 
     Args:
         query: [B, Hq, L', D].
@@ -230,11 +269,17 @@ def recover(pages: Tensor, head: Tensor, spec: str, is_key: bool, length: int) -
     Raises:
         ValueError: the stored tensors do not fit the spec, are damaged, or hold more tokens than
             ``length``.
+        SparkError: tokens of the prompt have been evicted.
     """
     side: Side = "key" if is_key else "value"
     check_side(pages, head, parsed := parse_spec(spec), side)
     store = Store(pages, head, parsed, side)
     store.check()
+    if store.dropped:
+        raise SparkError(
+            f"{store.dropped} of the {store.tokens} tokens of a cache are evicted: evicted tokens "
+            "cannot be recovered, so that there is no dense tensor of it"
+        )
     if store.visible > length:
         raise ValueError(f"length is {length}: the cache has {store.visible} tokens")
     rows = store.rows()

@@ -93,6 +93,8 @@ class Site:
     refusal: Refusal | None = None
     formats: tuple[str, str] = ("", "")
     """Texts of the formats of keys and values."""
+    evict: str = ""
+    """Text of the scorer by which tokens of a prompt are evicted, empty where all stay."""
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,7 @@ class Report:
             for site in graph.sites:
                 done = site.refusal is None
                 reason = f"[red]refused:[/] {escape(str(site.refusal))}"
+                how = f"[green]rewritten[/]{site.evict and f', evicts: {site.evict}'}"
                 table.add_row(
                     graph.phase,
                     escape(site.layer),
@@ -165,7 +168,7 @@ class Report:
                     f"{site.key_dim}/{site.value_dim}",
                     str(site.dense_token_bytes),
                     str(site.stored_token_bytes) if done else "-",
-                    "[green]rewritten[/]" if done else reason,
+                    how if done else reason,
                 )
             if graph.left_alone is not None:
                 reason = f"[red]left alone:[/] {escape(graph.left_alone)}"
@@ -182,6 +185,8 @@ def _summary(graph: GraphReport) -> str:
         before = sum(site.dense_token_bytes for site in graph.rewritten)
         after = sum(site.stored_token_bytes for site in graph.rewritten)
         text += f", {before} bytes per token become {after} ({after / before:.0%})"
+        scorers = dict.fromkeys(site.evict for site in graph.rewritten if site.evict)
+        text += f"; prompts are evicted by {', '.join(scorers)}" if scorers else ""
     text += f"; refused: {graph.refusals()}" if graph.refusals() else ""
     if graph.passes_ms:
         text += f"; passes {graph.passes_ms:,.0f} ms after {graph.lower_ms:,.0f} ms of tracing"

@@ -8,12 +8,14 @@ dense tensor (never wrong, at worst slow: a warning says so once, or ``strict`` 
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
+from . import ops
+from .kernels.reference.store import ALL, Store
 from .kernels.spec import Side
 from .loading import checked
 from .sharing import Share, lock
@@ -87,6 +89,33 @@ class SparkTensor(Storage):
             0, torch.arange(len(self), device=self.device).repeat_interleave(repeats)
         )
 
+    def stored_bytes(self) -> int:
+        """Every byte of the storage: pages in use, slack, constants, the dense tail."""
+        # Not nbytes, which a traced tensor does not have.
+        return sum(t.numel() * t.element_size() for t in (self.pages, self.head))
+
+    def packed_tokens(self) -> int:
+        """Number of packed tokens, evicted ones in pages that are still stored included."""
+        return self._read_counts().packed
+
+    def dense(self) -> Tensor:
+        """The recovered dense tensor, in the shape of the state.
+
+        Raises:
+            SparkError: tokens of its prompt have been evicted.
+        """
+        rows: Tensor = ops.recover(
+            self.pages, self._current_head(), self.spec.text, self.SIDE == "key", self.tokens
+        )
+        return rows if self.form.tokens_dim == 2 else rows.transpose(1, 2).contiguous()
+
+    def appended(self, new: Tensor) -> Self:
+        """A handle with the dense tokens ``new``, of the state's layout, after these."""
+        rows = new if self.form.tokens_dim == 2 else new.transpose(1, 2)
+        handle = self.grown(rows.shape[2], queried=False)
+        Store(handle.pages, handle.head, self.spec, self.SIDE).append(rows, ALL)
+        return handle
+
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return (
             f"{type(self).__name__}(shape={tuple(self.shape)}, dtype={self.dtype}, "
@@ -126,9 +155,9 @@ def new_state(side: Side, form: StateForm, pages: Tensor, head: Tensor, length: 
     """A state of ``length`` tokens (or of that capacity) from what an operator has built."""
     shape = form.shape(side, head, length)
     state = KINDS[side](shape, form, {"pages": pages, "head": head})
-    if not form.static:
+    if not form.static and form.spec.evict is None:  # else the head has them
         packed = int(form.spec.pages_due(length, length)) * form.spec.window
-        state._counts = Counts(packed, 0, 1)
+        state._counts = Counts(packed, 0, 1, 0)
     return state
 
 

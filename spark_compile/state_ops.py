@@ -172,12 +172,13 @@ def _write(state: SparkTensor, position: Tensor, rows: Tensor) -> Any:
     if state.form.tokens_dim == 1:
         rows = rows.transpose(1, 2)
     store = Store(state.pages, state.head, state.spec, state.SIDE)
-    first = position_of(position, store.length, store.first)
+    first = position_of(position, store.tokens, store.first)
     if first + rows.shape[2] > state.tokens:
         raise IndexError(f"position {first + rows.shape[2] - 1} is beyond {state.tokens} tokens")
-    store.due(rows.shape[2], first)  # before anything is written
-    if first < store.length:
-        store.crop(first)
+    stored = store.index_of(first)
+    store.due(rows.shape[2], stored)  # before anything is written
+    if stored < store.length:
+        store.crop(stored)
     store.append(rows, ALL)
     return state
 

@@ -12,10 +12,10 @@ import torch._dynamo
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
-from . import ops
 from .kernels.layout import COUNTERS, FIRST, counters
 from .kernels.reference.store import ALL, Store
 from .kernels.spec import Side, Spec
+from .report import SparkError
 from .sharing import Share, copied_pages, is_writable, lock, slack
 
 STORED = ("pages", "head")
@@ -53,6 +53,7 @@ class Counts(NamedTuple):
     packed: int
     first: int
     step: int
+    dropped: int
 
 
 class Storage(torch.Tensor):
@@ -119,22 +120,6 @@ class Storage(torch.Tensor):
         """The stored tensors by name, with counters that are this handle's."""
         return {"pages": self.pages, "head": self._current_head()}
 
-    def stored_bytes(self) -> int:
-        """Every byte of the storage: pages in use, slack, constants, the dense tail."""
-        # Not nbytes, which a traced tensor does not have.
-        return sum(t.numel() * t.element_size() for t in (self.pages, self.head))
-
-    def packed_tokens(self) -> int:
-        """Number of packed tokens, evicted ones in pages that are still stored included."""
-        return self._read_counts().packed
-
-    def dense(self) -> Tensor:
-        """The recovered dense tensor, in the shape of the state."""
-        rows: Tensor = ops.recover(
-            self.pages, self._current_head(), self.spec.text, self.SIDE == "key", self.tokens
-        )
-        return rows if self.form.tokens_dim == 2 else rows.transpose(1, 2).contiguous()
-
     def _read_counts(self) -> Counts:
         """The counters on the host: known of a growing state, read from a static one."""
         with lock:
@@ -143,6 +128,11 @@ class Storage(torch.Tensor):
             filled = counters(self.head)[:1, :1].flatten().tolist() or [0] * COUNTERS
             self._counts = Counts(*filled[1:])
             return self._counts
+
+    @property
+    def _stored_tokens(self) -> int:
+        """The length of a growing state without the tokens of its prompt that were evicted."""
+        return self.tokens - self._read_counts().dropped
 
     def _shares(self) -> tuple[Share, Share]:
         """The shares of the pages and of the head, made when first asked for."""
@@ -170,7 +160,7 @@ class Storage(torch.Tensor):
             head = resized
         if not self.static:
             counts = self._read_counts()
-            values = (counts.first + self.tokens, *counts)
+            values = (counts.first + self._stored_tokens, *counts)
             counters(head).copy_(torch.tensor(values, dtype=torch.int64, device=head.device))
         return head
 
@@ -188,7 +178,9 @@ class Storage(torch.Tensor):
 
     # What becomes of it
 
-    def grown(self, extra: int, keep: int = ALL, *, shared: bool = False) -> Self:
+    def grown(
+        self, extra: int, keep: int = ALL, *, shared: bool = False, queried: bool = True
+    ) -> Self:
         """The handle after a step that appends ``extra`` tokens and keeps the last ``keep``.
 
         Its buffers are those that the step has to be given: this handle's where nobody is
@@ -196,15 +188,20 @@ class Storage(torch.Tensor):
 
         Args:
             shared: several attentions note their queries in this step.
+            queried: there are queries, by which tokens of a prompt are evicted.
         """
         with lock:
-            return self.trimmed()._grown(extra, keep, shared)
+            stored = extra
+            if queried and not self.tokens:
+                stored = int(self.spec.stored_tokens(extra))
+            return self.trimmed()._grown(stored, extra - stored, keep, shared)
 
-    def _grown(self, extra: int, keep: int, shared: bool) -> Self:
+    def _grown(self, extra: int, evicted: int, keep: int, shared: bool) -> Self:
+        """Likewise with ``extra`` tokens that are stored and others that are evicted at once."""
         spec, window = self.spec, self.spec.window
         pages_share, head_share = self._shares()
-        packed, first, step = self._read_counts()
-        total = first + self.tokens + extra
+        packed, first, step, dropped = self._read_counts()
+        total = first + self._stored_tokens + extra
         due = int(spec.pages_due(total, total - first, packed))
         after = packed + due * window
         pages, room = self.pages, spec.head(self.SIDE).tail_rows(self.head)
@@ -225,9 +222,10 @@ class Storage(torch.Tensor):
             # The step reads the dense tokens of now before it packs some of them.
             rows = max(int(spec.tail_rows(total - first)), total - after, total - extra - packed)
             head, new_head = self._copied_head(rows), Share(step + 1)
-        evicted = max(first, total - keep)
-        counts = Counts(after, evicted, step + 1)
-        handle = self._handle(total - evicted, counts, pages, head, new_pages, new_head)
+        first = max(first, total - keep)
+        counts = Counts(after, first, step + 1, dropped + evicted)
+        length = total - first + counts.dropped
+        handle = self._handle(length, counts, pages, head, new_pages, new_head)
         new_head.wrote()
         return handle
 
@@ -240,17 +238,18 @@ class Storage(torch.Tensor):
             return self
         pages = copied_pages(self.pages[:, :, stale:], packed - stale, packed - stale)
         moved = stale * window
-        counts = Counts(counts.packed - moved, counts.first - moved - stale_rows, counts.step)
+        first = counts.first - moved - stale_rows
+        counts = Counts(counts.packed - moved, first, counts.step, 0)
         handle = self._handle(self.tokens, counts, pages, self.head)
         if stale_rows:
             handle.head = handle._copied_head()
             tail = self.spec.head(self.SIDE).tail(handle.head)
             tail[:, :, : self.tokens] = tail[:, :, stale_rows:][:, :, : self.tokens].clone()
-        handle.head = handle._copied_head(handle._least_rows(handle.tokens))
+        handle.head = handle._copied_head(handle._least_rows(handle._stored_tokens))
         return handle
 
     def _least_rows(self, length: int) -> int:
-        """Room in a tail for what is dense of the first ``length`` tokens, and the next steps."""
+        """Room in a tail for what is dense of ``length`` stored tokens, and the next steps."""
         counts = self._read_counts()
         return max(int(self.spec.tail_rows(length)), counts.first + length - counts.packed)
 
@@ -268,13 +267,21 @@ class Storage(torch.Tensor):
         return type(self)(tuple(self.shape), form, {"pages": pages, "head": head})
 
     def resized(self, length: int) -> Self:
-        """A handle on the first ``length`` tokens, sharing the pages."""
+        """A handle on the first ``length`` tokens, sharing the pages.
+
+        Raises:
+            SparkError: they end among those of an evicted prompt.
+        """
         counts = self._read_counts()
-        head = self._copied_head(self._least_rows(length))
+        try:
+            stored = self.spec.stored_index(length, counts.dropped)
+        except ValueError as error:
+            raise SparkError(f"a cache cannot be cut at {length} tokens: {error}") from error
+        head = self._copied_head(self._least_rows(stored))
         store = Store(self.pages, head, self.spec, self.SIDE)
         if length < self.tokens:
-            store.crop(counts.first + length)
-        counts = Counts(store.packed, store.first, store.step)
+            store.crop(counts.first + stored)
+        counts = Counts(store.packed, store.first, store.step, store.dropped)
         with lock:
             share = Share(store.packed // self.spec.window, shared_with=self._shares()[0])
             return self._handle(length, counts, self.pages, head, share)
@@ -284,17 +291,10 @@ class Storage(torch.Tensor):
         counts, pages, head = self._read_counts(), self.pages, self.head
         if not self.static:
             pages = pages[:, :, : max(counts.packed // self.spec.window, 2)]
-            head = self._copied_head(self._least_rows(self.tokens))
+            head = self._copied_head(self._least_rows(self._stored_tokens))
         return self._handle(self.tokens, counts, change(pages), change(head))
 
     def replace_storage(self, pages: Tensor, head: Tensor) -> None:
         """Hold the same number of tokens in other buffers."""
         self.pages, self.head = pages, head
         self._counts = self._page_share = self._head_share = None
-
-    def appended(self, new: Tensor) -> Self:
-        """A handle with the dense tokens ``new``, of the state's layout, after these."""
-        rows = new if self.form.tokens_dim == 2 else new.transpose(1, 2)
-        handle = self.grown(rows.shape[2])
-        Store(handle.pages, handle.head, self.spec, self.SIDE).append(rows, ALL)
-        return handle

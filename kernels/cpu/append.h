@@ -137,7 +137,11 @@ void pack(const Side& side, int64_t pages) {
       const Pending<T> rows(side, b, h);
       char* record = side.record(b, h, side.packed + page * window);
       for (int64_t t = 0; t < window; ++t, record += f.record_bytes) {
-        encoder.encode(rows[side.spec->sinks + page * window + t], record);
+        const int64_t row = side.spec->sinks + page * window + t;
+        encoder.encode(rows[row], record);
+        if (!f.position) continue;
+        const int32_t position = int32_t(side.position_of(b, h, side.packed + row));
+        std::memcpy(record + f.position, &position, sizeof position);
       }
       std::memset(record, 0, f.page_bytes - window * f.record_bytes);
     }

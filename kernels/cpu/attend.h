@@ -36,9 +36,16 @@ void add_mask(const M* mask, int64_t step, int count, float* scores) {
   }
 }
 
-// Scaled, capped and masked scores of one query with a block, in place of its dot products.
+// Masks the scores of tokens at `positions`.
+template <class M>
+void add_mask(const M* mask, int64_t step, int count, const int64_t* positions, float* scores) {
+  for (int t = 0; t < count; ++t) scores[t] += masking(mask[positions[t] * step]);
+}
+
+// Scaled, capped and masked scores of one query with a block, in place of its dot products. `positions`
+// are those of the tokens where they do not follow each other, else null.
 template <int BLOCK>
-void finish_scores(const Problem& p, const Block& block, int64_t row, float (&scores)[BLOCK]) {
+void finish_scores(const Problem& p, const Block& block, const int64_t* positions, int64_t row, float (&scores)[BLOCK]) {
   const int64_t g = row / p.queries, i = row % p.queries;
   const float scale = p.keys.spec->scale, softcap = p.keys.spec->softcap;
   for (int t = 0; t < BLOCK; t += LANES) {
@@ -46,18 +53,25 @@ void finish_scores(const Problem& p, const Block& block, int64_t row, float (&sc
     if (softcap != 0) s = tanh(s / softcap) * softcap;
     store(scores + t, s);
   }
-  const int64_t first = block.first;
+  const int64_t first = positions ? 0 : p.column(block), latest = i + p.causal_offset;
   int visible = block.count;
-  if (p.causal) visible = std::clamp<int64_t>(i + p.causal_offset + 1 - first, 0, visible);
+  if (p.causal && !positions) visible = std::clamp<int64_t>(latest + 1 - first, 0, visible);
   if (p.mask_kind != MaskKind::none) {
     const int64_t *steps = p.mask_strides, step = steps[3];
     const int64_t at = block.batch * steps[0] + (block.head * p.group() + g) * steps[1] + i * steps[2] + first * step;
+    const auto add = [&](const auto* mask) {
+      if (positions) add_mask(mask + at, step, visible, positions, scores);
+      else add_mask(mask + at, step, visible, scores);
+    };
     switch (p.mask_kind) {
-      case MaskKind::boolean: add_mask(reinterpret_cast<const bool*>(p.mask) + at, step, visible, scores); break;
-      case MaskKind::float32: add_mask(reinterpret_cast<const float*>(p.mask) + at, step, visible, scores); break;
-      case MaskKind::bfloat16: add_mask(reinterpret_cast<const bf16*>(p.mask) + at, step, visible, scores); break;
-      default: add_mask(reinterpret_cast<const half*>(p.mask) + at, step, visible, scores);
+      case MaskKind::boolean: add(reinterpret_cast<const bool*>(p.mask)); break;
+      case MaskKind::float32: add(reinterpret_cast<const float*>(p.mask)); break;
+      case MaskKind::bfloat16: add(reinterpret_cast<const bf16*>(p.mask)); break;
+      default: add(reinterpret_cast<const half*>(p.mask));
     }
+  }
+  for (int t = 0; positions && p.causal && t < visible; ++t) {
+    if (positions[t] > latest) scores[t] = -INF;
   }
   for (int t = visible; t < BLOCK; ++t) scores[t] = -INF;
 }
@@ -115,11 +129,14 @@ template <class Engine>
 void attend_block(const Problem& p, Engine& engine, const Block& block, Weights<Engine::BLOCK>& weights, Partial partial) {
   const int64_t rows = p.query_rows(), width = Engine::padded(p.value_dim);
   engine.expand_keys(block);
+  int64_t read[Engine::BLOCK];
+  const int64_t* positions = block.packed && p.is_scattered() ? read : nullptr;
+  if (positions) p.read_positions(block, read);
   for (int64_t first = 0; first < rows; first += Engine::QUERIES) {
     const int count = std::min<int64_t>(Engine::QUERIES, rows - first);
     engine.scores(block, first, count, weights.rows + first);
     for (int64_t row = first; row < first + count; ++row) {
-      finish_scores(p, block, row, weights.rows[row]);
+      finish_scores(p, block, positions, row, weights.rows[row]);
       weights.rescale[row] = partial.softmax[row].update(weights.rows[row]);
     }
   }

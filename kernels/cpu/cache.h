@@ -22,8 +22,9 @@ struct Side {
   int64_t tail_rows;        // that there is room for
   Rows fresh;               // the new tokens
   int64_t fresh_tokens;
+  const int64_t* fresh_positions;  // [B, H, fresh_tokens] of an evicted prompt, null for tokens that come next
   // The counters.
-  int64_t length, packed, first, step;
+  int64_t length, packed, first, step, dropped;
 
   int64_t* counters(int64_t b, int64_t h) const { return head.at<int64_t>(b, h, 0); }
   float* constant(int64_t b, int64_t h) const { return head_at<float>(b, h, format->constant); }
@@ -48,17 +49,23 @@ struct Side {
   // Packed tokens that are no longer part of the cache.
   int64_t stale() const { return std::min(first, packed); }
   int64_t visible() const { return length - first; }
+  // Tokens since the first page as the model counts them.
+  int64_t tokens() const { return length + dropped; }
+  // Which one of the tokens of the model a stored or new token is, that is not packed yet.
+  int64_t position_of(int64_t b, int64_t h, int64_t token) const {
+    return fresh_positions ? fresh_positions[(b * heads + h) * fresh_tokens + token] : token + dropped;
+  }
 
   void read_counters() {
-    length = packed = first = step = 0;
+    length = packed = first = step = dropped = 0;
     if (batch * heads == 0) return;
     const int64_t* of_first = counters(0, 0);
-    length = of_first[0], packed = of_first[1], first = of_first[2], step = of_first[3];
+    length = of_first[0], packed = of_first[1], first = of_first[2], step = of_first[3], dropped = of_first[4];
   }
   void write_counters() const {
     for (int64_t at = 0; at < batch * heads; ++at) {
       int64_t* of_head = counters(at / heads, at % heads);
-      of_head[0] = length, of_head[1] = packed, of_head[2] = first, of_head[3] = step;
+      of_head[0] = length, of_head[1] = packed, of_head[2] = first, of_head[3] = step, of_head[4] = dropped;
     }
   }
   // Raises std::invalid_argument unless the counters can be those of a cache in these tensors; nothing
@@ -70,28 +77,32 @@ struct Side {
       throw std::invalid_argument(std::string("the ") + side + "s of the cache are damaged: " + name + " is " +
           std::to_string(value) + ", allowed is " + allowed + std::to_string(most));
     };
-    const int64_t window = spec->window;
+    const int64_t window = spec->window, chosen = dropped ? spec->chosen_end() : 0;
     check("LENGTH", length, 0, MOST_TOKENS);
     check("PACKED", packed, 0, length);
-    check("FIRST", first, 0, spec->sinks ? 0 : length);  // sinks are never evicted
+    check("FIRST", first, 0, spec->sinks || spec->evict_tokens ? 0 : length);
     check("STEP", step, 0, KEEP_ALL);
+    check("DROPPED", dropped, 0, spec->evict_tokens ? MOST_TOKENS : 0);
+    check("LENGTH of an evicted prompt", length, chosen, MOST_TOKENS);
+    check("PACKED of an evicted prompt", packed, std::max<int64_t>(chosen - spec->sinks, 0), length);
     check("PACKED modulo window", packed % window, 0, 0);
     check("LENGTH - PACKED", length - packed, sinks(), tail_rows);
     check("the number of live pages", packed / window - stale() / window, 0, slots);
   }
 
-  // Number of pages to pack when the new tokens are appended; there must be room for that.
-  int64_t due(int64_t keep) const {
-    const int64_t total = length + fresh_tokens, pages = spec->pages_due(total, total - first, packed);
+  // Number of pages to pack when new tokens are appended; there must be room for that.
+  int64_t due(int64_t new_tokens, int64_t keep) const {
+    const int64_t total = length + new_tokens, pages = spec->pages_due(total, total - first, packed);
     const int64_t rows = total - packed - pages * spec->window;
     if (rows > tail_rows) {
       throw std::invalid_argument(std::to_string(rows) + " dense tokens do not fit into a tail of " +
           std::to_string(tail_rows));
     }
     const int64_t evicted = std::max(first, total - keep);
-    if (evicted && spec->sinks) {
-      throw std::invalid_argument("keep is " + std::to_string(keep) + ": a cache that keeps its first " +
-          std::to_string(spec->sinks) + " tokens evicts none");
+    if (evicted && (spec->sinks || spec->evict_tokens)) {
+      const std::string kept = spec->sinks ? std::to_string(spec->sinks) + " tokens" : "tokens by a scorer";
+      throw std::invalid_argument("keep is " + std::to_string(keep) + ": a cache that keeps its first " + kept +
+          " evicts none");
     }
     const int64_t live = packed / spec->window + pages - evicted / spec->window;
     if (pages && live > slots) {
@@ -100,7 +111,18 @@ struct Side {
     return pages;
   }
 
-  // Forgets the tokens from `count` on, as the counters have it; false if a page is cut, whose tokens
+  // Number of stored tokens in front of a position of the model; raises std::invalid_argument where
+  // there are evicted tokens on both sides of it (Spec.stored_index in kernels/spec.py).
+  int64_t index_of(int64_t position) const {
+    if (!dropped || position == 0) return position;
+    const int64_t index = position - dropped, end = spec->chosen_end();
+    if (index >= end) return index;
+    throw std::invalid_argument("position " + std::to_string(position) + " is among the first " +
+        std::to_string(dropped + end) + " tokens, of which " + std::to_string(dropped) +
+        " are evicted: evicted tokens cannot be recovered");
+  }
+
+  // Forgets the stored tokens from `count` on, as the counters have it; false if a page is cut, whose tokens
   // would have to become dense ones.
   bool crop(int64_t count) {
     const int64_t sinks_ = spec->sinks, window = spec->window;
@@ -110,6 +132,7 @@ struct Side {
       packed = whole;
     }
     length = count, first = std::min(first, count);
+    if (!count) dropped = 0;
     return true;
   }
 

@@ -27,6 +27,19 @@ bool with_dtype(ScalarType type, Function f) {
   }
 }
 
+// Calls an operator of Python; `stack` holds its arguments, then its results. Where torch passes on
+// what a ValueError said (from 2.13), it stays one.
+template <size_t N>
+void call(const char* name, std::array<StableIValue, N>& stack) {
+  try {
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
+  } catch (const std::exception& error) {
+    const std::string_view kind = "ValueError: ", what = error.what();
+    if (!what.starts_with(kind)) throw;
+    throw std::invalid_argument(std::string(what.substr(kind.size(), what.find("\n\nAt:") - kind.size())));
+  }
+}
+
 inline std::string listed(std::span<const int64_t> numbers) {
   std::string text = "[";
   for (size_t i = 0; i < numbers.size(); ++i) text += (i ? ", " : "") + std::to_string(numbers[i]);
@@ -129,6 +142,26 @@ inline bool set_fresh(Side& side, const Tensor& fresh) {
   return are_rows(fresh, side.format->dtype);
 }
 
+// Gives a side the positions of its new tokens, which are those of a prompt that stay; false if they
+// cannot be (evicted_before in kernels/reference/evict.py).
+inline bool set_positions(Side& side, const Tensor& positions) {
+  const int64_t heads = side.batch * side.heads, count = side.fresh_tokens, end = side.spec->chosen_end();
+  if (!positions.is_cpu() || !positions.is_contiguous() || positions.scalar_type() != ScalarType::Long ||
+      positions.numel() != heads * count || count == 0 || !side.spec->evict_tokens) {
+    return false;
+  }
+  const int64_t *all = positions.const_data_ptr<int64_t>(), total = all[count - 1] + 1;
+  if (total > MOST_TOKENS || side.spec->stored_tokens(total) != count) return false;
+  for (int64_t at = 0; at < heads * count; ++at) {
+    const int64_t i = at % count;
+    if (i ? all[at] <= all[at - 1] : all[at] < 0) return false;
+    if (i < side.spec->sinks && all[at] != i) return false;
+    if (i >= std::min(end, count - 1) && all[at] != total - count + i) return false;
+  }
+  side.fresh_positions = all, side.dropped = total - count;
+  return true;
+}
+
 // Whether a side can note queries in its statistics.
 inline bool fit_queries(const Tensor& query, const Side& side) {
   return are_rows(query, side.format->dtype) && query.size(0) == side.batch && query.size(1) > 0 &&
@@ -142,7 +175,7 @@ inline Queries queries_of(const Tensor& query, const Side& side) {
 // Raises std::invalid_argument unless a mask broadcasts to [B, Hq, L', tokens or more].
 inline void check_mask(const Problem& p, const std::optional<Tensor>& mask) {
   if (!mask) return;
-  const int64_t sizes[4] = {p.batch, p.query_heads, p.queries, p.length};
+  const int64_t sizes[4] = {p.batch, p.query_heads, p.queries, p.columns};
   const auto is = mask->sizes();
   bool fits = is.size() <= 4;
   for (size_t back = 0; fits && back < is.size(); ++back) {

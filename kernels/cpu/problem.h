@@ -34,12 +34,13 @@ struct Problem {
     batch = keys.batch, kv_heads = keys.heads;
     key_dim = keys.format->dim, value_dim = values.format->dim;
     sinks = keys.sinks(), packed = keys.packed - keys.stale();
-    length = keys.visible() + keys.fresh_tokens;
+    length = keys.visible() + keys.fresh_tokens, columns = length + keys.dropped;
   }
 
   const Side &keys, &values;
   int64_t batch, kv_heads, key_dim, value_dim;
   int64_t length, packed, sinks;  // tokens: in all, packed, dense ones in front of the packed
+  int64_t columns;                // tokens with those of the prompt that were evicted, which a mask has too
   int64_t query_heads = 0, queries = 0;
   Rows query, output;
   bool causal = false;
@@ -51,6 +52,22 @@ struct Problem {
 
   int64_t group() const { return query_heads / kv_heads; }
   int64_t query_rows() const { return group() * queries; }
+
+  // Whether packed tokens have to be masked each at its position: else what is in front of the latest
+  // tokens of an evicted prompt is visible to all queries.
+  bool is_scattered() const {
+    if (!keys.dropped) return false;
+    return mask_kind != MaskKind::none || (causal && causal_offset + 1 < keys.dropped + keys.spec->chosen_end());
+  }
+  // The position of a block's first token, if the others come right after it.
+  int64_t column(const Block& block) const { return block.first < sinks ? block.first : block.first + keys.dropped; }
+  // The positions of a block of packed tokens.
+  void read_positions(const Block& block, int64_t* positions) const {
+    for (int t = 0; t < block.count; ++t) {
+      const uint32_t stored = load<uint32_t>(block.keys.at(t) + keys.format->position);
+      positions[t] = std::min<int64_t>(stored, columns - 1);  // a damaged one leaves no mask
+    }
+  }
 
   // `count` packed tokens from position `first` on, or fewer where the next ones lie elsewhere.
   Block packed_block(int64_t b, int64_t h, int64_t first, int64_t count) const {

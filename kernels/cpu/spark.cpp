@@ -34,41 +34,30 @@ class Text {
   std::string_view view_;
 };
 
-// Calls `spark_reference::<name>`; `stack` holds its arguments, then its results. Where torch passes
-// on what a ValueError said (from 2.13), it stays one.
-template <size_t N>
-void reference(const char* name, std::array<StableIValue, N>& stack) {
-  try {
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
-  } catch (const std::exception& error) {
-    const std::string_view kind = "ValueError: ", what = error.what();
-    if (!what.starts_with(kind)) throw;
-    throw std::invalid_argument(std::string(what.substr(kind.size(), what.find("\n\nAt:") - kind.size())));
-  }
-}
-
 void boxed_build(StableIValue* stack, uint64_t, uint64_t) {
   const Tensor key = to<Tensor>(stack[0]), value = to<Tensor>(stack[1]);
   const std::vector<Tensor> queries = to<std::vector<Tensor>>(stack[2]);
   const Text text(stack[3]);
   const auto capacity = to<std::optional<int64_t>>(stack[4]);
+  const auto positions = to<std::optional<Tensor>>(stack[5]);
   std::array<Tensor, 4> built;
-  if (build(key, value, queries, spec_of(text.view()), capacity, built)) {
+  if (build(key, value, queries, spec_of(text.view()), capacity, positions, built)) {
     for (int i = 0; i < 4; ++i) stack[i] = from(built[i]);
     return;
   }
-  std::array<StableIValue, 5> again{from(key), from(value), from(queries), from(std::string(text.view())), from(capacity)};
-  reference("spark_reference::build", again);
+  std::array<StableIValue, 6> again{from(key), from(value), from(queries), from(std::string(text.view())), from(capacity),
+      from(positions)};
+  call("spark_reference::build", again);
   std::copy_n(again.begin(), 4, stack);
 }
 
 void boxed_step(StableIValue* stack, uint64_t, uint64_t) {
+  const Text text(stack[12]);
   const StepOperands o{
       to<Tensor>(stack[0]), to<Tensor>(stack[1]), to<Tensor>(stack[2]), to<Tensor>(stack[3]), to<Tensor>(stack[4]),
       to<Tensor>(stack[5]), to<Tensor>(stack[6]), to<std::optional<Tensor>>(stack[7]),
       to<std::optional<Tensor>>(stack[8]), to<std::optional<int64_t>>(stack[9]),
-      to<std::optional<int64_t>>(stack[10]), to<std::optional<Tensor>>(stack[11])};
-  const Text text(stack[12]);
+      to<std::optional<int64_t>>(stack[10]), to<std::optional<Tensor>>(stack[11]), text.view()};
   if (const auto output = step(o, spec_of(text.view()))) {
     stack[0] = from(*output);
     return;
@@ -77,7 +66,7 @@ void boxed_step(StableIValue* stack, uint64_t, uint64_t) {
       from(o.query), from(o.new_key), from(o.new_value), from(o.key_pages), from(o.key_head), from(o.value_pages),
       from(o.value_head), from(o.mask), from(o.sinks), from(o.causal_offset), from(o.keep), from(o.position),
       from(std::string(text.view()))};
-  reference("spark_reference::step", again);
+  call("spark_reference::step", again);
   stack[0] = again[0];
 }
 

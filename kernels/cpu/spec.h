@@ -22,8 +22,8 @@ namespace spark {
 using torch::headeronly::ScalarType;
 
 constexpr int MAX_HEAD = 1024;  // channels
-constexpr int64_t COUNTER_BYTES = 32;
-constexpr std::string_view LAYOUT_VERSION = "1";  // VERSION in kernels/layout.py
+constexpr int64_t COUNTER_BYTES = 40;
+constexpr std::string_view LAYOUT_VERSION = "2";  // VERSION in kernels/layout.py
 
 constexpr int MAX_PARTS = 8;  // of a quantized format
 
@@ -49,6 +49,7 @@ struct Format {
   int64_t itemsize = 0;
   // In a record: `scale` is the amplitude (spark), its codes (quantized) or the fill (pruned).
   int64_t scale = 0, step = 0, channels = 0, keep = 0, negative = 0;
+  int64_t position = 0;  // of keys where a scorer may evict; after the bytes of the format
   int64_t record_used = 0, record_bytes = 0, page_bytes = 0;
   // In a head: `constant` are the norms (spark) or the bias (pruned).
   int64_t constant = 0, stats = 0, tail = 0;
@@ -65,7 +66,11 @@ struct Spec {
   int64_t window = 0, recent = 0, sinks = 0, min_tokens = 0;
   float scale = 1.0f, softcap = 0.0f;
   int64_t rolls = 0;  // latest tokens that stay visible to new ones; 0: all
+  int64_t evict_tokens = 0;  // of a prompt that a scorer leaves; 0: all
 
+  int64_t stored_tokens(int64_t tokens) const { return evict_tokens ? std::min(tokens, evict_tokens) : tokens; }
+  // The stored tokens of an evicted prompt in front of its latest ones, none of which is evicted.
+  int64_t chosen_end() const { return sinks + pages_due(evict_tokens, 0, 0) * window; }
   // Number of pages that are full; `stored` since the first page, `visible` part of the cache.
   int64_t pages_due(int64_t stored, int64_t visible, int64_t packed) const {
     if (min_tokens && visible < min_tokens) return 0;
@@ -159,7 +164,7 @@ inline bool set_option(Format& format, View name, View value) {
   return false;
 }
 
-inline void lay_out(Format& f, int64_t page_tokens) {
+inline void lay_out(Format& f, int64_t page_tokens, bool has_position) {
   const auto field = [end = int64_t(0)](int64_t itemsize, int64_t width) mutable {
     const int64_t first = round_up(end, itemsize);
     end = first + itemsize * width;
@@ -179,7 +184,8 @@ inline void lay_out(Format& f, int64_t page_tokens) {
   if (f.has_planes()) f.keep = record(1, f.plane());
   if (f.kind == Kind::spark) f.negative = record(1, f.plane());
   f.record_used = record(1, 0);
-  f.record_bytes = is_quantized ? f.record_used : round_up(f.record_used, f.itemsize);
+  if (has_position) f.position = record(4, 1);
+  f.record_bytes = round_up(record(1, 0), has_position ? 4 : is_quantized ? 1 : f.itemsize);
   f.page_bytes = round_up(f.record_bytes * page_tokens, 8);
   auto head = field;
   head(1, COUNTER_BYTES);
@@ -228,6 +234,14 @@ inline bool read_count(View text, int64_t& count) {
   return count >= 0 && count < int64_t(1) << 32;  // sums of a few of them never overflow
 }
 
+// Of a scorer, "name(tokens=128,...)", only the number of tokens that it leaves.
+inline bool read_scorer(View text, int64_t& tokens) {
+  next(text, '(');
+  View value = next(text, ',');
+  const bool is_number = next(value, '=') == "tokens" && read_count(next(value, ')'), tokens);
+  return is_number && tokens >= 1;
+}
+
 inline bool read_float(View text, float& number_) {
   const auto value = number<double>(text);
   number_ = float(value.value_or(0));
@@ -252,11 +266,12 @@ inline std::unique_ptr<const Spec> read_spec(View rest) {
     else if (name == "softcap") done = read_float(value, spec->softcap);
     else if (name == "layout") done = value == LAYOUT_VERSION, seen |= 64;
     else if (name == "rolls") done = read_count(value, spec->rolls);
+    else if (name == "evict") done = read_scorer(value, spec->evict_tokens);
     if (!done) return nullptr;
   }
   if (seen != 127 || spec->window < 1 || spec->key.dtype != spec->value.dtype) return nullptr;
-  lay_out(spec->key, spec->window);
-  lay_out(spec->value, spec->window);
+  lay_out(spec->key, spec->window, spec->evict_tokens > 0);
+  lay_out(spec->value, spec->window, false);
   return spec;
 }
 

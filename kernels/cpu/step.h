@@ -11,7 +11,7 @@ namespace spark {
 
 // Fills `built` with pages and head of the keys, then of the values; false if it cannot.
 inline bool build(const Tensor& key, const Tensor& value, const std::vector<Tensor>& queries, const Spec* spec,
-                  std::optional<int64_t> capacity, std::array<Tensor, 4>& built) {
+                  std::optional<int64_t> capacity, const std::optional<Tensor>& positions, std::array<Tensor, 4>& built) {
   if (!spec || !are_rows(key, spec->key.dtype) || !are_rows(value, spec->value.dtype)) return false;
   const int64_t batch = key.size(0), heads = key.size(1), tokens = key.size(2);
   if (value.size(0) != batch || value.size(1) != heads || value.size(2) != tokens || key.size(3) != spec->key.dim ||
@@ -35,13 +35,14 @@ inline bool build(const Tensor& key, const Tensor& value, const std::vector<Tens
     std::memset(built[2 * i + 1].data_ptr(), 0, size_t(batch * heads * head_bytes));
     auto side = side_of("pages", built[2 * i], "head", built[2 * i + 1], {batch, heads}, *spec, f);
     if (!side || !set_fresh(*side, i ? value : key)) return false;
+    if (positions && !set_positions(*side, *positions)) return false;
     for (const Tensor& query : queries) {
       if (f.uses_queries() && !fit_queries(query, *side)) return false;
     }
     sides[i] = *side;
   }
   for (Side& side : sides) {
-    const int64_t due = side.due(KEEP_ALL);
+    const int64_t due = side.due(side.fresh_tokens, KEEP_ALL);
     std::vector<Queries> all;
     for (const Tensor& query : queries) {
       if (side.format->uses_queries()) all.push_back(queries_of(query, side));
@@ -60,6 +61,7 @@ struct StepOperands {
   std::optional<Tensor> mask, sinks;
   std::optional<int64_t> causal_offset, keep;
   std::optional<Tensor> position;
+  std::string_view spec;
 };
 
 // Raises std::invalid_argument unless the new tokens and queries go with the cache, and the counters are
@@ -71,7 +73,8 @@ inline void check_operands(const StepOperands& o, const Side& keys, const Side& 
   check("query", o.query, o.query.scalar_type(), {keys.batch, groups * keys.heads, size_of(o.query, 2), keys.format->dim});
   keys.check_counters("key");
   values.check_counters("value");
-  if (values.length != keys.length || values.packed != keys.packed || values.first != keys.first) {
+  if (values.length != keys.length || values.packed != keys.packed || values.first != keys.first ||
+      values.dropped != keys.dropped) {
     throw std::invalid_argument("keys and values are of other lengths, or packed or evicted otherwise");
   }
 }
@@ -100,8 +103,42 @@ inline bool rewind(Side& keys, Side& values, const std::optional<Tensor>& positi
   if (!position) return true;
   if (!position->is_cpu() || position->scalar_type() != ScalarType::Long || !position->is_contiguous()) return false;
   if (position->numel() == 0) return true;
-  const int64_t first = first_position(position->const_data_ptr<int64_t>(), position->numel(), keys.length, keys.first);
-  return first == keys.length || (keys.crop(first) && values.crop(first));
+  const int64_t first = first_position(position->const_data_ptr<int64_t>(), position->numel(), keys.tokens(), keys.first);
+  if (first == keys.tokens()) return true;
+  return keys.crop(keys.index_of(first)) && values.crop(values.index_of(first));
+}
+
+// The new tokens of a prompt that stay. The sides read them as long as this lives.
+struct Staying {
+  Tensor positions, keys, values;
+};
+
+inline Tensor taken(const Side& side, const Tensor& positions, int64_t count) {
+  const int64_t bytes = side.format->row_bytes();
+  Tensor rows = new_tensor({side.batch, side.heads, count, side.format->dim}, side.format->dtype);
+  char* row = static_cast<char*>(rows.data_ptr());
+  const int64_t* position = positions.const_data_ptr<int64_t>();
+  for (int64_t at = 0; at < side.batch * side.heads; ++at) {
+    for (int64_t i = 0; i < count; ++i, ++position, row += bytes) {
+      std::memcpy(row, side.fresh.at(at / side.heads, at % side.heads, *position), bytes);
+    }
+  }
+  return rows;
+}
+
+// Leaves `count` of the new tokens, as the scorer in Python says.
+inline Staying evict(const StepOperands& o, Side& keys, Side& values, int64_t count) {
+  std::array<StableIValue, 5> stack{torch::stable::detail::from(o.new_key), torch::stable::detail::from(std::vector<Tensor>{o.query}),
+      torch::stable::detail::from(o.mask), torch::stable::detail::from(o.causal_offset),
+      torch::stable::detail::from(std::string(o.spec))};
+  call("spark::evict", stack);
+  const Tensor positions = torch::stable::detail::to<Tensor>(stack[0]);
+  const Staying staying{positions, taken(keys, positions, count), taken(values, positions, count)};
+  set_fresh(keys, staying.keys), set_fresh(values, staying.values);
+  if (!set_positions(keys, positions) || !set_positions(values, positions)) {
+    throw std::runtime_error("spark::evict returned positions that are not those of a prompt");
+  }
+  return staying;
 }
 
 template <class T>
@@ -136,7 +173,8 @@ inline std::optional<Tensor> step(const StepOperands& o, const Spec* spec) {
   if (!fit_queries(o.query, *keys) || !fit_queries(o.query, *values)) return std::nullopt;
   if (o.keep && *o.keep < 0) return std::nullopt;
   if (!rewind(*keys, *values, o.position)) return std::nullopt;
-  const int64_t key_pages = o.keep ? keys->due(*o.keep) : 0, value_pages = o.keep ? values->due(*o.keep) : 0;
+  const int64_t fresh = keys->fresh_tokens, stays = keys->length || !o.keep ? fresh : spec->stored_tokens(fresh);
+  const int64_t key_pages = o.keep ? keys->due(stays, *o.keep) : 0, value_pages = o.keep ? values->due(stays, *o.keep) : 0;
   if (spec->rolls) {
     for (Side* side : {&*keys, &*values}) side->first = std::max(side->first, side->length - spec->rolls);
   }
@@ -145,7 +183,7 @@ inline std::optional<Tensor> step(const StepOperands& o, const Spec* spec) {
   p.query = rows_of(o.query, spec->key.itemsize);
   p.causal = o.causal_offset.has_value();
   // Beyond the first query or the last token it says the same, and int64 has an end.
-  p.causal_offset = std::clamp(o.causal_offset.value_or(0), -p.queries, p.length);
+  p.causal_offset = std::clamp(o.causal_offset.value_or(0), -p.queries, p.columns);
   Scratch<float> logits(nullptr, GiveBack{0});
   check_mask(p, o.mask);
   if (!set_mask(p, o.mask) || !read_sinks(o.sinks, p.query_heads, logits)) return std::nullopt;
@@ -155,6 +193,8 @@ inline std::optional<Tensor> step(const StepOperands& o, const Spec* spec) {
   with_dtype(spec->key.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     if (p.query_rows() > 0) run<T>(p);
+    std::optional<Staying> staying;
+    if (stays < fresh) staying = evict(o, *keys, *values, stays);
     const Queries queries[] = {queries_of(o.query, *keys)};
     if (!o.keep) {
       observe<T>(*keys, queries);

@@ -9,6 +9,9 @@ from .pruned import Pruned
 from .quantized import Quantized
 from .selection import kept_channels
 from .spark import Spark
+from .spark_g import SparkG
+from .spark_tight import SparkTight
+from .think import Think
 
 __all__ = [
     "Dense",
@@ -18,6 +21,9 @@ __all__ = [
     "Pruned",
     "Quantized",
     "Spark",
+    "SparkG",
+    "SparkTight",
+    "Think",
     "kept_channels",
     "parse",
 ]

@@ -12,11 +12,12 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
+KindT = TypeVar("KindT")
 Stored = Mapping[str, Tensor]
 """Tensors by the name of their field."""
 
@@ -126,25 +127,42 @@ def parse(text: str, head_dim: int, dtype: torch.dtype) -> Format:
     Raises:
         ValueError: the name or an option is unknown, or an option's value is not allowed.
     """
+    kind, options = read_text(text, "format", Format.KNOWN, given=2)
+    try:
+        return kind(head_dim, dtype, **options)
+    except TypeError as error:
+        raise ValueError(f"format {text!r}: {error}") from error
+
+
+def read_text(
+    text: str, what: str, known: Mapping[str, type[KindT]], given: int = 0
+) -> tuple[type[KindT], dict[str, Any]]:
+    """The dataclass and the options that a text ``name(option=value,...)`` names.
+
+    Args:
+        what: the word for it in errors.
+        known: the dataclasses that there are by name.
+        given: number of their first fields that are no options.
+
+    Raises:
+        ValueError: the name or an option is unknown, or there twice.
+    """
     name, bracket, rest = text.strip().partition("(")
-    kind = Format.KNOWN.get(name.strip())
+    kind = known.get(name.strip())
     if kind is None or (bracket and not rest.endswith(")")):
-        known = ", ".join(sorted(Format.KNOWN))
-        raise ValueError(f"format {text!r} is not known: allowed is one of {known}")
-    fields = {field.name: field for field in dataclasses.fields(kind)[2:]}
+        names = ", ".join(sorted(known))
+        raise ValueError(f"{what} {text!r} is not known: allowed is one of {names}")
+    fields = {field.name: field for field in dataclasses.fields(kind)[given:]}  # type: ignore[arg-type]
     options: dict[str, Any] = {}
     for option in filter(None, rest.removesuffix(")").split(",")):
         key, _, value = (part.strip() for part in option.partition("="))
         if key not in fields:
             allowed = ", ".join(fields) or "none"
-            raise ValueError(f"format {text!r} has no option {key!r}: allowed is {allowed}")
+            raise ValueError(f"{what} {text!r} has no option {key!r}: allowed is {allowed}")
         if key in options:
-            raise ValueError(f"format {text!r} has option {key!r} twice")
+            raise ValueError(f"{what} {text!r} has option {key!r} twice")
         options[key] = _option(value)
-    try:
-        return kind(head_dim, dtype, **options)
-    except TypeError as error:
-        raise ValueError(f"format {text!r}: {error}") from error
+    return kind, options
 
 
 def _option(text: str) -> bool | int | float | str:

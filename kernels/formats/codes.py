@@ -1,4 +1,4 @@
-"""Small numbers in few bits: codes of 1 to 6 bits in planes, and the grids that they point into.
+"""Small numbers in few bits: codes in planes, and the grids that they point into.
 
 A code of 3, 5 or 6 bits is split into a low part of 2 or 4 bits and the rest, each in a plane of
 its own, so that no part crosses a byte. In a plane of w bits with m bytes, channel i lies in byte
@@ -12,7 +12,7 @@ import functools
 import torch
 from torch import Tensor
 
-PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2)}
+PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
 """The widths of the planes of a code, lowest bits first."""
 
 _NORMAL = {
@@ -41,7 +41,7 @@ def normal_grid(bits: int) -> tuple[int, ...]:
 
 @functools.cache
 def even_grid(bits: int) -> tuple[int, ...]:
-    """The 2^bits ascending levels, int8, with equal distances."""
+    """The 2^bits ascending levels with equal distances."""
     return tuple(range(1 - 2**bits, 2**bits, 2))
 
 

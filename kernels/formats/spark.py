@@ -88,12 +88,10 @@ class Spark(Format):
 
     def _amplitude(self, saliency: Tensor, keep: Tensor) -> Tensor:
         """Mean, and for "gaussian" also the deviation, of pruned saliencies: [..., 1 or 2]."""
-        pruned = (~keep).sum(-1, keepdim=True).clamp(min=1)
-        mean = saliency.masked_fill(keep, 0).sum(-1, keepdim=True) / pruned
+        mean = mean_of_pruned(saliency, keep)
         if self.recovery != "gaussian":
             return mean
-        spread = (saliency - mean).masked_fill(keep, 0).square().sum(-1, keepdim=True) / pruned
-        return torch.cat((mean, spread.sqrt()), dim=-1)
+        return torch.cat((mean, mean_of_pruned((saliency - mean).square(), keep).sqrt()), dim=-1)
 
     def decode(self, stored: Stored, constants: Stored, first: int = 0) -> Tensor:
         channels, dim = stored["channels"], self.head_dim
@@ -122,6 +120,12 @@ class Spark(Format):
         mean, spread = mean_p.pow(1 / power), amplitude[..., 1:].pow(1 / power)
         drawn: Tensor = (mean + spread * normal).clamp(min=0).pow(power)
         return drawn
+
+
+def mean_of_pruned(saliency: Tensor, keep: Tensor) -> Tensor:
+    """Mean [..., 1] over the channels [..., D] that are not kept; 0 if all are."""
+    pruned = (~keep).sum(-1, keepdim=True).clamp(min=1)
+    return saliency.masked_fill(keep, 0).sum(-1, keepdim=True) / pruned
 
 
 def exponent(saliency: str) -> float:

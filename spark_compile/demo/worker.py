@@ -44,7 +44,7 @@ class Job:
     """Folder of the converted model."""
     text_wheel: str
     options: dict[str, Any] | None
-    """Of SparkConfig, ``key_ratio`` among them; None: the dense cache."""
+    """Of SparkConfig, ``key_ratio`` or ``budget`` among them; None: the dense cache."""
     inner: str
     """Compiler, also of the dense cache."""
     context_tokens: int
@@ -54,7 +54,10 @@ class Job:
     @property
     def name(self) -> str:
         """The configuration in words."""
-        return "dense" if self.options is None else f"spark {self.options['key_ratio']:g}"
+        if self.options is None:
+            return "dense"
+        budget = self.options.get("budget")
+        return f"spark {self.options['key_ratio']:g}" if budget is None else f"budget {budget}"
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from draws import masks, output_or_error, rows, thorough
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stores import Cache, assert_close, assert_same, format_of
@@ -49,8 +50,6 @@ OPERANDS = (
     "query", "new_key", "new_value", "key_pages", "key_head", "value_pages", "value_head",
 )  # fmt: skip
 EMULATED_TILES = "-DSPARK_EMULATED_TILES"
-
-thorough = settings(max_examples=120, deadline=None, derandomize=True, database=None)
 
 
 @st.composite
@@ -86,19 +85,6 @@ def prompts(draw: st.DrawFn) -> tuple[Spec, Tensor, Tensor, list[Tensor]]:
     sharers = draw(st.sampled_from([1, 1, 2]))
     queries = [rows(draw, kv_heads * group, count, spec.key) for _ in range(sharers)]
     return spec, key, rows(draw, kv_heads, tokens, spec.value), queries
-
-
-def rows(draw: st.DrawFn, heads: int, count: int, like: Any) -> Tensor:
-    """Tokens [2, H, L, D] that lie in memory as models have them."""
-    shape = (2, heads, count, like.head_dim)
-    lies = draw(st.sampled_from(["contiguous", "transposed", "sliced", "expanded"]))
-    if lies == "transposed":
-        return torch.randn(2, count, heads, like.head_dim).to(like.dtype).transpose(1, 2)
-    if lies == "sliced":
-        return torch.randn(2, heads, count + 2, like.head_dim + 3).to(like.dtype)[:, :, 1:-1, 2:-1]
-    if lies == "expanded":
-        return torch.randn(1, *shape[1:]).to(like.dtype).expand(shape)
-    return torch.randn(shape).to(like.dtype)
 
 
 def built(prompt: tuple[Spec, Tensor, Tensor, list[Tensor]], capacity: int | None) -> Cache:
@@ -149,20 +135,6 @@ def one_step(draw: st.DrawFn, cache: Cache, query_heads: int) -> tuple[Any, ...]
     return (query, new_key, new_value), (mask, sinks, offset, keep, position, spec.text)
 
 
-def masks(draw: st.DrawFn, query: Tensor, visible: int) -> Tensor | None:
-    """A mask of some shape and kind, perhaps for more tokens than there are."""
-    heads, queries = query.shape[1:3]
-    tokens = visible + draw(st.sampled_from([0, 0, 7]))
-    shapes = [(2, heads, queries, tokens), (2, 1, queries, tokens), (queries, tokens)]
-    shape = draw(st.sampled_from([*shapes, (1, 1, 1, tokens), (2, 1, 1, 1)]))
-    kind = draw(st.sampled_from([None, "bool", torch.float32, query.dtype]))
-    if kind is None:
-        return None
-    if kind == "bool":
-        return torch.rand(shape) < 0.7
-    return torch.randn(shape).masked_fill(torch.rand(shape) < 0.2, -torch.inf).to(kind)
-
-
 @thorough
 @given(st.data())
 def test_steps(data: st.DataObject) -> None:
@@ -189,16 +161,6 @@ def test_steps(data: st.DataObject) -> None:
 def slice_of_more(cache: Cache) -> Cache:
     """The same as batch entries of a larger cache."""
     return Cache(cache.spec, *(torch.cat((t, t, t))[1:3] for t in cache.tensors))
-
-
-def output_or_error(operator: Any, before: Any, cache: Cache, after: Any) -> Any:
-    saved = cache.clone()
-    try:
-        return operator(*before, *cache.tensors, *after)
-    except ValueError as error:
-        for mine, theirs in zip(cache.tensors, saved.tensors, strict=True):
-            assert torch.equal(mine, theirs)
-        return str(error)
 
 
 @settings(thorough, max_examples=60)
@@ -460,7 +422,8 @@ def test_every_other_level(other: str) -> None:
     environment = {**os.environ, "SPARK_COMPILE_CPU": other}
     if other not in supported():
         environment["SPARK_COMPILE_CXXFLAGS"] = EMULATED_TILES
-    files = [__file__, str(Path(__file__).with_name("test_cpu_edges.py"))]
+    names = "test_cpu.py", "test_cpu_edges.py", "test_cpu_evict.py"
+    files = [str(Path(__file__).with_name(name)) for name in names]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]

@@ -178,9 +178,9 @@ def test_fields_per_page_follow_the_records() -> None:
 
 def test_the_head_has_counters_constants_statistics_and_the_tail() -> None:
     layout = HeadLayout(parse("spark(kept=5)", 10, torch.bfloat16))
-    assert layout.offsets == {"norms": 32, "stats": 72, "tail": 152}
-    assert layout.head_bytes(3) == 152 + 64
-    assert HeadLayout(parse("dense", 10, torch.bfloat16)).offsets == {"tail": 32}
+    assert layout.offsets == {"norms": 40, "stats": 80, "tail": 160}
+    assert layout.head_bytes(3) == 160 + 64
+    assert HeadLayout(parse("dense", 10, torch.bfloat16)).offsets == {"tail": 40}
 
 
 def test_views_write_through() -> None:

@@ -20,6 +20,8 @@ FORMATS = [
     "dense", "int8", "pruned(kept=4)", "pruned(kept=4,stored=int8)", "spark(kept=4)",
     "spark(kept=4,stored=int8)", "spark(kept=4,recovery=none,saliency=absolute)",
     "spark(kept=4,recovery=gaussian)", "spark(kept=4,recovery=exponential,stored=int8)",
+    "think(kept=4)", "spark-g(kept=4)", "spark-g(kept=3,counts=all)",
+    "spark-tight(kept=4)", "spark-tight(kept=1,bits=5)",
     "quantized(bits=3)", "quantized(bits=5)", "quantized(bits=4,scaled=True)",
     "quantized(bits=5-4-4-3-3-2-2-2-1-1-1,scaled=True)",
 ]  # fmt: skip

@@ -11,15 +11,8 @@ from torch import Tensor
 
 from spark_compile.kernels.formats import parse
 from spark_compile.kernels.reference.attend import attention
-from spark_compile.kernels.reference.store import (
-    ALL,
-    Store,
-    build,
-    position_of,
-    query_stats,
-    rewind,
-    step,
-)
+from spark_compile.kernels.reference.operators import build, rewind, step
+from spark_compile.kernels.reference.store import ALL, Store, position_of, query_stats
 from spark_compile.kernels.spec import SIDES, Spec
 
 HEADS, KEY_DIM, VALUE_DIM = 2, 9, 6

@@ -77,7 +77,7 @@ def ids(batch: int = 1, length: int = 20) -> Tensor:
 def toy_bytes(batch: int, heads: int, dim: int, pages: int) -> int:
     """Bytes of one side of float32 tokens: pages, counters, the mean, and the dense tail."""
     page = WINDOW * dim + 2 * 4
-    head = 4 * 8 + dim * 4 + 2 * WINDOW * dim * 4
+    head = 5 * 8 + dim * 4 + 2 * WINDOW * dim * 4
     return batch * heads * (pages * page + head)
 
 

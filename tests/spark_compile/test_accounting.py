@@ -49,10 +49,10 @@ def test_the_bytes_are_those_of_the_declared_fields() -> None:
     pages = packed // 4 + 1  # one to grow into
     # amplitude, channels, two bit planes of 12 bits
     record = 4 + 5 * 4 + 2 + 2
-    head = 4 * 8 + KEY_DIM * 4 + 2 * KEY_DIM * 4 + dense * KEY_DIM * 4
+    head = 5 * 8 + KEY_DIM * 4 + 2 * KEY_DIM * 4 + dense * KEY_DIM * 4
     assert kv_bytes(made.keys) == rows * (pages * 4 * record + head)
     # dense values: the row alone, and no constants
-    head = 4 * 8 + dense * VALUE_DIM * 4
+    head = 5 * 8 + dense * VALUE_DIM * 4
     assert kv_bytes(made.values) == rows * (pages * 4 * VALUE_DIM * 4 + head)
 
 

@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
-from transformers import LlamaConfig, T5Config
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, T5Config
 from typer.testing import CliRunner
 
-from spark_compile import Report, SparkConfig
+from spark_compile import Plan, Report, SparkConfig
 from spark_compile.cli import app
 from spark_compile.demo.worker import Result
 
@@ -49,7 +52,12 @@ OTHERS = {"key_ratio": 0.25, "value_ratio": 0.5, "key_dtype": "int8", "value_dty
           "key_format": "int8", "value_format": "dense"}  # fmt: skip
 
 
-@pytest.mark.parametrize("given", [{}, OTHERS, {"min_tokens": 0}])
+EVICT = {"evict": "knorm(tokens=64)"}
+"""Does not go with min_tokens."""
+BUDGETS: list[dict[str, Any]] = [{"budget": 0.25}, {"budget": "balanced"}]
+
+
+@pytest.mark.parametrize("given", [{}, OTHERS, {"min_tokens": 0}, EVICT, *BUDGETS])
 @pytest.mark.parametrize("command", ["explain", "demo"])
 def test_every_option_reaches_the_command(
     monkeypatch: pytest.MonkeyPatch, llama_folder: Path, command: str, given: dict[str, Any]
@@ -66,7 +74,7 @@ def test_every_option_reaches_the_command(
 
     monkeypatch.setattr("spark_compile.explain", explain)
     monkeypatch.setattr("spark_compile.demo.comparison.run_demo", run_demo)
-    assert OTHERS.keys() == vars(SparkConfig()).keys()  # none is left out
+    assert {*OTHERS, *EVICT, "budget"} == vars(SparkConfig()).keys()  # none is left out
     pairs = ([f"--{name.replace('_', '-')}", str(value)] for name, value in given.items())
     words = [word for pair in pairs for word in pair if word != "True"]
     model = [str(llama_folder)] if command == "explain" else []
@@ -84,6 +92,16 @@ def test_explain_json_reports_every_layer(llama_folder: Path) -> None:
     assert all(site["refusal"] is None for site in prefill["sites"])
     site = prefill["sites"][0]
     assert site["stored_token_bytes"] < site["dense_token_bytes"]
+
+
+def test_explain_follows_a_budget(llama_folder: Path) -> None:
+    result = RUNNER.invoke(app, ["explain", str(llama_folder), "--json", "--budget", "0.05"])
+    assert result.exit_code == 0, result.output
+    sites = json.loads(result.stdout)["graphs"][0]["sites"]
+    assert [site["refusal"]["reason"][:24] for site in sites] == ["option 'budget' is 0.05:"] * 2
+    result = RUNNER.invoke(app, ["explain", str(llama_folder), "--json", "--budget", "smallest"])
+    sites = json.loads(result.stdout)["graphs"][0]["sites"]
+    assert all(site["formats"][0].startswith("quantized(") for site in sites)
 
 
 def test_explain_prints_a_table_and_a_summary(llama_folder: Path) -> None:
@@ -119,6 +137,8 @@ def _one_line_error(arguments: list[str], code: int = 2) -> str:
         ("saliency", "loud"),
         ("value-dtype", "fp8"),
         ("recent-tokens", "-1"),
+        ("budget", "2.0"),
+        ("budget", "tiny"),
     ],
 )
 def test_bad_option_is_named_with_its_value(llama_folder: Path, option: str, value: str) -> None:
@@ -164,3 +184,53 @@ def test_demo_refuses_a_bad_option_before_any_download(option: str, value: str) 
     error = _one_line_error(["demo", f"--{option}", value])
     assert value in error
     assert "allowed is" in error
+
+
+def test_tune_writes_a_plan(tmp_path: Path) -> None:
+    folder, plan = tiny_model(tmp_path), tmp_path / "plan.json"
+    (tmp_path / "text.txt").write_text("a b c d e f g h " * 60)
+    words = ["tune", str(folder), "--budget", "0.3", "--text", str(tmp_path / "text.txt"),
+             "-o", str(plan), "--context", "96", "--windows", "1"]  # fmt: skip
+    result = RUNNER.invoke(app, words, env={"COLUMNS": "160"})
+    assert result.exit_code == 0, result.output
+    for told in ("model.layers.1.self_attn", "quantized(", "LlamaForCausalLM, float32, budget 30"):
+        assert told in result.stdout
+    found = Plan.load(plan)
+    assert found.share <= 0.3
+    assert (found.measured.context, found.measured.windows) == (96, 1)
+    result = RUNNER.invoke(app, [*words, "--json", "--dtype", "bfloat16"])
+    assert json.loads(result.stdout)["measured"]["dtype"] == "bfloat16"
+    assert json.loads(plan.read_text()) == json.loads(result.stdout)
+    for change, told in (
+        ({"--text": "none.txt"}, "text none.txt cannot be read"),
+        ({"--budget": "2"}, "option 'budget' is 2.0"),
+        ({"--context": "9"}, "context is 9: allowed is"),
+        ({"-o": str(tmp_path / "no" / "plan.json")}, "there is no folder"),
+        ({"--dtype": "int8"}, "option 'dtype' is 'int8'"),
+        ({"--context": "4000"}, "1 windows of 4128 tokens are needed"),
+    ):
+        wrong = [*words, "--dtype", "auto"]
+        for option, value in change.items():
+            wrong[wrong.index(option) + 1] = value
+        assert told in _one_line_error(wrong)
+
+
+def tiny_model(folder: Path) -> Path:
+    """A random Llama with a tokenizer of single words."""
+    words = {word: index for index, word in enumerate(["?", *"abcdefgh"])}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="?"))
+    tokenizer.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder / "model")
+    config = LlamaConfig(
+        vocab_size=16, hidden_size=64, intermediate_size=64, num_hidden_layers=LAYERS,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    return folder / "model"
+
+
+def test_tune_names_a_model_without_weights(llama_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("a b")
+    words = ["--budget", "0.3", "--text", str(tmp_path / "text.txt"), "-o", str(tmp_path / "p")]
+    error = _one_line_error(["tune", str(llama_folder), *words])
+    assert f"model '{llama_folder}' cannot be loaded with tokenizer" in error

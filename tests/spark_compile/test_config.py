@@ -61,6 +61,18 @@ WRONG = [
     ("recent_tokens", "all", "an integer from 0 to"),
     ("recent_tokens", True, "an integer from 0 to"),
     ("min_tokens", 0.5, "an integer from 0 to"),
+    ("evict", "h2o(tokens=8)", "the text of a scorer, or texts by layer: scorer 'h2o(tokens=8)'"),
+    ("evict", "knorm", "scorer 'knorm': "),
+    ("evict", "knorm(tokens=0)", "option 'tokens' of scorer 'knorm' is 0: allowed is an integer"),
+    ("evict", "knorm(tokens=63)", "tokens of knorm(tokens=63) is 63: allowed is 64 or more"),
+    ("evict", "snapkv(tokens=60)", "is 60: allowed is 64 or more: the first 0, the latest 64, and"),
+    ("evict", {"*": "snapkv(tokens=99,kernel=4)"}, "option 'kernel' of scorer 'snapkv' is 4"),
+    ("evict", "snapkv(tokens=99,pooling=min)", "'min': allowed is average or max"),
+    ("evict", "pyramidkv(tokens=99)", "missing 1 required keyword-only argument: 'layers'"),
+    ("evict", "streamingllm(tokens=99,n_sink=-1)", "'n_sink' of scorer 'streamingllm' is -1"),
+    ("evict", 7, "the text of a scorer, or texts by layer"),
+    *(("budget", value, "a number with 0 < budget <= 1, or one of 'near-lossless', 'balanced', ")
+      for value in (0, -0.1, 1.5, HUGE, math.nan, True, "0.3", "tiny", [0.5], 0.5j)),
     ("strict", 1, "True or False"),
     ("strict", None, "True or False"),
 ]  # fmt: skip
@@ -77,10 +89,14 @@ EXTREMES = [
     *({"saliency": name} for name in ("squared", "absolute")),
     *({"inner": name} for name in ("inductor", "eager", "aot_eager")),
     {"strict": True},
+    *({"budget": budget} for budget in (1, 0.001, "smallest", None)),
     *({f"{side}_format": text} for side in ("key", "value") for text in ("dense", "int8",
       "pruned(kept=3,stored=int8)", "spark(kept=26,recovery=none)")),
     {"key_format": (("*.0.*", "dense"), ("*", "int8"))},
     {"value_format": ()},
+    *({"evict": f"{name}(tokens=64)"} for name in ("knorm", "keydiff", "streamingllm", "snapkv")),
+    {"evict": "pyramidkv(tokens=64,layers=1)"},
+    {"evict": (("*.0.*", "knorm(tokens=64)"),)},
 ]  # fmt: skip
 
 
@@ -269,3 +285,30 @@ def test_the_spec_has_the_policy() -> None:
     assert config.spec(*formats) is spec
     assert config.spec(*formats, slides=True).sinks == 0
     assert SparkConfig(window=5).spec(*formats).recent == 5
+
+
+def test_a_scorer_goes_with_the_layer_and_with_no_window_that_slides() -> None:
+    named = {"*.0.*": "knorm(tokens=80)", "*": "pyramidkv(tokens=70,layers=3)"}
+    config = SparkConfig(evict=named)
+    formats = [config.format_for(side, 12, torch.float32) for side in SIDES]
+    texts = [config.spec(*formats, layer=f"model.layers.{i}.attn").evict.text for i in range(3)]  # type: ignore[union-attr]
+    assert texts == ["knorm(tokens=80)", *(f"snapkv(tokens={64 + share},window=64,kernel=5,"
+                     "pooling=average)" for share in (6, 0))]  # fmt: skip
+    assert config.spec(*formats, layer="model.layers.0.attn", slides=True).evict is None
+    with pytest.raises(ValueError, match="has to know which of 3 layers 'attn' is"):
+        config.spec(*formats, layer="attn")
+    assert SparkConfig().spec(*formats).evict is None
+
+
+@pytest.mark.parametrize(
+    ("numbers", "said"),
+    [
+        ({"min_tokens": 5}, "min_tokens is 5: allowed is 0 where knorm evicts"),
+        ({"sink_tokens": 30}, "tokens of knorm(tokens=80) is 80: allowed is 94 or more"),
+        ({"recent_tokens": 51}, "is 80: allowed is 83 or more: the first 0, the latest 51, and"),
+    ],
+)
+def test_a_scorer_goes_with_the_other_options(numbers: dict[str, int], said: str) -> None:
+    with pytest.raises(ValueError, match=r"option 'evict' is") as caught:
+        SparkConfig(evict="knorm(tokens=80)", **numbers)
+    assert said in str(caught.value)

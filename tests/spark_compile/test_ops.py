@@ -12,12 +12,16 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from spark_compile import SparkWarning, ops
 from spark_compile.kernels import cpu
+from spark_compile.kernels.eviction import parse_scorer
 from spark_compile.kernels.formats import parse
+from spark_compile.kernels.layout import DROPPED, LENGTH, counters
 from spark_compile.kernels.reference.attend import attention
+from spark_compile.kernels.reference.evict import take
 from spark_compile.kernels.reference.store import ALL
 from spark_compile.kernels.spec import Spec
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+EVICT = parse_scorer("snapkv(tokens=12,window=3)")
 HEADS, GROUPS, KEY_DIM, VALUE_DIM = 2, 3, 13, 7
 FORMATS = [
     ("dense", "dense"), ("int8", "int8"), ("spark(kept=5)", "pruned(kept=3)"),
@@ -25,7 +29,7 @@ FORMATS = [
 ]  # fmt: skip
 
 
-def spec_of(formats: tuple[str, str], dtype: torch.dtype = torch.float32, **numbers: int) -> Spec:
+def spec_of(formats: tuple[str, str], dtype: torch.dtype = torch.float32, **numbers: Any) -> Spec:
     key, value = formats
     return Spec(
         parse(key, KEY_DIM, dtype), parse(value, VALUE_DIM, dtype),
@@ -43,7 +47,11 @@ def tokens(count: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tens
 def built(spec: Spec, length: int, capacity: int | None = None) -> list[Tensor]:
     """The stored tensors of random tokens."""
     query, key, value = tokens(length, spec.key.dtype)
-    return list(ops.build(key, value, [query], spec.text, capacity))
+    if spec.evict is None:
+        return list(ops.build(key, value, [query], spec.text, capacity))
+    kept = ops.evict(key, [query], None, 0, spec.text)
+    rows = take(key, kept), take(value, kept)
+    return list(ops.build(*rows, [query], spec.text, capacity, kept))
 
 
 def copies(arguments: Any) -> Any:
@@ -68,7 +76,18 @@ def samples(dtype: torch.dtype) -> dict[str, list[tuple[Any, ...]]]:
         for how in ((None, None, 20, ALL, None), (longer, sinks, None, ALL, at),
                     (None, None, None, None, None))
     ]  # fmt: skip
+    evicting = spec_of(FORMATS[2], dtype, sinks=1, evict=EVICT)  # 8 of 20 tokens
+    steps += [
+        (query, key, value, *built(evicting, 20), *how, evicting.text)
+        for how in ((None, None, 20, ALL, None), (longer, sinks, None, ALL, None))
+    ]
+    prompts = [tokens(count, dtype) for count in (20, 9)]
     return {
+        "evict": [
+            (dense, [rows], mask, offset, evicting.text)
+            for rows, dense, _ in prompts
+            for mask, offset in ((None, 0), (torch.rand(2, 1, 1, dense.shape[2]) < 0.8, None))
+        ],
         "attention": [(query, past, past_value, *how) for how in hows],
         "kv_append": [
             (past, key, None, 2), (None, key, None, 2), (past, key, torch.tensor([4]), 2),
@@ -137,6 +156,23 @@ def test_lengths_that_change_need_one_graph(name: str, min_tokens: int) -> None:
         else:
             expected = ops.recover(*stored[:2], spec.text, True, length)
             torch.testing.assert_close(result, expected)
+    assert compiled.frame_count == 1
+
+
+def test_prompts_that_are_evicted_or_not_need_one_graph() -> None:
+    compiled = CompileCounterWithBackend("aot_eager")
+    text = spec_of(FORMATS[2], sinks=1, evict=EVICT).text
+
+    @torch.compile(backend=compiled, dynamic=True, fullgraph=True)
+    def run(query: Tensor, key: Tensor, value: Tensor) -> Any:
+        kept = ops.evict(key, [query], None, 0, text)
+        return ops.build(take(key, kept), take(value, kept), [query], text, None, kept)
+
+    for length in (33, 7, 90, 12, 13):
+        dense = tokens(length)
+        keys = run(*dense)[:2]
+        assert counters(keys[1])[0, 0, LENGTH] == min(length, 12)
+        assert counters(keys[1])[0, 0, DROPPED] == max(length - 12, 0)
     assert compiled.frame_count == 1
 
 

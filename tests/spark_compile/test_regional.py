@@ -192,5 +192,5 @@ def test_blocks_are_the_elements_of_the_outermost_lists() -> None:
 
 
 def test_formats_by_layer_need_the_whole_model() -> None:
-    with pytest.raises(ValueError, match=r"'key_format' has formats by layer.*regional=True"):
+    with pytest.raises(ValueError, match=r"'key_format' has texts by layer.*regional=True"):
         spark_compile.optimize(llama(), regional=True, key_format={"*.0.*": "dense"})

@@ -74,7 +74,7 @@ def test_as_dict_is_json_with_everything() -> None:
     assert decode["sites"][0] == {
         "layer": "layers.0.attn", "query_heads": 9, "kv_heads": 3, "key_dim": 64, "value_dim": 32,
         "dense_token_bytes": 400, "stored_token_bytes": 300, "refusal": None,
-        "formats": ["", ""],
+        "formats": ["", ""], "evict": "",
     }  # fmt: skip
     assert decode["sites"][1]["refusal"] == {"reason": "the mask is [b, h, l]", "node": "add_3"}
 
@@ -88,6 +88,14 @@ def test_table_has_a_row_per_site() -> None:
     refused = [line for line in lines if "refused" in line]
     assert len(refused) == 3
     assert all("200" not in line for line in refused)  # nothing is stored in that form
+
+
+def test_sites_whose_prompts_are_evicted_say_so() -> None:
+    site = Site("layers.0.attn", 9, 3, 64, 32, 400, 300, evict="knorm(tokens=9)")
+    report = Report([GraphReport("prefill", (site, REWRITTEN, site))])
+    assert rendered(report).count("rewritten, evicts: knorm(tokens=9)") == 2
+    assert report.summary().count("; prompts are evicted by knorm(tokens=9)") == 1
+    assert "evict" not in Report([PREFILL]).summary() + rendered(Report([PREFILL]))
 
 
 def test_table_shows_reasons_as_they_are() -> None:

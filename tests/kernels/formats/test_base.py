@@ -19,6 +19,10 @@ TEXTS = {
     "spark(saliency=absolute,kept=4,recovery=gaussian)": (
         "spark(kept=4,stored=model,recovery=gaussian,saliency=absolute)"
     ),
+    "spark-g(kept=4)": "spark-g(kept=4,counts=groups)",
+    "think(kept=4)": "think(kept=4)",
+    "spark-tight(kept=4)": "spark-tight(kept=4,bits=4)",
+    "spark-tight(kept=1,bits=8)": "spark-tight(kept=1,bits=8)",
     "quantized(bits=3)": "quantized(bits=3,scaled=False,rotated=True)",
     "quantized(scaled=True,bits=4-2-1)": "quantized(bits=4-2-1,scaled=True,rotated=True)",
 }
@@ -65,6 +69,8 @@ def test_a_format_has_one_text(text: str) -> None:
         ("quantized(bits=4-2-1)", "is 4-2-1: without scaled=True, .* allowed is one number"),
         ("quantized(bits=4-2,scaled=True)", "is 4-2: 9 channels have no 2 equal shares"),
         ("quantized(scaled=1)", "option 'scaled' of 'quantized' is 1: allowed is True or False"),
+        ("think(kept=10)", "option 'kept' of format 'think' is 10: allowed is 1 to 9"),
+        ("spark-tight(kept=4,bits=3)", "option 'bits' .* is 3: allowed is 4, 5, 6, 8"),
         ("spark(kept=4,saliency=2)", "option 'saliency' .* is 2: allowed is squared, absolute"),
     ],
 )

@@ -168,6 +168,7 @@ def test_job_survives_the_way_to_the_worker() -> None:
     assert Job(**json.loads(json.dumps(dataclasses.asdict(job)))) == job
     assert job.name == "spark 0.5"
     assert dataclasses.replace(job, options=None).name == "dense"
+    assert dataclasses.replace(job, options={"budget": 0.25}).name == "budget 0.25"
 
 
 @pytest.mark.parametrize(
@@ -176,6 +177,7 @@ def test_job_survives_the_way_to_the_worker() -> None:
         ({}, [{"key_ratio": 0.5}, {"key_ratio": 0.8}]),
         ({"window": 8}, [{"key_ratio": 0.5, "window": 8}, {"key_ratio": 0.8, "window": 8}]),
         ({"key_ratio": 0.3, "window": 8}, [{"key_ratio": 0.3, "window": 8}]),
+        ({"budget": 0.3}, [{"budget": 0.3}]),
     ],
 )
 def test_options_are_those_of_the_pruned_configurations(

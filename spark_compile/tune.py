@@ -1,0 +1,74 @@
+"""What ``spark-optimize tune`` does: a model and a text from files, and a plan as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from .calibrate import calibrate
+from .plan import Plan
+from .report import OptionError
+
+
+def plan_for(
+    place: str, keywords: Mapping[str, str], text: Path, dtype: str, budget: float | str,
+    context: int, windows: int,
+) -> Plan:  # fmt: skip
+    """Load a causal language model with its tokenizer and calibrate it on the text of a file.
+
+    Args:
+        place: folder or hub id, as ``from_pretrained`` takes it; ``keywords`` go with it.
+        dtype: "auto", or of torch.
+
+    Raises:
+        OptionError: the model, its tokenizer or the text cannot be read, or as ``calibrate``
+            raises it.
+        SparkError: as ``calibrate`` raises it.
+    """
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        written = text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError(f"text {text} cannot be read: {error}") from error
+    load: dict[str, Any] = {**keywords, "dtype": dtype}
+    if "gguf_file" in keywords and hasattr(transformers, "GgufConfig"):
+        load["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place, **keywords)
+        model = transformers.AutoModelForCausalLM.from_pretrained(place, **load).eval()
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise OptionError(f"model {place!r} cannot be loaded with tokenizer: {error}") from error
+    tokens = tokenizer(written, return_tensors="pt", verbose=False).input_ids
+    return calibrate(model, tokens, budget=budget, context=context, windows=windows)
+
+
+def plan_table(plan: Plan) -> Table:
+    """What each layer got, and what all of them take."""
+    measured = plan.measured
+    table = Table(
+        title=f"{measured.model}, {measured.dtype}, budget {plan.budget:.1%}",
+        caption=f"KL in nats: {measured.windows} prompts of {measured.context} tokens, "
+        f"{measured.scored} scored tokens each; their sum is an estimate.",
+    )
+    for column in ("layer", "keys", "values"):
+        table.add_column(column, overflow="fold")
+    for column in ("KL keys", "KL values", "share"):
+        table.add_column(column, justify="right")
+    for layer in plan.layers:
+        kl = layer.key_kl[layer.key], layer.value_kl[layer.value]
+        row = escape(layer.layer), short(layer.key), short(layer.value), *(f"{x:.1e}" for x in kl)
+        table.add_row(*row, f"{layer.share:.1%}")
+    table.add_section()
+    table.add_row("all", "", "", "", f"{plan.kl:.1e}", f"{plan.share:.1%}")
+    return table
+
+
+def short(text: str) -> str:
+    """The text of a format without the options that have their usual values."""
+    return escape(text.replace(",scaled=False", "").replace(",rotated=True", ""))
