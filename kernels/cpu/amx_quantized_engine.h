@@ -180,7 +180,7 @@ class AmxQuantizedEngine : public AmxInt8Engine<N> {
       for (int64_t j = 0; j < width; j += 64) {
         __m512i rows[4];
         for (int i = 0; i < 4; ++i) rows[i] = _mm512_loadu_si512(&levels_[(t + i) * width + j]);
-        Base::put_four(rows, &this->values_[j * 64 + t * 16]);
+        put_four(rows, &this->values_[j * 64 + t * 16]);
       }
     }
   }
