@@ -40,7 +40,8 @@ inline __m512i codes_of(const uint8_t* plane, int64_t first) {
   else codes = _mm512_set1_epi16(load<int16_t>(plane));
   const __m512i shifts = [&]<size_t... W>(std::index_sequence<W...>) {
     typedef int16_t Words __attribute__((vector_size(64)));
-    return (__m512i)(Words{int16_t(2 * W / BYTES * WIDTH)...} + int16_t(first / BYTES * WIDTH));
+    const Words repeated = {int16_t(2 * W / BYTES * WIDTH)...};
+    return _mm512_add_epi16((__m512i)repeated, _mm512_set1_epi16(int16_t(first / BYTES * WIDTH)));
   }(std::make_index_sequence<32>{});
   return _mm512_and_si512(_mm512_srlv_epi16(codes, shifts), _mm512_set1_epi8((1 << WIDTH) - 1));
 }
