@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from . import measure, pictures
-from .quality_methods import METHODS, Method, Ours
+from .quality_methods import Method, Ours, methods, planned
 from .quality_models import MODELS, disjoint_windows, essays, load
 from .quality_report import quality_table, summary, with_front
 from .quality_run import LAST_TOKENS, SCORED_TOKENS, Window, prepared, read_window
@@ -145,16 +145,16 @@ def run_context(
         console.print(f"{results.path}\n{picture}", markup=False)
 
 
-def chosen(only: str) -> list[Method]:
-    """The methods whose names one of the patterns, separated by commas, matches.
+def chosen(only: str, known: Sequence[Method]) -> list[Method]:
+    """The known methods whose names one of the patterns, separated by commas, matches.
 
     Raises:
         BadParameter: there are none.
     """
     patterns = only.split(",")
-    found = [m for m in METHODS if any(fnmatchcase(m.name, pattern) for pattern in patterns)]
+    found = [m for m in known if any(fnmatchcase(m.name, pattern) for pattern in patterns)]
     if not found:
-        names = ", ".join(method.name for method in METHODS)
+        names = ", ".join(method.name for method in known)
         raise typer.BadParameter(f"--only is {only!r}: allowed are patterns of {names}")
     return found
 
@@ -167,9 +167,10 @@ def main(
     fresh: Annotated[bool, typer.Option(help="measure again what has been measured")] = False,
     inner: Annotated[str, typer.Option(help="compiler of our graphs")] = "eager",
     threads: Annotated[int, typer.Option(help="of torch")] = 2,
+    plan: Annotated[list[Path], typer.Option(help="a plan to measure too")] = [],  # noqa: B006
 ) -> None:
     """Compare the quality of ways to store a cache on real models."""
-    names, methods, console = model.split(","), chosen(only), measure.wide_console()
+    names, console = model.split(","), measure.wide_console()
     if unknown := [name for name in names if name not in MODELS]:
         raise typer.BadParameter(f"--model is {unknown[0]!r}: allowed is {', '.join(MODELS)}")
     contexts = [int(tokens) for tokens in context.split(",")]
@@ -178,6 +179,8 @@ def main(
     torch.set_num_threads(threads)
     failed = False
     for name in names:
+        known = (*methods(MODELS[name].head_dim), *map(planned, plan))
+        selected = chosen(only, known)
         loaded, tokenizer = load(name)
         for tokens in contexts:
             texts = disjoint_windows(tokenizer, essays(), tokens + SCORED_TOKENS + 1, windows)
@@ -186,10 +189,10 @@ def main(
                 {"model": name, "context": tokens, "scored": SCORED_TOKENS, "inner": inner},
                 measure.machine_facts(),
             )
-            results.go_on(METHODS)
-            for method in methods if fresh else ():
+            results.go_on(known)
+            for method in selected if fresh else ():
                 results.methods.pop(method.name, None)
-            run_context(name, loaded, texts, methods, results, console)
+            run_context(name, loaded, texts, selected, results, console)
             failed |= bool(results.errors())
     if failed:
         raise typer.Exit(1)

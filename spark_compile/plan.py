@@ -50,6 +50,11 @@ class Measured:
     model: str
     """The class."""
     dtype: str
+    """Of the model that follows the plan: bytes are counted for it."""
+    computed_in: str
+    """The dtype in which the divergences were measured."""
+    noise: float
+    """Divergence of two dense runs of different batch sizes, in nats: less is not seen."""
     head_sizes: tuple[tuple[int, int], ...]
     """Of keys and values, those that there are."""
     windows: int
@@ -131,7 +136,7 @@ class Plan:
         dtype = str(getattr(model, "dtype", "")).removeprefix("torch.")
         if dtype and dtype != self.measured.dtype:
             warn_once(
-                f"the plan was made in {self.measured.dtype}, the model is in {dtype}: its cache "
+                f"the plan was made for {self.measured.dtype}, the model is in {dtype}: its cache "
                 f"takes another share of dense bytes than the plan's {self.share:.1%}"
             )
         formats: dict[str, Any] = {
@@ -208,8 +213,8 @@ def _sequence(reader: Any) -> Any:
 
 
 _READERS: dict[str, Any] = {
-    **dict.fromkeys(("layer", "model", "dtype"), _text),
-    **dict.fromkeys(("budget", "share", "windows", "context", "scored"), _number),
+    **dict.fromkeys(("layer", "model", "dtype", "computed_in"), _text),
+    **dict.fromkeys(("budget", "share", "windows", "context", "scored", "noise"), _number),
     **dict.fromkeys(("key", "value"), _format),
     **dict.fromkeys(("key_kl", "value_kl"), _mapping(_number)),
     "layers": _sequence(lambda value, where: _checked(PlannedLayer, value, where)),

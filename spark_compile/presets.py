@@ -22,6 +22,15 @@ TOKENS = 4096
 """Length of the cache that a share is stated for."""
 SHARES = {"near-lossless": 0.45, "balanced": 0.3, "smallest": 0.18}
 """The budgets that have a name."""
+NAMES = ", ".join(map(repr, SHARES))
+MEANING = (
+    "Share of dense key and value bytes that a cache may take, up to 1, or "
+    f"{', '.join(f'{name} ({share})' for name, share in SHARES.items())}; chooses the formats in "
+    "place of ratios and dtypes. Everything counts (records, constants, statistics, tail, slack) "
+    f"at {TOKENS:,} tokens: shorter caches and sliding windows take a larger share, longer ones a "
+    "smaller one, down to that of a packed token."
+)
+"""Of the option."""
 _BITS = (
     ("3-2-1-1", 2),
     ("4-2-1-1", 2),
@@ -45,6 +54,14 @@ LADDER = tuple(
 """Formats of keys and of values, from the fewest bytes to the most."""
 Size = tuple[int, torch.dtype]
 """D and the dtype of one side's dense tokens."""
+
+
+def share_named(budget: object) -> float | None:
+    """A budget as a number; None if it is not allowed."""
+    if isinstance(budget, str):
+        return SHARES.get(budget)
+    is_number = isinstance(budget, int | float) and not isinstance(budget, bool)
+    return float(budget) if is_number and 0 < budget <= 1 else None  # type: ignore[operator, arg-type]
 
 
 def side_bytes(spec: Spec, side: Side, tokens: int = TOKENS) -> int:

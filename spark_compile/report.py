@@ -42,6 +42,11 @@ class OptionError(SparkError, ValueError):
     """An option is unknown, of a wrong type or out of range."""
 
 
+def wrong_option(name: str, value: object, allowed: str) -> OptionError:
+    """What to raise where an option has a value that it must not have."""
+    return OptionError(f"option {name!r} is {value!r}: allowed is {allowed}")
+
+
 _given: set[str] = set()
 _given_lock = threading.Lock()
 

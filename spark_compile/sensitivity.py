@@ -20,9 +20,9 @@ from torch import Tensor, fx, nn
 
 from .backend import compile_graph, inner_compiler
 from .config import LONGEST, SparkConfig
-from .kernels.formats import Dense, Format
+from .kernels.formats import Dense, Format, Quantized
 from .kernels.reference.store import ALL, Store, allocate
-from .kernels.spec import SIDES, Side
+from .kernels.spec import SIDES, Side, Spec
 from .presets import candidates
 from .report import Report, Site, SparkError, SparkWarning, collect_report
 from .state import SparkTensor
@@ -30,8 +30,6 @@ from .transformers_names import cache_argument, returned_cache
 
 TOGETHER = 4
 """Formats that are scored in one batch."""
-POLICY = SparkConfig()
-"""Says which tokens are packed."""
 _ATTRIBUTES: dict[Side, str] = {"key": "keys", "value": "values"}
 """Of a layer of a transformers cache."""
 _ASKING = {True: "quantized(bits=4,scaled=True)", False: "spark(kept=1)"}
@@ -48,7 +46,9 @@ class Layer:
     index: int
     """Of its layer in the cache."""
     tokens: int
-    """That the cache held after a prompt: fewer than the prompt has where it slides."""
+    """That the cache held after a prompt."""
+    slides: bool
+    """Whether those were not all of it."""
     formats: dict[Side, list[Format]]
     """The candidates of each side, the last of which is ``dense``."""
     kl: dict[Side, list[float]] = field(default_factory=dict)
@@ -68,6 +68,8 @@ class Sensitivity:
         self._prefills: dict[bool, Callable[..., Any]] = {}
         self._windows = 0
         self.layers: list[Layer] = []
+        self.noise = 0.0
+        """Mean divergence of two dense runs of different batch sizes, in nats."""
 
     def begin(self, ids: Tensor) -> int:
         """Find the layers by means of one prompt.
@@ -85,7 +87,7 @@ class Sensitivity:
         self._prefills[True] = _prefill(self._model, each=True)
         with collect_report() as report:
             cache = self._cache(ids, each=True)
-        self.layers = _layers(report, cache)
+        self.layers = _layers(report, cache, self._context)
         formats = [f for layer in self.layers for side in SIDES for f in layer.formats[side][:-1]]
         if any(format.uses_queries and not format.EACH_QUERY for format in formats):
             self._prefills[False] = _prefill(self._model, each=False)
@@ -112,6 +114,7 @@ class Sensitivity:
         # What a batch of several changes by itself is no effect of a format.
         floor = divergence(expected, self._logits(cache, scored, TOGETHER)[0])
         self._windows += 1
+        self.noise += (floor - self.noise) / self._windows
         for layer, kept in zip(self.layers, statistics, strict=True):
             for side in SIDES:
                 logits = self._changed(cache, layer, side, kept, scored, advance)
@@ -131,7 +134,8 @@ class Sensitivity:
         dense = getattr(cache.layers[layer.index], _ATTRIBUTES[side])
         for first in range(0, len(formats), TOGETHER):
             batch = formats[first : first + TOGETHER]
-            worth = torch.cat([packed(dense, side, format, statistics) for format in batch])
+            specs = [site_spec(side, format, slides=layer.slides) for format in batch]
+            worth = torch.cat([packed(dense, side, spec, statistics) for spec in specs])
             yield from self._logits(cache, scored, len(batch), (layer.index, side, worth))
             advance(len(batch))
 
@@ -187,7 +191,7 @@ def _prefill(model: nn.Module, *, each: bool) -> Callable[..., Any]:
     return torch.compile(prefill, backend=backend)
 
 
-def _layers(report: Report, cache: Any) -> list[Layer]:
+def _layers(report: Report, cache: Any, context: int) -> list[Layer]:
     """The attentions that were rewritten, with their layers of the cache.
 
     Raises:
@@ -209,10 +213,12 @@ def _layers(report: Report, cache: Any) -> list[Layer]:
             f"{len(sites)} attentions use {len(held)} layers of the cache, calibration needs one "
             f"for each (layers that share a cache have not): {', '.join(names)}"
         )
-    return [
-        Layer(site, index, part.keys.tokens, {side: _formats(side, site, part) for side in SIDES})
-        for site, (index, part) in zip(sites, held, strict=True)
-    ]
+    layers = []
+    for site, (index, part) in zip(sites, held, strict=True):
+        formats = {side: _formats(side, site, part) for side in SIDES}
+        tokens = part.keys.tokens
+        layers.append(Layer(site, index, tokens, tokens < context, formats))
+    return layers
 
 
 def _formats(side: Side, site: Site, part: Any) -> list[Format]:
@@ -234,14 +240,19 @@ def _statistics(state: SparkTensor) -> Tensor:
     return store.stats[:, :, store.step % 2]
 
 
-def packed(dense: Tensor, side: Side, format: Format, statistics: Statistics) -> Tensor:
-    """What tokens [B, Hkv, S, D] are worth once those that are due are packed in a format."""
-    other = Dense(format.head_dim, format.dtype)
-    spec = POLICY.spec(*((format, other) if side == "key" else (other, format)))
+def site_spec(side: Side, format: Format, *, slides: bool) -> Spec:
+    """How a site is stored with a format on one side and a quantized one on the other."""
+    other = Quantized(format.head_dim, format.dtype)
+    formats = (format, other) if side == "key" else (other, format)
+    return SparkConfig().spec(*formats, slides=slides)
+
+
+def packed(dense: Tensor, side: Side, spec: Spec, statistics: Statistics) -> Tensor:
+    """What tokens [B, Hkv, S, D] are worth once those that are due are packed."""
     pages, rows = map(int, spec.room(dense.shape[2]))
     store = allocate(dense, spec, side, pages, rows)
     if store.stats is not None:
-        store.stats[:, :, 0] = statistics[format.EACH_QUERY]
+        store.stats[:, :, 0] = statistics[store.format.EACH_QUERY]
     store.append(dense, ALL)
     return store.rows().to(dense.dtype)
 

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .calibrate import calibrate
+from .kernels.spec import DTYPES
 from .plan import Plan
 from .report import OptionError
 
@@ -22,13 +23,15 @@ def plan_for(
 
     Args:
         place: folder or hub id, as ``from_pretrained`` takes it; ``keywords`` go with it.
-        dtype: "auto", or of torch.
+        dtype: of the model when it follows the plan; "auto": that of the weights. The measuring
+            is in float32.
 
     Raises:
         OptionError: the model, its tokenizer or the text cannot be read, or as ``calibrate``
             raises it.
         SparkError: as ``calibrate`` raises it.
     """
+    import torch
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
@@ -36,16 +39,18 @@ def plan_for(
         written = text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise OptionError(f"text {text} cannot be read: {error}") from error
-    load: dict[str, Any] = {**keywords, "dtype": dtype}
+    load: dict[str, Any] = {**keywords, "dtype": torch.float32}
     if "gguf_file" in keywords and hasattr(transformers, "GgufConfig"):
         load["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
+        config = transformers.AutoConfig.from_pretrained(place, **keywords)
         tokenizer = transformers.AutoTokenizer.from_pretrained(place, **keywords)
         model = transformers.AutoModelForCausalLM.from_pretrained(place, **load).eval()
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise OptionError(f"model {place!r} cannot be loaded with tokenizer: {error}") from error
     tokens = tokenizer(written, return_tensors="pt", verbose=False).input_ids
-    return calibrate(model, tokens, budget=budget, context=context, windows=windows)
+    kept = (config.dtype or torch.float32) if dtype == "auto" else DTYPES[dtype]
+    return calibrate(model, tokens, budget=budget, dtype=kept, context=context, windows=windows)
 
 
 def plan_table(plan: Plan) -> Table:

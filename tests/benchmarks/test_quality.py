@@ -169,7 +169,7 @@ def on_a_tiny_model(monkeypatch, tmp_path, model):
     monkeypatch.setattr(measure, "RESULTS", tmp_path)
     monkeypatch.setattr(quality, "load", lambda name: (model, Tokenizer()))
     monkeypatch.setattr(quality, "essays", lambda: "What is written well is read with joy. " * 60)
-    monkeypatch.setattr(quality, "METHODS", (INT8, KIVI))
+    monkeypatch.setattr(quality, "methods", lambda _: (INT8, KIVI))
     return tmp_path / f"quality-smollm2-{CONTEXT}.json"
 
 
@@ -203,7 +203,7 @@ def test_results_are_written_and_gone_on_with(on_a_tiny_model, monkeypatch, caps
     run(2, only="KIVI*", fresh=True)
     assert asked[4:] == ["KIVI-4", "KIVI-4"]
     changed = Peer("KIVI-4", Rounded(), Rounded())
-    monkeypatch.setattr(quality, "METHODS", (changed,))
+    monkeypatch.setattr(quality, "methods", lambda _: (changed,))
     run(1)
     assert asked[6:] == ["KIVI-4"]
     data = json.loads(path.read_text())
@@ -212,7 +212,8 @@ def test_results_are_written_and_gone_on_with(on_a_tiny_model, monkeypatch, caps
 
 
 def test_a_method_that_fails_is_told_and_tried_again(on_a_tiny_model, monkeypatch, capsys):
-    monkeypatch.setattr(quality, "METHODS", (Peer("odd", PerToken(4, group=7), Rounded()), KIVI))
+    odd = Peer("odd", PerToken(4, group=7), Rounded())
+    monkeypatch.setattr(quality, "methods", lambda _: (odd, KIVI))
     with pytest.raises(typer.Exit):
         run(1)
     data = json.loads(on_a_tiny_model.read_text())
@@ -220,15 +221,16 @@ def test_a_method_that_fails_is_told_and_tried_again(on_a_tiny_model, monkeypatc
     assert not data["methods"]["odd"]["windows"]
     assert [row["method"] for row in data["rows"]] == ["KIVI-4"]
     assert "odd" in capsys.readouterr().out
-    monkeypatch.setattr(quality, "METHODS", (KIVI,))
+    monkeypatch.setattr(quality, "methods", lambda _: (KIVI,))
     run(1)
 
 
 def test_options_are_checked():
     with pytest.raises(typer.BadParameter, match="allowed are patterns of dense"):
-        quality.chosen("none such")
-    assert [method.name for method in quality.chosen("dense,KIVI-?")][:2] == ["dense", "KIVI-4"]
-    assert all(method.family in (OURS, PEER) for method in quality.METHODS)
+        quality.chosen("none such", quality.methods(64))
+    found = quality.chosen("dense,KIVI-?", quality.methods(64))
+    assert [method.name for method in found][:2] == ["dense", "KIVI-4"]
+    assert all(method.family in (OURS, PEER) for method in quality.methods(64))
     with pytest.raises(typer.BadParameter, match="--model is 'gpt5'"):
         quality.main(model="gpt5")
     with pytest.raises(typer.BadParameter, match=f"allowed is {2 * LAST_TOKENS} up"):

@@ -95,11 +95,8 @@ def test_explain_json_reports_every_layer(llama_folder: Path) -> None:
 
 
 def test_explain_follows_a_budget(llama_folder: Path) -> None:
-    result = RUNNER.invoke(app, ["explain", str(llama_folder), "--json", "--budget", "0.05"])
-    assert result.exit_code == 0, result.output
-    sites = json.loads(result.stdout)["graphs"][0]["sites"]
-    assert [site["refusal"]["reason"][:24] for site in sites] == ["option 'budget' is 0.05:"] * 2
     result = RUNNER.invoke(app, ["explain", str(llama_folder), "--json", "--budget", "smallest"])
+    assert result.exit_code == 0, result.output
     sites = json.loads(result.stdout)["graphs"][0]["sites"]
     assert all(site["formats"][0].startswith("quantized(") for site in sites)
 

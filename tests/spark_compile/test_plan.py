@@ -22,7 +22,15 @@ LAYERS = [
     PlannedLayer("model.layers.1.self_attn", "dense", INT8, 0.8, {"dense": 0}, {INT8: 1e-5}),
 ]
 MEASURED = Measured(
-    "LlamaForCausalLM", "float32", ((16, 16),), 2, 128, 32, {"torch": torch.__version__}
+    "LlamaForCausalLM",
+    "float32",
+    "float32",
+    1e-9,
+    ((16, 16),),
+    2,
+    128,
+    32,
+    {"torch": torch.__version__},
 )
 PLAN = Plan(0.65, 0.6, tuple(LAYERS), MEASURED)
 
@@ -124,7 +132,7 @@ def test_a_plan_for_other_layers_names_them() -> None:
 
 
 def test_a_model_of_another_dtype_is_told() -> None:
-    with pytest.warns(SparkWarning, match="made in float32, the model is in bfloat16"):
+    with pytest.warns(SparkWarning, match="made for float32, the model is in bfloat16"):
         spark_compile.optimize(llama().bfloat16(), plan=PLAN)
 
 

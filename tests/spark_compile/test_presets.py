@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import spark_compile
 from spark_compile import OptionError, SparkConfig, SparkWarning, kv_bytes
+from spark_compile.kernels.eviction import parse_scorer
 from spark_compile.kernels.formats import Dense
 from spark_compile.kernels.spec import SIDES, Spec
 from spark_compile.presets import LADDER, SHARES, TOKENS, dense_bytes, share_of, side_bytes
@@ -53,6 +55,11 @@ def test_each_name_has_formats_for_usual_head_sizes(name: str, dim: int) -> None
     spec = spec_for(name, dim)
     assert share_of(spec) <= SHARES[name]
     assert spec == spec_for(SHARES[name], dim)
+
+
+def test_the_readme_has_the_names() -> None:
+    told = (Path(__file__).parents[2] / "README.md").read_text()
+    assert all(f'`"{name}"` ({share})' in told for name, share in SHARES.items())
 
 
 def test_longer_caches_take_a_smaller_share() -> None:
@@ -125,6 +132,21 @@ def test_sides_of_different_sizes_share_a_budget() -> None:
 def test_dense_tokens_count(change: dict[str, int]) -> None:
     spec = spec_for(0.5)
     assert share_of(replace(spec, **change)) > share_of(spec)  # type: ignore[arg-type]
+
+
+def test_positions_beside_evicted_tokens_count() -> None:
+    plain = spec_for(0.3)
+    exactly = share_of(plain)
+    assert spec_for(exactly) == plain
+    spec = spec_for(exactly, evict="snapkv(tokens=256)")
+    assert (spec.key, spec.value) != (plain.key, plain.value)
+    assert share_of(replace(spec, evict=parse_scorer("snapkv(tokens=256)"))) <= exactly
+
+
+def test_the_default_knows_the_layer_of_a_scorer() -> None:
+    config = SparkConfig(evict="pyramidkv(tokens=256,layers=4)")
+    format = config.format_for("key", 64, torch.bfloat16, "model.layers.3.self_attn")
+    assert format == SparkConfig(budget="near-lossless").format_for("key", 64, torch.bfloat16)
 
 
 def test_a_cache_that_is_dense_at_that_length_takes_all() -> None:

@@ -97,7 +97,7 @@ class SimulatedSpark(TorchFunctionMode):
 
     def _seen(self, layer: _Layer, side: str, dense: Tensor) -> Tensor:
         """Keys or values as the method sees them: sinks, packed and recovered, recent."""
-        sinks, packed = self.config.sink_tokens, layer.packed[side]
+        sinks, packed = self.config.sink_tokens or 0, layer.packed[side]
         if not packed.shape[2]:
             return dense
         rest = dense[:, :, sinks + packed.shape[2] :]
@@ -108,11 +108,11 @@ class SimulatedSpark(TorchFunctionMode):
         config, packed = self.config, layer.packed["key"].shape[2]
         if not rows or layer.tokens < config.min_tokens:
             return
-        waiting = rows["key"].shape[2] - packed - config.sink_tokens - config.recent
+        waiting = rows["key"].shape[2] - packed - (config.sink_tokens or 0) - config.recent
         due = waiting // config.window * config.window
         if due <= 0:
             return
-        first = config.sink_tokens + packed
+        first = (config.sink_tokens or 0) + packed
         for side, dense in rows.items():
             norms = layer.stats.sqrt() if side == "key" else None
             form: Format = config.format_for(side, dense.shape[3], dense.dtype)  # type: ignore[arg-type]
