@@ -50,6 +50,8 @@ class Stored:
     key_ratio: float = 0.0
     int8_keys: bool = False
     int8_values: bool = False
+    bits: int | None = None
+    """Of quantized keys and values, in place of the above."""
 
     def spec(self, head_dim: int, dtype: torch.dtype) -> Spec:
         """The same for heads of a size, with the scale that attention has by default."""
@@ -57,6 +59,8 @@ class Stored:
             key_ratio=self.key_ratio,
             key_dtype="int8" if self.int8_keys else "model",
             value_dtype="int8" if self.int8_values else "model",
+            key_format=f"quantized(bits={self.bits},scaled=True)" if self.bits else None,
+            value_format=f"quantized(bits={self.bits})" if self.bits else None,
         )
         key, value = (config.format_for(side, head_dim, dtype) for side in SIDES)
         return config.spec(key, value).attending(head_dim**-0.5, 0.0)
@@ -69,6 +73,7 @@ STORED = (
     Stored("spark 0.8 + int8 values", 0.8, int8_values=True),
     Stored("spark 0.8 + int8", 0.8, int8_keys=True, int8_values=True),
     Stored("spark int8", int8_keys=True, int8_values=True),
+    Stored("spark 4 bits", bits=4),
 )
 EXPANDED, GQA, PACKED = "HF: expanded heads + mask", "SDPA enable_gqa", "SDPA packed queries"
 

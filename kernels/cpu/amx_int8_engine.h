@@ -111,30 +111,6 @@ class AmxInt8Engine : public AmxEngine<N> {
   }
 
  protected:
-  // 64 channels of four tokens, in tiles of 16 channels whose rows are four tokens; with 32 tokens half of
-  // the rows stay zero.
-  static void put_four(const __m512i* rows, int8_t* tile) {
-    const __m512i a = _mm512_unpacklo_epi8(rows[0], rows[1]), b = _mm512_unpackhi_epi8(rows[0], rows[1]);
-    const __m512i c = _mm512_unpacklo_epi8(rows[2], rows[3]), d = _mm512_unpackhi_epi8(rows[2], rows[3]);
-    _mm512_store_si512(tile, _mm512_unpacklo_epi16(a, c));
-    _mm512_store_si512(tile + 1024, _mm512_unpackhi_epi16(a, c));
-    _mm512_store_si512(tile + 2048, _mm512_unpacklo_epi16(b, d));
-    _mm512_store_si512(tile + 3072, _mm512_unpackhi_epi16(b, d));
-  }
-
-  // Whole numbers of two digits each as the digits.
-  static void split(F x, int8_t* high, int8_t* low) {
-    const __m512i whole = _mm512_cvtps_epi32(x);
-    const __m512i tens = _mm512_srai_epi32(_mm512_add_epi32(whole, _mm512_set1_epi32(64)), 7);
-    const __m512i ones = _mm512_sub_epi32(whole, _mm512_slli_epi32(tens, 7));
-    _mm_storeu_si128((__m128i*)high, _mm512_cvtepi32_epi8(tens));
-    _mm_storeu_si128((__m128i*)low, _mm512_cvtepi32_epi8(ones));
-  }
-  // Products with the high digits and with the low ones, put together again.
-  static F joined(__m512i high, __m512i low) {
-    return F(_mm512_cvtepi32_ps(high)) * 128.0f + F(_mm512_cvtepi32_ps(low));
-  }
-
   // kind 0: the query; 1: the query over n^p. Tiles of 64 channels: rows of four channels; columns 0
   // to 7 are the high digits of eight queries, columns 8 to 15 the low ones.
   int8_t* digits(int64_t row, int kind) { return &digits_[(row / 8 * 2 + kind) * 16 * key_width_]; }

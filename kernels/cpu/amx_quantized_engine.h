@@ -26,6 +26,26 @@ inline __m512i level_bytes(__m512i codes) {
   }
 }
 
+// Codes of 64 channels from `first` on, alone in their bytes, from a plane of WIDTH bits. CHANNELS: of the
+// part, a power of two; bytes behind the last one mean nothing, and nothing after the plane is read.
+template <int WIDTH, int CHANNELS>
+inline __m512i codes_of(const uint8_t* plane, int64_t first) {
+  constexpr int BYTES = CHANNELS * WIDTH / 8;  // which repeat, each time shifted by WIDTH more
+  __m512i codes;
+  if constexpr (BYTES >= 64) codes = _mm512_loadu_si512(plane + first % BYTES);
+  else if constexpr (BYTES == 32) codes = _mm512_broadcast_i64x4(load<__m256i>(plane));
+  else if constexpr (BYTES == 16) codes = _mm512_broadcast_i32x4(load<__m128i>(plane));
+  else if constexpr (BYTES == 8) codes = _mm512_set1_epi64(load<int64_t>(plane));
+  else if constexpr (BYTES == 4) codes = _mm512_set1_epi32(load<int32_t>(plane));
+  else codes = _mm512_set1_epi16(load<int16_t>(plane));
+  const __m512i shifts = [&]<size_t... W>(std::index_sequence<W...>) {
+    typedef int16_t Words __attribute__((vector_size(64)));
+    const Words repeated = {int16_t(2 * W / BYTES * WIDTH)...};
+    return _mm512_add_epi16((__m512i)repeated, _mm512_set1_epi16(int16_t(first / BYTES * WIDTH)));
+  }(std::make_index_sequence<32>{});
+  return _mm512_and_si512(_mm512_srlv_epi16(codes, shifts), _mm512_set1_epi8((1 << WIDTH) - 1));
+}
+
 // As each_code() in codes.h for 64 channels, whose parts of codes are alone in their bytes; nothing after
 // the plane is read.
 template <int WIDTH, class Function>
@@ -40,20 +60,68 @@ inline void each_byte(const uint8_t* plane, int64_t channels, const Function& f)
   }
 }
 
-// The levels of a part; up to 63 bytes more are written.
+// The levels of a part of any number of channels, and nothing after them.
 template <int BITS>
 inline void expand_levels(const uint8_t* codes, int64_t channels, int8_t* out) {
   constexpr int LOW = low_width(BITS), HIGH = high_width(BITS);
-  if constexpr (HIGH == 0) {
-    each_byte<LOW>(codes, channels, [&](int64_t j, __m512i code) { _mm512_storeu_si512(out + j, level_bytes<BITS>(code)); });
-  } else {
-    uint8_t low[MAX_HEAD + 64];
-    each_byte<LOW>(codes, channels, [&](int64_t j, __m512i code) { _mm512_storeu_si512(low + j, code); });
+  uint8_t low[MAX_HEAD + 64];
+  const auto put = [&](int64_t j, __m512i code) {
+    _mm512_mask_storeu_epi8(out + j, _bzhi_u64(~uint64_t(0), unsigned(std::min<int64_t>(channels - j, 64))), level_bytes<BITS>(code));
+  };
+  each_byte<LOW>(codes, channels, [&](int64_t j, __m512i code) {
+    if constexpr (HIGH == 0) put(j, code);
+    else _mm512_storeu_si512(low + j, code);
+  });
+  if constexpr (HIGH > 0) {
     each_byte<HIGH>(codes + plane_bytes(channels, LOW), channels, [&](int64_t j, __m512i code) {
-      const __m512i whole = _mm512_or_si512(_mm512_loadu_si512(low + j), _mm512_slli_epi16(code, LOW));
-      _mm512_storeu_si512(out + j, level_bytes<BITS>(whole));
+      put(j, _mm512_or_si512(_mm512_loadu_si512(low + j), _mm512_slli_epi16(code, LOW)));
     });
   }
+}
+
+// Asks for later records of both sides while those of a block are expanded.
+struct Requests {
+  const Block& block;
+  const Ahead keys{block.keys.step, 0, block.keys.step}, values{block.values.step, 0, block.values.step};
+
+  void operator()(int t) const { keys(block.keys.at(t)), values(block.values.at(t)); }
+};
+
+// The levels of one part of `count` tokens, whose codes are `step` bytes apart, as rows of `width` bytes.
+// CHANNELS: of the part, whose row then has room for multiples of 64; or 0 for any number.
+template <int BITS, int CHANNELS>
+[[gnu::noinline]] void expand_tokens(const uint8_t* codes, int64_t step, int count, int64_t channels, int8_t* out, int64_t width,
+                                     const Requests* requests) {
+  constexpr int LOW = low_width(BITS), HIGH = high_width(BITS);
+  for (int t = 0; t < count; ++t, codes += step, out += width) {
+    if (requests) (*requests)(t);
+    if constexpr (CHANNELS == 0) {
+      expand_levels<BITS>(codes, channels, out);
+      continue;
+    } else {
+      for (int j = 0; j < CHANNELS; j += 64) {
+        __m512i code = codes_of<LOW, CHANNELS>(codes, j);
+        if constexpr (HIGH > 0) {
+          const __m512i high = codes_of<HIGH, CHANNELS>(codes + CHANNELS * LOW / 8, j);
+          code = _mm512_or_si512(code, _mm512_slli_epi16(high, LOW));
+        }
+        _mm512_storeu_si512(out + j, level_bytes<BITS>(code));
+      }
+    }
+  }
+}
+
+inline void expand_part(const Part& part, const Tokens& records, int count, int8_t* out, int64_t width, const Requests* requests) {
+  const uint8_t* codes = reinterpret_cast<const uint8_t*>(records.data + part.codes);
+  with_bits(part.bits, [&](auto bits) {
+    switch (part.channels) {
+      case 16: return expand_tokens<bits, 16>(codes, records.step, count, 16, out, width, requests);
+      case 32: return expand_tokens<bits, 32>(codes, records.step, count, 32, out, width, requests);
+      case 64: return expand_tokens<bits, 64>(codes, records.step, count, 64, out, width, requests);
+      case 128: return expand_tokens<bits, 128>(codes, records.step, count, 128, out, width, requests);
+      default: expand_tokens<bits, 0>(codes, records.step, count, part.channels, out, width, requests);
+    }
+  });
 }
 
 template <int N>
@@ -89,16 +157,10 @@ class AmxQuantizedEngine : public AmxInt8Engine<N> {
   void expand_keys(const Block& block) {
     if (!block.packed || !turns_keys_) return Base::expand_keys(block);
     const Format& f = *p_.keys.format;
-    const Ahead key_ahead(block.keys.step, 0, block.keys.step), value_ahead(block.values.step, 0, block.values.step);
-    // What is written after a part is written over by the next one or by the next token.
-    for (int t = 0; t < block.count; ++t) {
-      const char* record = block.keys.at(t);
-      key_ahead(record), value_ahead(block.values.at(t));
-      each_part([&](const Part& part, int64_t at) {
-        const uint8_t* codes = reinterpret_cast<const uint8_t*>(record + part.codes);
-        with_bits(part.bits, [&](auto bits) { expand_levels<bits>(codes, part.channels, &kept_[t * key_width_ + at]); });
-      });
-    }
+    const Requests requests{block};
+    each_part([&](const Part& part, int64_t at) {
+      expand_part(part, block.keys, block.count, &kept_[at], key_width_, at ? nullptr : &requests);
+    });
     for (int p = 0; p < f.part_count; ++p) read_amplitudes(block, block.keys, f.scale + p, part_amplitudes_[p]);
   }
 
@@ -113,17 +175,13 @@ class AmxQuantizedEngine : public AmxInt8Engine<N> {
     const int64_t width = value_width_;
     std::fill_n(steps_, BLOCK, 0.0f);
     read_amplitudes(block, block.values, f.scale, steps_);
-    with_bits(f.parts[0].bits, [&](auto bits) {
-      for (int t = 0; t < block.count; ++t) {
-        expand_levels<bits>(reinterpret_cast<const uint8_t*>(block.values.at(t) + f.channels), f.dim, &levels_[t * width]);
-      }
-    });
+    expand_part(f.parts[0], block.values, block.count, levels_.get(), width, nullptr);
     // What is left of earlier blocks meets weights of 0.
     for (int t = 0; t < BLOCK; t += 4) {
       for (int64_t j = 0; j < width; j += 64) {
         __m512i rows[4];
         for (int i = 0; i < 4; ++i) rows[i] = _mm512_loadu_si512(&levels_[(t + i) * width + j]);
-        Base::put_four(rows, &this->values_[j * 64 + t * 16]);
+        put_four(rows, &this->values_[j * 64 + t * 16]);
       }
     }
   }

@@ -32,6 +32,7 @@ class QuantizedEncoder {
       for (int64_t j = 0; j < part.channels; j += LANES) store(&numbers_[j], load(&numbers_[j]) / head_.gain(p));
       with_bits(part.bits, [&](auto bits) { bytes[f_.scale + p] = encode_part<bits>(part.channels, bytes + part.codes); });
     }
+    std::memset(record + f_.record_used, 0, f_.record_bytes - f_.record_used);
   }
 
  private:

@@ -25,7 +25,7 @@ from torch import Tensor
 from spark_compile import ops
 from spark_compile.kernels import cpu, layout
 from spark_compile.kernels.cpu.build import level, supported
-from spark_compile.kernels.formats import Dense, Spark
+from spark_compile.kernels.formats import Dense, Quantized, Spark
 from spark_compile.kernels.layout import FIRST, LENGTH, PACKED, STEP
 from spark_compile.kernels.reference.store import ALL
 from spark_compile.kernels.spec import Spec
@@ -276,12 +276,16 @@ class Negated(Dense):
         return -super().decode(stored, constants, first)
 
 
-@pytest.mark.parametrize("what", ["query", "draws", "wide", "scattered", "own format", "cut page"])
+@pytest.mark.parametrize(
+    "what", ["query", "draws", "wide", "parts", "scattered", "own format", "cut page"]
+)
 def test_what_the_kernel_cannot_do_goes_to_the_reference(what: str) -> None:
     dtype = torch.float32
     key, value = format_of("spark", 12, dtype), Dense(1100 if what == "wide" else 10, dtype)
     if what == "draws":
         key = Spark(12, dtype, 5, recovery="gaussian")
+    if what == "parts":
+        key = Quantized(18, dtype, "1-2-1-2-1-2-1-2-1", scaled=True)
     if what == "own format":
         key = Negated(12, dtype)
     spec = Spec(key, value, 8, 4)

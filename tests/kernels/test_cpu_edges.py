@@ -230,3 +230,51 @@ def test_random_bytes_lead_nowhere(dtype: torch.dtype) -> None:
         ran += 1
     assert raised > 30
     assert ran > 30
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", ["1", "2", "3", "4", "5", "6", "6-4-3-1"])
+def test_quantized_heads_of_every_size(bits: str, dtype: torch.dtype) -> None:
+    """The last record ends where the pages do: nothing after it may be read."""
+    for dim in (4, 8, 12, 20, 32, 64, 80, 100, 128, 192, 256, 300, 1024):
+        spec = spec_of(f"quantized-scaled-{bits}", f"quantized-{bits[0]}", dtype, dim)
+        cache = check_build(spec, tokens_of(spec, 77, batch=1), 68)
+        assert cache.count(PACKED) == 8 * cache.key_pages.shape[2]
+        for count in (1, 3):
+            check_step(cache.clone(), tokens_of(spec, count, batch=1), *(None,) * 5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quantized_keys_and_values_of_any_ranks(dtype: torch.dtype) -> None:
+    for dim in (13, 32, 64, 128):
+        spec = spec_of("quantized-scaled-4-2-2-1", "quantized-scaled-4-2-2-1", dtype, dim)
+        cache = check_build(spec, tokens_of(spec, 60))
+        check_step(cache.clone(), tokens_of(spec, 3))
+        for side, pages, head in cache.sides():
+            pages.random_(0, 256)
+            order = spec.head(side).constants(head)["order"]
+            order.copy_(torch.tensor((-1, dim, 2**15 - 1, -(2**15))).short().repeat(dim)[:dim])
+        rest = (None, None, None, ALL, None, spec.text)
+        output = ops.step(*tokens_of(spec, 3), *cache.tensors, *rest)
+        assert output.shape == (2, 4, 3, dim)
+
+
+@pytest.mark.parametrize("values", ["pruned", "quantized-4", "quantized-scaled-4"])
+def test_constants_leave_out_the_first_tokens_that_stay_dense(values: str) -> None:
+    spec = spec_of("quantized-scaled-4", values, torch.float32, sinks=3)
+    prompt = tokens_of(spec, 60)
+    for rows in prompt[1:]:
+        rows[:, :, :3] *= 1000
+    check_step(check_build(spec, prompt), tokens_of(spec, 3))
+
+
+def test_quantized_numbers_that_are_not_finite_leave_the_constants_as_they_are() -> None:
+    for name in ("quantized-4", "quantized-6", "quantized-scaled-4-2-2-1"):
+        spec = spec_of(name, name, torch.float32)
+        prompt = tokens_of(spec, 60)
+        for number, rows in zip((math.nan, math.inf), prompt[1:], strict=True):
+            rows[0, 0, 5, 3] = number
+        cache = check_build(spec, prompt)
+        for side, _, head in cache.sides():
+            for constant in spec.head(side).constants(head).values():
+                assert constant.isfinite().all()
