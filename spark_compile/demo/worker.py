@@ -44,7 +44,7 @@ class Job:
     """Folder of the converted model."""
     text_wheel: str
     options: dict[str, Any] | None
-    """Of SparkConfig, ``key_ratio`` or ``budget`` among them; None: the dense cache."""
+    """Of SparkConfig; None: the dense cache."""
     inner: str
     """Compiler, also of the dense cache."""
     context_tokens: int
@@ -56,8 +56,10 @@ class Job:
         """The configuration in words."""
         if self.options is None:
             return "dense"
-        budget = self.options.get("budget")
-        return f"spark {self.options['key_ratio']:g}" if budget is None else f"budget {budget}"
+        if (budget := self.options.get("budget")) is not None:
+            return f"budget {budget}"
+        ratio = self.options.get("key_ratio")
+        return "spark" if ratio is None else f"spark {ratio:g}"
 
 
 @dataclass(frozen=True)

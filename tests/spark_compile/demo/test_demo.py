@@ -167,6 +167,8 @@ def test_job_survives_the_way_to_the_worker() -> None:
     job = Job("model", "text.whl", {"key_ratio": 0.5, "strict": True}, "eager", 100, 8, "auto")
     assert Job(**json.loads(json.dumps(dataclasses.asdict(job)))) == job
     assert job.name == "spark 0.5"
+    assert dataclasses.replace(job, options={"budget": 0.3}).name == "budget 0.3"
+    assert dataclasses.replace(job, options={"key_dtype": "int8"}).name == "spark"
     assert dataclasses.replace(job, options=None).name == "dense"
     assert dataclasses.replace(job, options={"budget": 0.25}).name == "budget 0.25"
 
@@ -174,8 +176,15 @@ def test_job_survives_the_way_to_the_worker() -> None:
 @pytest.mark.parametrize(
     ("options", "pruned"),
     [
-        ({}, [{"key_ratio": 0.5}, {"key_ratio": 0.8}]),
-        ({"window": 8}, [{"key_ratio": 0.5, "window": 8}, {"key_ratio": 0.8, "window": 8}]),
+        ({}, [{"budget": "near-lossless"}, {"budget": "smallest"}]),
+        (
+            {"window": 8},
+            [
+                {"budget": "near-lossless", "window": 8},
+                {"budget": "smallest", "window": 8},
+            ],
+        ),
+        ({"key_dtype": "int8"}, [{"key_dtype": "int8"}]),
         ({"key_ratio": 0.3, "window": 8}, [{"key_ratio": 0.3, "window": 8}]),
         ({"budget": 0.3}, [{"budget": 0.3}]),
     ],
