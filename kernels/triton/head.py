@@ -40,29 +40,29 @@ def _query_stats(
 
 @triton.jit
 def _bias(
-    tail: tl.tensor, new: tl.tensor, filled: tl.tensor, tokens: tl.tensor, new_s: tl.tensor,
-    DIM: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr,
+    tail: tl.tensor, new: tl.tensor, filled: tl.tensor, first: tl.tensor, end: tl.tensor,
+    new_s: tl.tensor, DIM: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr,
 ) -> Any:  # fmt: skip
-    """``Pruned.constants`` of one head: [BLOCK]."""
+    """``Pruned.constants`` of one head, of its tokens from ``first`` to ``end``: [BLOCK]."""
     index, channel = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK)
     real = (channel < DIM)[None, :]
     mean = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, tokens, BLOCK_S):
+    for start in range(first, end, BLOCK_S):
         source = dense_rows(tail, new, start + index, filled, new_s, DIM)
-        inside = (start + index < tokens)[:, None] & real
+        inside = (start + index < end)[:, None] & real
         row = tl.load(source[:, None] + channel[None, :], mask=inside, other=0)
         mean += tl.sum(row.to(tl.float32), axis=0)
-    mean /= tokens
+    mean /= end - first
     over_tokens, over_channels = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK_S,), tl.float32)
-    for start in range(0, tokens, BLOCK_S):
+    for start in range(first, end, BLOCK_S):
         source = dense_rows(tail, new, start + index, filled, new_s, DIM)
-        inside = (start + index < tokens)[:, None] & real
+        inside = (start + index < end)[:, None] & real
         row = tl.load(source[:, None] + channel[None, :], mask=inside, other=0).to(tl.float32)
         centered = tl.where(inside, row - mean[None, :], 0.0)
         over_tokens += tl.sum(centered * centered, axis=0)
         centered = tl.where(inside, row - (tl.sum(row, axis=1) / DIM)[:, None], 0.0)
         over_channels = tl.maximum(over_channels, tl.sum(centered * centered, axis=1))
-    over_tokens /= tl.maximum(tokens - 1, 1)
+    over_tokens /= tl.maximum(end - first - 1, 1)
     largest = tl.max(over_tokens, axis=0) + tl.max(over_channels, axis=0) / (
         DIM - 1 if DIM > 1 else 1
     )
@@ -105,7 +105,8 @@ def prepare_head(
         filled = tl.minimum(length, rows)
         tail = as_type(head + TAIL, new.dtype.element_ty)
         new += b * new_b + h * new_h
-        bias = _bias(tail, new, filled, filled + new_tokens, new_s, DIM, BLOCK_S, BLOCK)
+        end = filled + new_tokens
+        bias = _bias(tail, new, filled, sink_tokens, end, new_s, DIM, BLOCK_S, BLOCK)
         tl.store(constant, bias, mask=inside)
 
 

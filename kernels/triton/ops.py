@@ -87,7 +87,7 @@ def _build_side(
     if type(tokens) is not int or spec.pages_due(tokens, tokens):
         if stats is not None:
             norms = stats[:, :, 0].sqrt()
-        for name, constant in format.constants(rows, norms).items():
+        for name, constant in format.constants(rows[:, :, spec.sinks :], norms).items():
             layout.constants(head)[name].copy_(constant)
     operand = _operand(pages, head, rows, spec, side)
     launch.append(None, operand, ALL, spec, constants_are_known=True)
