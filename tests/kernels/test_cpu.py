@@ -413,10 +413,14 @@ def other_levels() -> list[str]:
     return [name for name in supported() if name != level()] + ["amx"] * bool(emulated)
 
 
+NEXT_LEVEL = "avx512" if "avx512" in other_levels() else "avx2"
+"""The one that the fast tests try; a minute each."""
+
+
 @pytest.mark.parametrize(
     "other",
     [
-        pytest.param(other, marks=[pytest.mark.slow] * (other in ("amx", "plain")))
+        pytest.param(other, marks=[pytest.mark.slow] * (other != NEXT_LEVEL))
         for other in other_levels()
     ],
 )
