@@ -175,11 +175,6 @@ def _pieces(tokens: Any, windows: int, size: int) -> Tensor:
     return pieces[at].unsqueeze(1)
 
 
-def _are_ids(tokens: Any) -> bool:
-    is_tensor = isinstance(tokens, Tensor) and tokens.dim() in (1, 2)
-    return is_tensor and not (tokens.is_floating_point() or tokens.is_complex())
-
-
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """The model in eval mode inside the ``with`` block."""

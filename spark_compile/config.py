@@ -13,6 +13,7 @@ import torch
 from .by_layer import Formats, checked, text_for
 from .kernels.eviction import PyramidKV, parse_scorer
 from .kernels.formats import Dense, Format, Int8, Pruned, Quantized, Spark, kept_channels, parse
+from .kernels.formats.base import check_text
 from .kernels.layout import PageLayout
 from .kernels.spec import SIDES, Side, Spec, parse_spec
 from .presets import MEANING, NAMES, SHARES, Size, best_rung, share_named
@@ -116,7 +117,7 @@ class SparkConfig:
             if not isinstance(value, str) or value not in get_args(allowed):
                 raise wrong_option(name, value, "one of " + ", ".join(map(repr, get_args(allowed))))
         for name in ("key_format", "value_format"):
-            formats = checked(name, getattr(self, name), "the text of a format", _read_format)
+            formats = checked(name, getattr(self, name), "the text of a format", check_text)
             object.__setattr__(self, name, formats)
         evict = checked("evict", self.evict, "the text of a scorer", self._read_scorer)
         object.__setattr__(self, "evict", evict)
@@ -285,10 +286,6 @@ _CHOICES: dict[str, Any] = {
     "key_dtype": Stored, "value_dtype": Stored, "recovery": Recovery, "saliency": Saliency,
     "inner": Inner,
 }  # fmt: skip
-
-
-def _read_format(text: str) -> None:
-    parse(text, 1 << 20, torch.float32)  # a head that is large enough for any option
 
 
 def _is_number(value: object, types: tuple[type, ...]) -> bool:

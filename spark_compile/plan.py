@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from torch import nn
 
 from .config import CHOOSING
 from .generation import called_modules
-from .kernels.formats import parse
+from .kernels.formats.base import check_text
 from .report import OptionError, warn_once
 
 SCHEMA = 1
@@ -188,7 +187,7 @@ def _number(value: Any, where: str) -> float:
 
 def _format(value: Any, where: str) -> str:
     try:
-        parse(_text(value, where), 1 << 20, torch.float32)  # any option goes with so large a head
+        check_text(_text(value, where))
     except ValueError as error:
         raise OptionError(f"{where}: {error}") from error
     return str(value)

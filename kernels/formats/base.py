@@ -134,6 +134,11 @@ def parse(text: str, head_dim: int, dtype: torch.dtype) -> Format:
         raise ValueError(f"format {text!r}: {error}") from error
 
 
+def check_text(text: str) -> None:
+    """Raise ValueError unless a text describes a format, for heads of some size."""
+    parse(text, 1 << 20, torch.float32)  # a head that is large enough for any option
+
+
 def read_text(
     text: str, what: str, known: Mapping[str, type[KindT]], given: int = 0
 ) -> tuple[type[KindT], dict[str, Any]]:
@@ -181,6 +186,11 @@ def check_choice(format: Format, option: str, allowed: tuple[str, ...]) -> None:
             f"option {option!r} of format {format.NAME!r} is {value!r}: "
             f"allowed is {', '.join(allowed)}"
         )
+
+
+def bounded(numbers: Tensor, dtype: torch.dtype) -> Tensor:
+    """Positive numbers in a dtype; what is beyond its largest number becomes that."""
+    return numbers.clamp(max=torch.finfo(dtype).max).to(dtype)
 
 
 def per_head(constant: Tensor, rows: Tensor) -> Tensor:

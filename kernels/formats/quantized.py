@@ -37,6 +37,7 @@ from .codes import (
     unpack_codes,
 )  # fmt: skip
 from .rotation import rotated
+from .spark import floored
 
 FLOOR = 0.01
 """Of the mean: least norm and spread of a channel, and size of a part; no factor is extreme."""
@@ -144,14 +145,14 @@ class Quantized(Format):
             assert norms is not None
             center = rows.mean(2).bfloat16()
             spread = (rows - center.float().unsqueeze(2)).square().mean(2).sqrt()
-            norms = _floored(norms.nan_to_num(0.0, 0.0, 0.0))
-            factor = (norms / _floored(spread)).sqrt().bfloat16()
+            norms = floored(norms.nan_to_num(0.0, 0.0, 0.0), FLOOR)
+            factor = (norms / floored(spread, FLOOR)).sqrt().bfloat16()
             order = (spread * factor.float()).sort(dim=-1, descending=True, stable=True).indices
             constants = {"center": center, "factor": factor, "order": order.short()}
             ranked = self._ranked(ranked, constants)
         sizes = [self._turned(ranked, part).square().mean((2, 3, 4)) for part in self.parts]
         units = ranked.new_tensor([DEVIATION[part.bits] for part in self.parts])
-        gain = _floored(torch.stack(sizes, dim=-1).sqrt()) / units
+        gain = floored(torch.stack(sizes, dim=-1).sqrt(), FLOOR) / units
         return constants | {"gain": gain.bfloat16()}
 
     def encode(self, rows: Tensor, norms: Tensor | None, constants: Stored) -> dict[str, Tensor]:
@@ -240,9 +241,3 @@ def _constants(constants: Stored) -> tuple[Tensor, Tensor, Tensor]:
     )
     # A damaged cache may say anything.
     return center.float(), factor.float(), order.long().clamp(0, order.shape[-1] - 1)
-
-
-def _floored(numbers: Tensor) -> Tensor:
-    """At least FLOOR of the mean over the last dimension, and positive."""
-    floor = (numbers.mean(-1, keepdim=True) * FLOOR).clamp(min=1e-12)
-    return torch.maximum(numbers, floor)

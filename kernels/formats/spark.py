@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Field, Format, Stored, check_choice, per_head
+from .base import Field, Format, Stored, bounded, check_choice, per_head
 from .int8 import dequantize, quantize
 from .selection import check_kept, expand, pack_bits, plane_bytes, select, unpack_bits
 
@@ -78,7 +78,7 @@ class Spark(Format):
         weight = per_head(floored(constants["norms"]).pow(power), rows)
         amplitude = self._amplitude((magnitude * weight).pow(1 / power), keep).pow(power)
         stored = {
-            "amplitude": amplitude.clamp(max=torch.finfo(rows.dtype).max).to(rows.dtype),
+            "amplitude": bounded(amplitude, rows.dtype),
             "keep": pack_bits(keep),
             "negative": pack_bits(rows < 0),
         }
@@ -133,9 +133,9 @@ def exponent(saliency: str) -> float:
     return 0.5 if saliency == "squared" else 1.0
 
 
-def floored(norms: Tensor) -> Tensor:
-    """Norms [..., D] bounded from below so that dividing by them stays finite."""
-    floor = (norms.mean(-1, keepdim=True) * NORM_FLOOR).clamp(min=1e-12)
+def floored(norms: Tensor, share: float = NORM_FLOOR) -> Tensor:
+    """Norms or sizes [..., D], at least a share of their mean, so that dividing stays finite."""
+    floor = (norms.mean(-1, keepdim=True) * share).clamp(min=1e-12)
     return torch.maximum(norms, floor)
 
 

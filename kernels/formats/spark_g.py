@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Field, Format, Stored, check_choice, per_head
+from .base import Field, Format, Stored, bounded, check_choice, per_head
 from .selection import check_kept, pack_bits, plane_bytes, unpack_bits
 from .spark import floored, mean_of_pruned
 
@@ -81,7 +81,7 @@ class SparkG(Format):
         room = rows.shape[3] * self.kept
         pool = rows.flatten(3).gather(-1, order[..., :room]).unflatten(-1, (-1, self.kept))
         return {
-            "amplitude": amplitude.clamp(max=torch.finfo(self.dtype).max).to(self.dtype),
+            "amplitude": bounded(amplitude, self.dtype),
             "channels": pool,
             "keep": pack_bits(keep),
             "negative": pack_bits(rows < 0),
@@ -94,19 +94,15 @@ class SparkG(Format):
         held = (saliency.cumsum(-1) / total)[..., allowed - 1]  # [B, Hkv, N, P, n]
         # Every share that matters: a token moves on to more channels when p exceeds one of them.
         shares = held.flatten(-2).nan_to_num(0.0).sort(-1).values  # [B, Hkv, N, P n]
-        room, tokens = held.shape[-2] * self.kept, held.shape[-2]
-        low = torch.zeros_like(shares[..., 0], dtype=torch.long)
+        room = held.shape[-2] * self.kept
+        low = torch.zeros_like(shares[..., 0], dtype=torch.long)  # with the least numbers: it fits
         high = torch.full_like(low, shares.shape[-1])
         while (high - low > 1).any():  # the largest share that fits, by bisection
             middle = (low + high) // 2
-            share = shares.gather(-1, middle.clamp(max=shares.shape[-1] - 1).unsqueeze(-1))
+            share = shares.gather(-1, middle.unsqueeze(-1))
             fits = self._needed(held, share, allowed).sum(-1) <= room
             low, high = middle.where(fits, low), high.where(fits, middle)
-        share = shares.gather(-1, low.unsqueeze(-1))
-        counts = self._needed(held, share, allowed)
-        least = torch.full_like(counts, int(allowed[0]))
-        assert tokens * int(allowed[0]) <= room
-        return counts.where(counts.sum(-1, keepdim=True) <= room, least)
+        return self._needed(held, shares.gather(-1, low.unsqueeze(-1)), allowed)
 
     @staticmethod
     def _needed(held: Tensor, share: Tensor, allowed: Tensor) -> Tensor:

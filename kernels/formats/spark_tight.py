@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Field, Format, Stored, per_head
+from .base import Field, Format, Stored, bounded, per_head
 from .codes import code_bytes, even_grid, levels_of, nearest, pack_codes, unpack_codes
 from .selection import check_kept, expand, pack_bits, plane_bytes, select, unpack_bits
 from .spark import floored, mean_of_pruned
@@ -74,8 +74,7 @@ class SparkTight(Format):
 
     def constants(self, rows: Tensor, norms: Tensor | None) -> dict[str, Tensor]:
         assert norms is not None
-        size = rows.float().square().mean(2).sqrt()
-        size = torch.maximum(size, size.mean(-1, keepdim=True) * LEAST_SIZE).clamp(min=1e-12)
+        size = floored(rows.float().square().mean(2).sqrt(), LEAST_SIZE)
         return {
             "norms": norms.bfloat16(), "factor": (floored(norms) / size).sqrt().bfloat16(),
         }  # fmt: skip
@@ -88,11 +87,11 @@ class SparkTight(Format):
         weight = per_head(floored(constants["norms"].float()).sqrt(), rows)
         amplitude = mean_of_pruned((magnitude * weight).square(), keep).sqrt()
         grid = even_grid(self.bits)
-        step = self._rounded(channels.abs().amax(-1, keepdim=True) / grid[-1])
+        step = bounded(channels.abs().amax(-1, keepdim=True) / grid[-1], self.dtype)
         codes = nearest(channels / step.float().where(step > 0, 1.0), grid)
         pruned = keep.long().sort(dim=-1, stable=True).indices[..., : self.head_dim - self.kept]
         return {
-            "amplitude": self._rounded(amplitude),
+            "amplitude": bounded(amplitude, self.dtype),
             "step": step,
             "codes": pack_codes(codes, self.bits),
             "where": self._placed(keep),
@@ -111,9 +110,6 @@ class SparkTight(Format):
             return values
         negative = expand(unpack_bits(stored["negative"], self.head_dim - self.kept), ~keep)
         return torch.where(keep, values, torch.where(negative, -amplitude, amplitude))
-
-    def _rounded(self, numbers: Tensor) -> Tensor:
-        return numbers.clamp(max=torch.finfo(self.dtype).max).to(self.dtype)
 
     def _placed(self, keep: Tensor) -> Tensor:
         """The stored form of a mask [..., D] with T channels set."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from oracle import attention_arguments
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -45,8 +46,7 @@ class MaskedEager(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is not F.scaled_dot_product_attention:
             return func(*args, **kwargs)
-        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale")
-        bound = {**dict(zip(names, args, strict=False)), **kwargs}
+        bound = attention_arguments(args, kwargs)
         given, scale = bound["query"], bound.get("scale") or bound["query"].shape[-1] ** -0.5
         # For a single token eager transformers hands over the queries of a group as rows.
         query = given.reshape(given.shape[0], self.query_heads, -1, given.shape[3])

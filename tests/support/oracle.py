@@ -25,6 +25,12 @@ def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
     assert error <= TOLERANCE[dtype], f"relative error {error:.2e}, allowed {TOLERANCE[dtype]:.0e}"
 
 
+def attention_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of scaled_dot_product_attention by name."""
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale")
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
 @dataclass
 class _Layer:
     """What the method remembers of one layer, with dense keys in the place of packed ones."""
@@ -63,8 +69,7 @@ class SimulatedSpark(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is not F.scaled_dot_product_attention:
             return func(*args, **kwargs)
-        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale")
-        bound = {**dict(zip(names, args, strict=False)), **kwargs}
+        bound = attention_arguments(args, kwargs)
         bound.pop("enable_gqa", None)
         query, key = bound["query"], bound["key"]
         rows = {"key": key, "value": bound["value"]}
