@@ -2,10 +2,10 @@
 
 A cache side (the keys or the values of one layer) is two byte tensors.
 
-- ``pages`` [B, Hkv, N, page bytes], uint8. A page holds P tokens that were packed at once: P
-  records, then the fields per page. A record is the fields per token in their order, each at a
-  multiple of its item size; it ends at a multiple of the largest item size in it. Page i lies in
-  slot i % N.
+- ``pages`` [B, Hkv, N, page bytes], uint8. A page holds P tokens that were packed at once, field by
+  field: the P rows of the first field per token, then those of the next one, then the fields per
+  page. A field begins at a multiple of the largest power of two, up to ``ALIGNMENT``, that divides its
+  bytes in a page, so that a kernel loads whole vectors of it. Page i lies in slot i % N.
 - ``head`` [B, Hkv, head bytes], uint8: five int64 counters, the fields per head, with a format that
   uses queries two slots of query statistics [D] float32, and the tail: rows of dense tokens.
 
@@ -19,8 +19,8 @@ The counters (the same for all batch entries and heads today):
 - ``DROPPED`` tokens of the prompt that were not stored, because a scorer evicted them; they count
   as part of the cache, which has LENGTH - FIRST + DROPPED tokens for the model.
 
-Where a scorer may evict, the records of the keys have one more field, the token's ``position``:
-which one of the tokens of the model it is. It may be another one in each key head. The first
+Where a scorer may evict, the pages of the keys have one more field, each token's ``position``: which
+one of the tokens of the model it is. It may be another one in each key head. The first
 ``sinks`` tokens and the tail need none: token i of the tail is the model's i + DROPPED.
 
 The order of the tokens is: the first ``sinks`` rows of the tail | packed | the rest of the tail.
@@ -30,6 +30,7 @@ Only FIRST = 0 goes with sinks. While nothing is packed the tail alone holds all
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -37,7 +38,7 @@ from torch import SymInt, Tensor
 
 from .formats import Field, Format
 
-VERSION = 2
+VERSION = 3
 """To be raised with every change of what lies where, of how much room is made, or of a format: it
 is part of each graph's text, so that no cache of compiled graphs serves one of another version, and
 of each saved state."""
@@ -45,6 +46,8 @@ LENGTH, PACKED, FIRST, STEP, DROPPED = range(5)
 COUNTERS = 5
 MOST_TOKENS = 2**40
 """That a cache can count: sums of a few counters stay far from the ends of int64."""
+ALIGNMENT = 16
+"""Bytes; the widest load of a GPU."""
 Count = int | SymInt
 POSITION = Field("position", torch.int32, 1)
 """Which one of the tokens of the model a packed one is."""
@@ -67,50 +70,48 @@ class PageLayout:
 
     @functools.cached_property
     def offsets(self) -> dict[str, int]:
-        """First byte of each field, in its record or, for a field per page, in the page."""
-        offsets, end = {}, 0
-        for per in ("token", "page"):
-            for field in self._fields(per):
-                end = round_up(end, field.dtype.itemsize)
-                offsets[field.name] = end
-                end += field.nbytes
-            if per == "token":
-                end = self.record_bytes * self.tokens
-        return offsets
+        """First byte of each field in a page."""
+        return {field.name: first for field, first, _ in self._places}
 
-    @functools.cached_property
-    def record_bytes(self) -> int:
-        """Bytes of one token."""
-        end, largest = 0, 1
-        for field in self._fields("token"):
-            end = round_up(end, field.dtype.itemsize) + field.nbytes
-            largest = max(largest, field.dtype.itemsize)
-        return round_up(end, largest)
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of the fields of one token."""
+        return sum(field.nbytes for field in self._fields if field.per == "token")
 
     @functools.cached_property
     def page_bytes(self) -> int:
         """Bytes of one page, a multiple of 8."""
-        last = self._fields("page")[-1:]
-        end = self.offsets[last[0].name] + last[0].nbytes if last else 0
-        return round_up(max(end, self.record_bytes * self.tokens), 8)
+        return round_up(max((first + size for _, first, size in self._places), default=0), 8)
 
     def views(self, pages: Tensor) -> dict[str, Tensor]:
         """The fields of pages [B, Hkv, N, page bytes] by name, as views.
 
         [B, Hkv, N, P, width] per token, [B, Hkv, N, width] per page.
         """
-        records = pages[..., : self.record_bytes * self.tokens]
-        records = records.unflatten(3, (self.tokens, self.record_bytes))
-        return {
-            field.name: typed(
-                records if field.per == "token" else pages, self.offsets[field.name], field
+        views = {}
+        for field, first, size in self._places:
+            view = pages[..., first : first + size].view(field.dtype)
+            views[field.name] = (
+                view.unflatten(3, (-1, field.width)) if field.per == "token" else view
             )
-            for per in ("token", "page")
-            for field in self._fields(per)
-        }
+        return views
 
-    def _fields(self, per: str) -> list[Field]:
-        return [field for field in (*self.format.fields(), *self.more) if field.per == per]
+    @functools.cached_property
+    def _places(self) -> list[tuple[Field, int, int]]:
+        """The fields in their order, with first byte and bytes of each."""
+        places, end = [], 0
+        for field in self._fields:
+            size = field.nbytes * (self.tokens if field.per == "token" else 1)
+            first = round_up(end, math.gcd(size, ALIGNMENT))
+            places.append((field, first, size))
+            end = first + size
+        return places
+
+    @property
+    def _fields(self) -> list[Field]:
+        """Those per token, then those per page."""
+        own = [field for field in (*self.format.fields(), *self.more) if field.per != "head"]
+        return sorted(own, key=lambda field: field.per != "token")
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ class HeadLayout:
             end = round_up(end, field.dtype.itemsize)
             offsets[field.name] = end
             end += field.nbytes
-        offsets["tail"] = round_up(end, 8)
+        offsets["tail"] = round_up(end, ALIGNMENT)
         return offsets
 
     @functools.cached_property

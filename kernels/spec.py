@@ -1,6 +1,6 @@
 """The spec: how the cache of one site is stored and when it is packed, as one short text.
 
-    layout=2;key=spark(kept=26,stored=int8,recovery=degenerate,saliency=squared):128:bfloat16;
+    layout=3;key=spark(kept=26,stored=int8,recovery=degenerate,saliency=squared):128:bfloat16;
     value=int8:128:bfloat16;window=32;recent=32;sinks=0;min_tokens=0
 
 Operators take it as a string, so that a new format changes no schema. Operators that attend get the

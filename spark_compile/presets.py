@@ -1,6 +1,6 @@
 """What the option ``budget`` stands for: shares by name, and a ladder of formats.
 
-A share is of the bytes of dense keys and values, and everything counts: records, constants, query
+A share is of the bytes of dense keys and values, and everything counts: pages, constants, query
 statistics, the dense tail, and the most slack that growth leaves. It is stated for ``TOKENS``
 tokens; a longer cache takes a smaller one, down to about the share of a packed token.
 """
@@ -26,7 +26,7 @@ NAMES = ", ".join(map(repr, SHARES))
 MEANING = (
     "Share of dense key and value bytes that a cache may take, up to 1, or "
     f"{', '.join(f'{name} ({share})' for name, share in SHARES.items())}; chooses the formats in "
-    "place of ratios and dtypes. Everything counts (records, constants, statistics, tail, slack) "
+    "place of ratios and dtypes. Everything counts (pages, constants, statistics, tail, slack) "
     f"at {TOKENS:,} tokens: shorter caches and sliding windows take a larger share, longer ones a "
     "smaller one, down to that of a packed token."
 )

@@ -53,16 +53,23 @@ class AmxEngine {
   void expand_keys(const Block& block) {
     const Format& f = *p_.keys.format;
     in_steps_ = block.packed && f.int8;
-    if (!block.packed || f.kind == Kind::dense) return plain_keys<bf16>(block, 0);
-    if (f.kind == Kind::int8) return plain_keys<int8_t>(block, f.channels);
-    f.int8 ? pruned_keys<int8_t>(block) : pruned_keys<bf16>(block);
+    if (!block.packed) {
+      plain_keys<bf16>(block.keys, 0, block.old, nullptr);
+      return plain_keys<bf16>(block.new_keys, block.old, block.count - block.old, nullptr);
+    }
+    p_.each_run(block, [&](const Run& run) {
+      if (f.int8) read_column(run.keys.at<bf16>(f.step), run.count, key_steps_ + run.first);
+      if (f.has_planes()) return f.int8 ? pruned_keys<int8_t>(run) : pruned_keys<bf16>(run);
+      const Requests ahead = requests(run);
+      const Tokens rows = run.keys.rows(f.channels);
+      f.int8 ? plain_keys<int8_t>(rows, run.first, run.count, &ahead) : plain_keys<bf16>(rows, run.first, run.count, &ahead);
+    });
   }
 
   void expand_values(const Block& block) {
     const Format& f = *p_.values.format;
-    if (!block.packed || f.kind == Kind::dense) return pair_values<bf16, false>(block);
-    if (f.kind == Kind::int8) return pair_values<int8_t, false>(block);
-    f.int8 ? pair_values<int8_t, true>(block) : pair_values<bf16, true>(block);
+    if (!block.packed || f.kind == Kind::dense) return plain_values(block);
+    f.int8 ? pruned_values<int8_t>(block) : pruned_values<bf16>(block);
   }
 
   void scores(const Block&, int64_t first, int count, float (*scores)[BLOCK]) {
@@ -119,82 +126,77 @@ class AmxEngine {
   }
 
  protected:
-  // Keys that have every channel, `offset` bytes after the start of their records or rows.
+  Requests requests(const Run& run) const {
+    const Format& values = *p_.values.format;
+    return {Ahead(*p_.keys.format), Ahead(values, 0, early_bytes(values)), run.keys, run.values};
+  }
+
+  // Keys that have every channel, those from `first` on of a block.
   template <class K>
-  void plain_keys(const Block& block, int64_t offset) {
-    const Format& f = *p_.keys.format;
-    const Ahead key_ahead(block.keys.step, 0, block.keys.step), value_ahead = early_values(block);
-    for (int t = 0; t < block.count; ++t) {
-      const char* record = block.key(t);
-      if (block.packed) key_ahead(record), value_ahead(block.value(t));
-      if (std::is_same_v<K, int8_t>) key_steps_[t] = to_float(*reinterpret_cast<const bf16*>(record + f.step));
-      const K* row = reinterpret_cast<const K*>(record + offset);
-      for (int64_t j = 0; j < key_width_; j += 32) {
-        _mm512_store_si512(&keys_[t * key_width_ + j], load_words(row + j, p_.key_dim - j));
+  void plain_keys(const Tokens& rows, int first, int count, const Requests* ahead) {
+    bf16* key = &keys_[first * key_width_];
+    for (int t = 0; t < count; ++t, key += key_width_) {
+      if (ahead) (*ahead)(t);
+      const K* row = reinterpret_cast<const K*>(rows.at(t));
+      for (int64_t j = 0; j < key_width_; j += 32) _mm512_store_si512(key + j, load_words(row + j, p_.key_dim - j));
+    }
+  }
+
+  template <class K>
+  void pruned_keys(const Run& run) {
+    Tokens rows = run.keys.rows(p_.keys.format->channels);
+    // Rows that end far enough before the pages do may be read in whole vectors.
+    if (std::is_same_v<K, int8_t> || rows.at(run.count) + 64 > p_.keys.pages_end) {
+      copy_rows<K>(rows, run.count);
+      rows = {reinterpret_cast<const char*>(room_.get()), room_width_ * int64_t(sizeof(bf16))};
+    }
+    switch (p_.key_dim) {
+      case 64: return expand_rows<K, 64>(run, rows);
+      case 128: return expand_rows<K, 128>(run, rows);
+      default: expand_rows<K, 0>(run, rows);
+    }
+  }
+
+  // Kept channels as bfloat16, with 32 more that may be read after each row.
+  template <class K>
+  void copy_rows(const Tokens& rows, int count) {
+    const int64_t kept = p_.keys.format->kept;
+    for (int t = 0; t < count; ++t) {
+      const K* row = reinterpret_cast<const K*>(rows.at(t));
+      for (int64_t j = 0; j < kept; j += 32) {
+        _mm512_storeu_si512(&room_[t * room_width_ + j], load_words_guarded(row + j, kept - j, p_.keys.pages_end));
       }
     }
   }
 
-  template <class K>
-  void pruned_keys(const Block& block) {
-    const Format& f = *p_.keys.format;
-    const char* rows = block.keys.data + f.channels;
-    int64_t step = block.keys.step;
-    // Records that end far enough before the pages do may be read in whole vectors.
-    const char* last = block.keys.at(block.count - 1) + f.channels + f.kept * sizeof(bf16) + 64;
-    if (std::is_same_v<K, int8_t> || last > p_.keys.pages_end) {
-      copy_rows<K>(block);
-      rows = reinterpret_cast<const char*>(room_.get()), step = room_width_ * sizeof(bf16);
-    }
-    switch (f.dim) {
-      case 64: return expand_rows<K, 64>(block, rows, step);
-      case 128: return expand_rows<K, 128>(block, rows, step);
-      default: expand_rows<K, 0>(block, rows, step);
-    }
-  }
-
-  // The block's kept channels as bfloat16, with 32 more that may be read after each row.
-  template <class K>
-  void copy_rows(const Block& block) {
-    const Format& f = *p_.keys.format;
-    for (int t = 0; t < block.count; ++t) {
-      const K* row = reinterpret_cast<const K*>(block.keys.at(t) + f.channels);
-      for (int64_t j = 0; j < f.kept; j += 32) {
-        _mm512_storeu_si512(&room_[t * room_width_ + j], load_words_guarded(row + j, f.kept - j, p_.keys.pages_end));
-      }
-    }
-  }
-
-  // rows: the kept channels, `rows_step` bytes apart. CHANNELS: of a key, or 0 for any number; loops
-  // over known numbers become straight code.
+  // rows: the kept channels. CHANNELS: of a key, or 0 for any number; loops over known numbers become
+  // straight code.
   template <class K, int CHANNELS>
-  [[gnu::noinline]] void expand_rows(const Block& block, const char* rows, int64_t rows_step) {
+  [[gnu::noinline]] void expand_rows(const Run& run, Tokens rows) {
     // Copies: what is stored below might, for all the compiler knows, change a member.
     const bool whole = CHANNELS;
     const Format f = *p_.keys.format;
-    const int64_t width = whole ? CHANNELS : key_width_, plane = whole ? CHANNELS / 8 : f.plane();
-    const int64_t record_step = block.keys.step, value_step = block.values.step, kept = f.kept;
-    const char *record = block.keys.data, *value = block.values.data;
-    const Ahead key_ahead(record_step, 0, record_step), value_ahead = early_values(block);
+    const Requests ahead = requests(run);
+    const int64_t width = whole ? CHANNELS : key_width_, plane = whole ? CHANNELS / 8 : f.plane(), kept = f.kept;
+    const bf16* amplitudes = run.keys.at<bf16>(f.scale);
+    const uint8_t *keep = run.keys.at<uint8_t>(f.keep), *negative = run.keys.at<uint8_t>(f.negative);
     const float* weights = weights_.get();
-    bf16* key = keys_.get();
-    for (int t = 0, count = block.count; t < count; ++t, record += record_step, value += value_step, rows += rows_step) {
-      key_ahead(record), value_ahead(value);
-      float amplitude = to_float(*reinterpret_cast<const bf16*>(record + f.scale));
+    float* steps = key_steps_ + run.first;
+    bf16* key = &keys_[run.first * width];
+    for (int t = 0, count = run.count; t < count; ++t, rows.data += rows.step, keep += plane, negative += plane) {
+      ahead(t);
+      float amplitude = to_float(amplitudes[t]);
       if constexpr (std::is_same_v<K, int8_t>) {
         // Keys are in units of the step, the amplitude too. A step of 0: kept channels are 0.
-        const float step = to_float(*reinterpret_cast<const bf16*>(record + f.step));
-        key_steps_[t] = step == 0 ? 1.0f : step;
-        amplitude /= key_steps_[t];
+        if (steps[t] == 0) steps[t] = 1.0f;
+        amplitude /= steps[t];
       }
-      const uint8_t* keep = reinterpret_cast<const uint8_t*>(record + f.keep);
-      const bf16 *stored = reinterpret_cast<const bf16*>(rows), *const end = stored + kept;
+      const bf16 *stored = reinterpret_cast<const bf16*>(rows.data), *const end = stored + kept;
       for (int64_t j = 0; j < width; j += 32, key += 32) {
-        const uint8_t* bits = keep + j / 8;
-        const uint32_t mask = whole ? load<uint32_t>(bits) : plane_word(keep, j, plane);
-        const uint32_t negative = whole ? load<uint32_t>(bits + plane) : plane_word(keep + plane, j, plane);
+        const uint32_t mask = whole ? load<uint32_t>(keep + j / 8) : plane_word(keep, j, plane);
+        const uint32_t turned = whole ? load<uint32_t>(negative + j / 8) : plane_word(negative, j, plane);
         const F low = load(weights + j) * amplitude, high = load(weights + j + 16) * amplitude;
-        const __m512i signs = _mm512_maskz_set1_epi16(negative, int16_t(0x8000));
+        const __m512i signs = _mm512_maskz_set1_epi16(turned, int16_t(0x8000));
         const __m512i recovered = _mm512_xor_si512(words(_mm512_cvtne2ps_pbh(high, low)), signs);
         _mm512_store_si512(key, expand_words(recovered, load_words(stored), mask));
         stored = std::min(stored + __builtin_popcount(mask), end);
@@ -202,30 +204,46 @@ class AmxEngine {
     }
   }
 
-  Ahead early_values(const Block& block) const {
-    return Ahead(block.values.step, 0, early_bytes(*p_.values.format));
+  // Where a pair of tokens begins in the tiles of the values; finish() undoes the order of its channels.
+  bf16* pair(int t) { return &values_[t / 32 * 32 * value_width_ + t % 32 * 16]; }
+
+  // Values that have every channel.
+  void plain_values(const Block& block) {
+    const Format& f = *p_.values.format;
+    const int64_t width = value_width_, channels = p_.value_dim;
+    const Ahead ahead(f, early_bytes(f), f.token_bytes);
+    const bool packed = block.packed;
+    Places places(p_.values, block);
+    const auto find = [&](int t) -> const bf16* {
+      if (t >= block.count) return nullptr;
+      if (!packed) return reinterpret_cast<const bf16*>(block.value(t));
+      const Place place = places.next();
+      ahead(place);
+      return place.at<const bf16>(f.channels);
+    };
+    const auto some = [&](const bf16* row, int64_t j) { return row ? load_words(row + j, channels - j) : __m512i{}; };
+    std::fill_n(steps_, BLOCK, 1.0f);
+    for (int t = 0; t < BLOCK; t += 2) {
+      const bf16 *even = find(t), *odd = find(t + 1);
+      bf16* tile = pair(t);
+      if (odd && width == channels) {
+        for (int64_t j = 0; j < width; j += 32, tile += 1024) put_pair(tile, load_words(even + j), load_words(odd + j));
+      } else {
+        for (int64_t j = 0; j < width; j += 32, tile += 1024) put_pair(tile, some(even, j), some(odd, j));
+      }
+    }
   }
 
-  // Values, pairs of tokens side by side as the tile product wants them; finish() undoes the order.
-  template <class V, bool PLANES>
-  void pair_values(const Block& block) {
-    const int64_t width = value_width_, channels = p_.value_dim;
-    const Ahead ahead(block.values.step, early_bytes(*p_.values.format), block.values.step);
+  template <class V>
+  void pruned_values(const Block& block) {
+    const int64_t width = value_width_;
+    Places places(p_.values, block);
+    const auto value = [&](int t) { return t < block.count ? PrunedValue<V>(p_.values, places.next()) : PrunedValue<V>(); };
     for (int t = 0; t < BLOCK; t += 2) {
-      ValueRow<V, PLANES> even(p_, block, t), odd(p_, block, t + 1);
+      PrunedValue<V> even = value(t), odd = value(t + 1);
       steps_[t] = even.step, steps_[t + 1] = odd.step;
-      bf16* tile = &values_[t / 32 * 32 * width + t % 32 * 16];
-      const auto put = [&](__m512i a, __m512i b) {
-        _mm512_store_si512(tile, _mm512_unpacklo_epi16(a, b));
-        _mm512_store_si512(tile + 16 * 32, _mm512_unpackhi_epi16(a, b));
-        tile += 32 * 32;
-      };
-      if (!PLANES && width == channels && t + 1 < block.count) {
-        ahead(block.value(t)), ahead(block.value(t + 1));
-        for (int64_t j = 0; j < width; j += 32) put(load_words(even.row + j), load_words(odd.row + j));
-      } else {
-        for (int64_t j = 0; j < width; j += 32) put(even.next(j, channels), odd.next(j, channels));
-      }
+      bf16* tile = pair(t);
+      for (int64_t j = 0; j < width; j += 32, tile += 1024) put_pair(tile, even.next(j), odd.next(j));
     }
   }
 

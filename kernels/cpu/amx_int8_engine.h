@@ -49,35 +49,36 @@ class AmxInt8Engine : public AmxEngine<N> {
   void expand_keys(const Block& block) {
     if (!block.packed || !int8_keys_) return Base::expand_keys(block);
     const Format& f = *p_.keys.format;
-    read_column(block.keys.data + f.step, block.keys.step, block.count, key_steps_);
-    if (has_signs_) read_column(block.keys.data + f.scale, block.keys.step, block.count, amplitudes_);
-    if (f.kind == Kind::int8) return copy_levels(block);
-    const char* last = block.keys.at(block.count - 1) + f.channels + f.kept + 64;
-    const bool whole = last <= p_.keys.pages_end;
-    if (whole && f.dim == 64) return expand_bytes<64>(block);
-    if (whole && f.dim == 128) return expand_bytes<128>(block);
-    expand_bytes<0>(block);
+    p_.each_run(block, [&](const Run& run) {
+      read_column(run.keys.at<bf16>(f.step), run.count, key_steps_ + run.first);
+      if (f.kind == Kind::int8) return copy_levels(run);
+      if (has_signs_) read_column(run.keys.at<bf16>(f.scale), run.count, amplitudes_ + run.first);
+      const bool whole = run.keys.rows(f.channels).at(run.count) + 64 <= p_.keys.pages_end;
+      if (whole && f.dim == 64) return expand_bytes<64>(run);
+      if (whole && f.dim == 128) return expand_bytes<128>(run);
+      expand_bytes<0>(run);
+    });
   }
 
   void expand_values(const Block& block) {
     if (!block.packed) return Base::expand_values(block);
     const Format& f = *p_.values.format;
-    const int64_t width = value_width_, channels = f.dim, row_step = block.values.step, early = early_bytes(f);
-    const Ahead ahead(row_step, 0, 64);
-    const int8_t* row = reinterpret_cast<const int8_t*>(block.values.data + f.channels);
-    int8_t* tiles = values_.get();
+    const int64_t width = value_width_, channels = f.dim, early = early_bytes(f);
+    Places places(p_.values, block);
     std::fill_n(steps_, BLOCK, 0.0f);
-    read_column(block.values.data + f.step, row_step, block.count, steps_);
-    for (int t = 0; t < BLOCK; t += 4, row += 4 * row_step) {
+    p_.each_run(block, [&](const Run& run) { read_column(run.values.at<bf16>(f.step), run.count, steps_ + run.first); });
+    for (int t = 0; t < BLOCK; t += 4) {
       const bool whole = t + 4 <= block.count && channels == width;
+      Place four[4] = {};
+      const int8_t* from[4] = {};
+      for (int i = 0; i < 4 && t + i < block.count; ++i) four[i] = places.next(), from[i] = four[i].at<int8_t>(f.channels);
       for (int64_t j = 0; j < width; j += 64) {
         __m512i rows[4];
         for (int i = 0; i < 4; ++i) {
-          const int8_t* bytes = row + i * row_step + j;
-          if (whole && j >= early) ahead(bytes);
-          rows[i] = whole ? _mm512_loadu_si512(bytes) : t + i < block.count ? some_bytes(bytes, channels - j) : __m512i{};
+          if (whole && j >= early) Ahead(f, j, j + 64)(four[i]);
+          rows[i] = whole ? _mm512_loadu_si512(from[i] + j) : from[i] ? some_bytes(from[i] + j, channels - j) : __m512i{};
         }
-        put_four(rows, tiles + j * 64 + t * 16);
+        put_four(rows, &values_[j * 64 + t * 16]);
       }
     }
   }
@@ -136,41 +137,39 @@ class AmxInt8Engine : public AmxEngine<N> {
   }
 
   // Keys that have every channel.
-  void copy_levels(const Block& block) {
-    const Format& f = *p_.keys.format;
-    const Ahead key_ahead(block.keys.step, 0, block.keys.step), value_ahead = this->early_values(block);
-    int8_t* kept = kept_.get();
-    for (int t = 0; t < block.count; ++t) {
-      key_ahead(block.keys.at(t)), value_ahead(block.values.at(t));
-      const int8_t* row = reinterpret_cast<const int8_t*>(block.keys.at(t) + f.channels);
-      for (int64_t j = 0; j < key_width_; j += 64, kept += 64) _mm512_store_si512(kept, some_bytes(row + j, f.dim - j));
+  void copy_levels(const Run& run) {
+    const Requests ahead = this->requests(run);
+    const int64_t channels = p_.key_dim;
+    const int8_t* row = run.keys.at<int8_t>(p_.keys.format->channels);
+    int8_t* kept = &kept_[run.first * key_width_];
+    for (int t = 0; t < run.count; ++t, row += channels) {
+      ahead(t);
+      for (int64_t j = 0; j < key_width_; j += 64, kept += 64) _mm512_store_si512(kept, some_bytes(row + j, channels - j));
     }
   }
 
-  // CHANNELS: of a key, with 64 bytes that may be read after each record's; or 0 for any number.
+  // CHANNELS: of a key, with 64 bytes that may be read after each row; or 0 for any number.
   template <int CHANNELS>
-  [[gnu::noinline]] void expand_bytes(const Block& block) {
+  [[gnu::noinline]] void expand_bytes(const Run& run) {
     const bool whole = CHANNELS;
+    const Requests ahead = this->requests(run);
     const Format f = *p_.keys.format;
-    const int64_t width = whole ? CHANNELS : key_width_, plane = whole ? CHANNELS / 8 : f.plane();
-    const int64_t record_step = block.keys.step, value_step = block.values.step, channels = f.kept;
-    const Ahead key_ahead(record_step, 0, record_step), value_ahead = this->early_values(block);
-    const char *record = block.keys.data, *value = block.values.data;
-    int8_t *kept = kept_.get(), *signs = signs_.get();
+    const int64_t width = whole ? CHANNELS : key_width_, plane = whole ? CHANNELS / 8 : f.plane(), channels = f.kept;
+    const int8_t* row = run.keys.at<int8_t>(f.channels);
+    const uint8_t *keep = run.keys.at<uint8_t>(f.keep), *negative = run.keys.at<uint8_t>(f.negative);
+    int8_t *kept = &kept_[run.first * width], *signs = &signs_[run.first * width];
     const __m512i plus = _mm512_set1_epi8(1), minus = _mm512_set1_epi8(-1);
-    for (int t = 0, count = block.count; t < count; ++t, record += record_step, value += value_step) {
-      key_ahead(record), value_ahead(value);
-      const int8_t* row = reinterpret_cast<const int8_t*>(record + f.channels);
-      const uint8_t* keep = reinterpret_cast<const uint8_t*>(record + f.keep);
+    for (int t = 0, count = run.count; t < count; ++t, row += channels, keep += plane, negative += plane) {
+      ahead(t);
       int64_t rank = 0;
       for (int64_t j = 0; j < width; j += 64, kept += 64, signs += 64) {
         const uint64_t mask = whole ? load<uint64_t>(keep + j / 8) : plane_bytes(keep, j, plane);
-        const uint64_t negative = whole ? load<uint64_t>(keep + plane + j / 8) : plane_bytes(keep + plane, j, plane);
+        const uint64_t turned = whole ? load<uint64_t>(negative + j / 8) : plane_bytes(negative, j, plane);
         const int64_t few_count = std::min<int64_t>(__builtin_popcountll(mask), channels - rank);
         __m512i few = whole ? _mm512_loadu_si512(row + rank) : some_bytes(row + rank, few_count);
         asm("" : "+v"(few));  // expanding from memory takes several times as long
         _mm512_store_si512(kept, _mm512_maskz_expand_epi8(mask, few));
-        _mm512_store_si512(signs, _mm512_mask_mov_epi8(_mm512_maskz_mov_epi8(~mask, plus), ~mask & negative, minus));
+        _mm512_store_si512(signs, _mm512_mask_mov_epi8(_mm512_maskz_mov_epi8(~mask, plus), ~mask & turned, minus));
         rank += few_count;
       }
     }

@@ -79,22 +79,14 @@ inline void expand_levels(const uint8_t* codes, int64_t channels, int8_t* out) {
   }
 }
 
-// Asks for later records of both sides while those of a block are expanded.
-struct Requests {
-  const Block& block;
-  const Ahead keys{block.keys.step, 0, block.keys.step}, values{block.values.step, 0, block.values.step};
-
-  void operator()(int t) const { keys(block.keys.at(t)), values(block.values.at(t)); }
-};
-
 // The levels of one part of `count` tokens, whose codes are `step` bytes apart, as rows of `width` bytes.
 // CHANNELS: of the part, whose row then has room for multiples of 64; or 0 for any number.
 template <int BITS, int CHANNELS>
 [[gnu::noinline]] void expand_tokens(const uint8_t* codes, int64_t step, int count, int64_t channels, int8_t* out, int64_t width,
-                                     const Requests* requests) {
+                                     const Requests* ahead) {
   constexpr int LOW = low_width(BITS), HIGH = high_width(BITS);
   for (int t = 0; t < count; ++t, codes += step, out += width) {
-    if (requests) (*requests)(t);
+    if (ahead) (*ahead)(t);
     if constexpr (CHANNELS == 0) {
       expand_levels<BITS>(codes, channels, out);
       continue;
@@ -111,15 +103,15 @@ template <int BITS, int CHANNELS>
   }
 }
 
-inline void expand_part(const Part& part, const Tokens& records, int count, int8_t* out, int64_t width, const Requests* requests) {
-  const uint8_t* codes = reinterpret_cast<const uint8_t*>(records.data + part.codes);
+inline void expand_part(const Part& part, const Tokens& rows, int count, int8_t* out, int64_t width, const Requests* ahead) {
+  const uint8_t* codes = reinterpret_cast<const uint8_t*>(rows.data + part.codes);
   with_bits(part.bits, [&](auto bits) {
     switch (part.channels) {
-      case 16: return expand_tokens<bits, 16>(codes, records.step, count, 16, out, width, requests);
-      case 32: return expand_tokens<bits, 32>(codes, records.step, count, 32, out, width, requests);
-      case 64: return expand_tokens<bits, 64>(codes, records.step, count, 64, out, width, requests);
-      case 128: return expand_tokens<bits, 128>(codes, records.step, count, 128, out, width, requests);
-      default: expand_tokens<bits, 0>(codes, records.step, count, part.channels, out, width, requests);
+      case 16: return expand_tokens<bits, 16>(codes, rows.step, count, 16, out, width, ahead);
+      case 32: return expand_tokens<bits, 32>(codes, rows.step, count, 32, out, width, ahead);
+      case 64: return expand_tokens<bits, 64>(codes, rows.step, count, 64, out, width, ahead);
+      case 128: return expand_tokens<bits, 128>(codes, rows.step, count, 128, out, width, ahead);
+      default: expand_tokens<bits, 0>(codes, rows.step, count, part.channels, out, width, ahead);
     }
   });
 }
@@ -157,11 +149,16 @@ class AmxQuantizedEngine : public AmxInt8Engine<N> {
   void expand_keys(const Block& block) {
     if (!block.packed || !turns_keys_) return Base::expand_keys(block);
     const Format& f = *p_.keys.format;
-    const Requests requests{block};
-    each_part([&](const Part& part, int64_t at) {
-      expand_part(part, block.keys, block.count, &kept_[at], key_width_, at ? nullptr : &requests);
+    p_.each_run(block, [&](const Run& run) {
+      const Requests ahead{Ahead(f), Ahead(*p_.values.format), run.keys, run.values};
+      each_part([&](const Part& part, int64_t at) {
+        int8_t* out = &kept_[run.first * key_width_ + at];
+        expand_part(part, run.keys.rows(f.channels), run.count, out, key_width_, at ? nullptr : &ahead);
+      });
+      for (int p = 0; p < f.part_count; ++p) {
+        read_amplitudes(run.keys.at<uint8_t>(f.scale) + p, f.part_count, run.count, part_amplitudes_[p] + run.first);
+      }
     });
-    for (int p = 0; p < f.part_count; ++p) read_amplitudes(block, block.keys, f.scale + p, part_amplitudes_[p]);
   }
 
   void scores(const Block& block, int64_t first, int count, float (*scores)[BLOCK]) {
@@ -174,8 +171,10 @@ class AmxQuantizedEngine : public AmxInt8Engine<N> {
     const Format& f = *p_.values.format;
     const int64_t width = value_width_;
     std::fill_n(steps_, BLOCK, 0.0f);
-    read_amplitudes(block, block.values, f.scale, steps_);
-    expand_part(f.parts[0], block.values, block.count, levels_.get(), width, nullptr);
+    p_.each_run(block, [&](const Run& run) {
+      read_amplitudes(run.values.at<uint8_t>(f.scale), 1, run.count, steps_ + run.first);
+      expand_part(f.parts[0], run.values.rows(f.channels), run.count, &levels_[run.first * width], width, nullptr);
+    });
     // What is left of earlier blocks meets weights of 0.
     for (int t = 0; t < BLOCK; t += 4) {
       for (int64_t j = 0; j < width; j += 64) {
@@ -225,9 +224,9 @@ class AmxQuantizedEngine : public AmxInt8Engine<N> {
     }
   }
 
-  void read_amplitudes(const Block& block, const Tokens& records, int64_t offset, float* numbers) const {
+  static void read_amplitudes(const uint8_t* codes, int step, int count, float* numbers) {
     const std::array<float, 256>& worth = amplitudes();
-    for (int t = 0; t < block.count; ++t) numbers[t] = worth[uint8_t(records.at(t)[offset])];
+    for (int t = 0; t < count; ++t) numbers[t] = worth[codes[t * step]];
   }
 
   void score_eight(int64_t first, int count, float (*scores)[BLOCK]) {

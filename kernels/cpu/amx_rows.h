@@ -42,28 +42,21 @@ inline uint32_t plane_word(const uint8_t* plane, int64_t first, int64_t bytes) {
   return plane[0] | (bytes > 1 ? plane[1] << 8 : 0) | (bytes > 2 ? plane[2] << 16 : 0);
 }
 
-// One value, 32 channels after the other; zeros for a token that is not there.
-template <class V, bool PLANES>
-struct ValueRow {
-  ValueRow(const Problem& p, const Block& block, int t) {
-    if (t >= block.count) return;
-    const Format& f = *p.values.format;
-    const char* record = block.value(t);
-    row = reinterpret_cast<const V*>(record + (block.packed ? f.channels : 0));
-    if (std::is_same_v<V, int8_t>) {
-      step = to_float(*reinterpret_cast<const bf16*>(record + f.step));
-      if (step == 0) step = 1.0f;
-    }
-    if (PLANES) {
-      end = p.values.pages_end, left = int(f.kept), plane = f.plane();
-      keep = reinterpret_cast<const uint8_t*>(record + f.keep);
-      fill = _mm512_set1_epi16(from_float<bf16>(to_float(*reinterpret_cast<const bf16*>(record + f.scale)) / step).bits);
-    }
+// A pruned value, 32 channels after the other; zeros for a token that is not there.
+template <class V>
+struct PrunedValue {
+  PrunedValue() = default;
+  PrunedValue(const Side& side, const Place& place) {
+    const Format& f = *side.format;
+    row = place.at<V>(f.channels), keep = place.at<uint8_t>(f.keep);
+    end = side.pages_end, left = int(f.kept), plane = f.plane();
+    if (f.int8) step = to_float(*place.at<bf16>(f.step));
+    if (step == 0) step = 1.0f;
+    fill = _mm512_set1_epi16(from_float<bf16>(to_float(*place.at<bf16>(f.scale)) / step).bits);
   }
 
-  __m512i next(int64_t j, int64_t channels) {
+  __m512i next(int64_t j) {
     if (!row) return _mm512_setzero_si512();
-    if (!PLANES) return load_words(row + j, channels - j);
     const uint32_t kept = plane_word(keep, j, plane);
     const int count = std::min(__builtin_popcount(kept), left);
     const __m512i stored = load_words_guarded(row, count, end);
@@ -72,9 +65,9 @@ struct ValueRow {
   }
 
   const V* row = nullptr;
+  const uint8_t* keep = nullptr;
   float step = 1.0f;  // the row's numbers are in units of it; the weights carry it
   const char* end = nullptr;
-  const uint8_t* keep = nullptr;
   int64_t plane = 0;
   __m512i fill = {};
   int left = 0;  // stored channels; more bits may be set than there are
@@ -94,9 +87,19 @@ inline uint64_t plane_bytes(const uint8_t* plane, int64_t first, int64_t bytes) 
   return bits;
 }
 
-// The bfloat16 numbers that lie at `from` and every `step` bytes after it.
-inline void read_column(const char* from, int64_t step, int count, float* numbers) {
-  for (int t = 0; t < count; ++t) numbers[t] = to_float(*reinterpret_cast<const bf16*>(from + t * step));
+// `count` bfloat16 numbers as floats; nothing after them is read or written.
+inline void read_column(const bf16* from, int count, float* numbers) {
+  for (int t = 0; t < count; t += 16) {
+    const __mmask16 some = __mmask16(_bzhi_u32(0xffff, unsigned(count - t)));
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, from + t));
+    _mm512_mask_storeu_ps(numbers + t, some, _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16)));
+  }
+}
+
+// 32 channels of two tokens, in two tiles whose rows are pairs of tokens.
+inline void put_pair(bf16* tile, __m512i even, __m512i odd) {
+  _mm512_store_si512(tile, _mm512_unpacklo_epi16(even, odd));
+  _mm512_store_si512(tile + 16 * 32, _mm512_unpackhi_epi16(even, odd));
 }
 
 // 64 channels of four tokens, in tiles of 16 channels whose rows are four tokens; with 32 tokens half of

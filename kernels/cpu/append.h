@@ -135,15 +135,13 @@ void pack(const Side& side, int64_t pages) {
       if (head != known) encoder.start(side, b, h);
       known = head;
       const Pending<T> rows(side, b, h);
-      char* record = side.record(b, h, side.packed + page * window);
-      for (int64_t t = 0; t < window; ++t, record += f.record_bytes) {
-        const int64_t row = side.spec->sinks + page * window + t;
-        encoder.encode(rows[row], record);
-        if (!f.position) continue;
-        const int32_t position = int32_t(side.position_of(b, h, side.packed + row));
-        std::memcpy(record + f.position, &position, sizeof position);
+      Place place{side.page(b, h, side.packed / window + page), 0};
+      if (f.has_gaps) std::memset(place.page, 0, f.page_bytes);
+      for (; place.token < window; ++place.token) {
+        const int64_t row = side.spec->sinks + page * window + place.token;
+        encoder.encode(rows[row], place);
+        if (f.position.bytes) *place.at<int32_t>(f.position) = int32_t(side.position_of(b, h, side.packed + row));
       }
-      std::memset(record, 0, f.page_bytes - window * f.record_bytes);
     }
   });
 }

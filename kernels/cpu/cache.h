@@ -9,6 +9,28 @@
 
 namespace spark {
 
+// Rows that lie `step` bytes apart.
+struct Tokens {
+  const char* data;
+  int64_t step;
+
+  const char* at(int64_t t) const { return data + t * step; }
+};
+
+// Where a packed token is.
+struct Place {
+  char* page;
+  int64_t token;  // of the page
+
+  template <class T = char>
+  T* at(const Field& field) const {
+    return reinterpret_cast<T*>(page + field.first + token * field.bytes);
+  }
+  // The rows of this token and of those after it.
+  Tokens rows(const Field& field) const { return {at(field), field.bytes}; }
+  Place operator+(int64_t tokens) const { return {page, token + tokens}; }
+};
+
 constexpr int64_t KEEP_ALL = int64_t(1) << 62;     // tokens
 constexpr int64_t MOST_TOKENS = int64_t(1) << 40;  // sums of counters never overflow
 
@@ -33,16 +55,9 @@ struct Side {
     return head_at<float>(b, h, format->stats) + (of_step & 1) * format->dim;
   }
   char* tail(int64_t b, int64_t h) const { return head_at<char>(b, h, format->tail); }
-  // A packed token, counted from the first page.
-  char* record(int64_t b, int64_t h, int64_t token) const {
-    const int64_t window = spec->window;
-    return pages.at(b, h, token / window % slots) + token % window * format->record_bytes;
-  }
-  // How many tokens from `token` on have their records next to each other.
-  int64_t run(int64_t token) const {
-    const int64_t window = spec->window, left = window - token % window;
-    if (format->page_bytes != window * format->record_bytes) return left;
-    return left + (slots - 1 - token / window % slots) * window;
+  // number: of all pages, from the first one that was ever packed. Most caches never divide it, which is slow.
+  char* page(int64_t b, int64_t h, int64_t number) const {
+    return pages.at(b, h, number < slots ? number : number % slots);
   }
   // Dense tokens in front of the packed ones.
   int64_t sinks() const { return packed ? spec->sinks : 0; }

@@ -1,4 +1,4 @@
-// Encoding one token as a record of its format; formulas in kernels/formats.
+// Encoding one token in its format; formulas in kernels/formats.
 #pragma once
 
 #include <bit>
@@ -93,24 +93,21 @@ class Encoder {
     norm_powers(constant, f_.dim, f_.squared, recover_.get());
   }
 
-  void encode(const T* row, char* record) {
-    if (f_.kind == Kind::dense) return (void)std::memcpy(record, row, f_.row_bytes());
+  void encode(const T* row, const Place& place) {
+    if (f_.kind == Kind::dense) return (void)std::memcpy(place.at(f_.channels), row, f_.row_bytes());
     for (int64_t j = 0; j < f_.dim; j += LANES) store(&numbers_[j], load_floats(row + j, f_.dim - j));
-    if (f_.kind == Kind::spark) prune_key(record);
-    if (f_.kind == Kind::pruned) prune_value(record);
-    if (f_.int8) quantize(record);
-    else kept_.compress(row, f_.dim, reinterpret_cast<T*>(record + f_.channels));
-    std::memset(record + f_.record_used, 0, f_.record_bytes - f_.record_used);
+    if (f_.kind == Kind::spark) prune_key(place);
+    if (f_.kind == Kind::pruned) prune_value(place);
+    if (f_.int8) quantize(place);
+    else kept_.compress(row, f_.dim, place.at<T>(f_.channels));
   }
 
  private:
-  void put(char* record, int64_t offset, float x) { *reinterpret_cast<T*>(record + offset) = from_float<T>(x); }
-
   // Whatever the sign of a NaN, its saliency must be none of the negative ones, which padding has.
-  void choose(char* record) {
+  void choose(const Place& place) {
     std::fill(&salient_[f_.dim], &salient_[width_], -1.0f);
     kept_.choose(salient_.get(), width_, f_.kept);
-    uint8_t* plane = reinterpret_cast<uint8_t*>(record + f_.keep);
+    uint8_t* plane = place.at<uint8_t>(f_.keep);
     for (int64_t j = 0; j < width_; j += LANES) write_bits(plane, j, f_.dim, kept_.words[j / LANES]);
   }
 
@@ -122,29 +119,29 @@ class Encoder {
     return sum(total) / float(std::max<int64_t>(f_.dim - f_.kept, 1));
   }
 
-  void prune_key(char* record) {
-    uint8_t* negative = reinterpret_cast<uint8_t*>(record + f_.negative);
+  void prune_key(const Place& place) {
+    uint8_t* negative = place.at<uint8_t>(f_.negative);
     for (int64_t j = 0; j < width_; j += LANES) {
       const F key = load(&numbers_[j]);
       store(&salient_[j], spark::abs(key * load(&select_[j])));
       write_bits(negative, j, f_.dim, lane_bits(key < F{}));
     }
-    choose(record);
+    choose(place);
     const float mean = pruned_mean([&](int64_t j) {
       const F x = spark::abs(load(&numbers_[j])) * load(&recover_[j]);
       return f_.squared ? x * x : x;
     });
-    put(record, f_.scale, std::min(f_.squared ? std::sqrt(mean) : mean, largest<T>()));
+    *place.at<T>(f_.scale) = from_float<T>(std::min(f_.squared ? std::sqrt(mean) : mean, largest<T>()));
   }
 
-  void prune_value(char* record) {
+  void prune_value(const Place& place) {
     for (int64_t j = 0; j < width_; j += LANES) store(&salient_[j], spark::abs(spark::abs(load(&numbers_[j])) + load(&select_[j])));
-    choose(record);
-    put(record, f_.scale, pruned_mean([&](int64_t j) { return load(&numbers_[j]); }));
+    choose(place);
+    *place.at<T>(f_.scale) = from_float<T>(pruned_mean([&](int64_t j) { return load(&numbers_[j]); }));
   }
 
   // Kept channels as int8 in units of the largest one's 127th part.
-  void quantize(char* record) {
+  void quantize(const Place& place) {
     F top{};
     uint32_t nan = 0;  // max() passes over it
     for (int64_t j = 0; j < width_; j += LANES) {
@@ -152,8 +149,9 @@ class Encoder {
       top = spark::max(top, select(bit_cast<I>(kept_.mask(j)), spark::abs(x), F{}));
       nan |= lane_bits(x != x) & kept_.words[j / LANES];
     }
-    put(record, f_.step, nan ? NAN : maximum(top) / 127);
-    const float step = to_float(*reinterpret_cast<const T*>(record + f_.step)), unit = step > 0 ? step : 1.0f;
+    const T stored = from_float<T>(nan ? NAN : maximum(top) / 127);
+    *place.at<T>(f_.step) = stored;
+    const float step = to_float(stored), unit = step > 0 ? step : 1.0f;
     typedef int8_t Bytes __attribute__((vector_size(LANES)));
     for (int64_t j = 0; j < width_; j += LANES) {
       F level = load(&numbers_[j]) / unit;
@@ -163,7 +161,7 @@ class Encoder {
       const Bytes bytes = __builtin_convertvector(__builtin_convertvector((level + 12582912.0f) - 12582912.0f, I), Bytes);
       std::memcpy(&levels_[j], &bytes, LANES);
     }
-    kept_.compress(levels_.get(), f_.dim, reinterpret_cast<int8_t*>(record + f_.channels));
+    kept_.compress(levels_.get(), f_.dim, place.at<int8_t>(f_.channels));
   }
 
   const Format& f_;

@@ -19,20 +19,19 @@ class QuantizedEncoder {
 
   void start(const Side& side, int64_t b, int64_t h) { head_.read(side, b, h); }
 
-  void encode(const T* row, char* record) {
+  void encode(const T* row, const Place& place) {
     for (int64_t j = 0; j < f_.dim; j += LANES) {
       F x = load_floats(row + j, f_.dim - j);
       if (f_.scaled) x = (x - load(head_.center() + j)) * load(head_.factor() + j);
       store(&row_[j], x);
     }
-    uint8_t* bytes = reinterpret_cast<uint8_t*>(record);
+    uint8_t *amplitudes = place.at<uint8_t>(f_.scale), *codes = place.at<uint8_t>(f_.channels);
     for (int p = 0; p < f_.part_count; ++p) {
       const Part& part = f_.parts[p];
       head_.gather(part, row_.get(), numbers_.get());
       for (int64_t j = 0; j < part.channels; j += LANES) store(&numbers_[j], load(&numbers_[j]) / head_.gain(p));
-      with_bits(part.bits, [&](auto bits) { bytes[f_.scale + p] = encode_part<bits>(part.channels, bytes + part.codes); });
+      with_bits(part.bits, [&](auto bits) { amplitudes[p] = encode_part<bits>(part.channels, codes + part.codes); });
     }
-    std::memset(record + f_.record_used, 0, f_.record_bytes - f_.record_used);
   }
 
  private:

@@ -22,7 +22,7 @@ inline uint32_t plane_bits(const uint8_t* plane, int64_t first, [[maybe_unused]]
 #endif
 }
 
-// Rows of float32, `width` numbers apart, that records or dense rows of one side are worth.
+// Rows of float32, `width` numbers apart, that packed tokens or dense rows of one side are worth.
 template <class T>
 class FloatRows {
  public:
@@ -33,18 +33,18 @@ class FloatRows {
 
   void start(const Side& side, int64_t b, int64_t h) { recovery_weights(side, b, h, weights_.get()); }
 
-  // row_at(t): where token t of the block is.
-  template <class RowAt>
-  void expand(const Block& block, RowAt row_at) {
-    if (!block.packed || f_.kind == Kind::dense) return each(block, row_at, [this](auto... a) { dense(a...); });
-    if (f_.kind == Kind::int8) return each(block, row_at, [this](auto... a) { int8(a...); });
-    if (f_.kind == Kind::quantized) {
-      const auto amplitude = [&](int t) { return spark::amplitudes()[*reinterpret_cast<const uint8_t*>(row_at(t) + f_.scale)]; };
-      for (int t = 0; t < block.count; ++t) amplitudes_[t] = f_.part_count == 1 ? amplitude(t) : 1.0f;
-      return each(block, row_at, [this](auto... a) { levels(a...); });
+  // Dense rows, those from `first` on of a block.
+  void expand(const Tokens& rows, int first, int count) { dense(rows, count, &rows_[first * width_], [](int) {}); }
+
+  // Packed tokens, from `place` on: those from `first` on of a block.
+  void expand(const Place& place, int first, int count) {
+    float* out = &rows_[first * width_];
+    switch (f_.kind) {
+      case Kind::dense: return dense(place.rows(f_.channels), count, out, [&, ahead = Ahead(f_)](int t) { ahead(place + t); });
+      case Kind::int8: return int8(place, count, out);
+      case Kind::quantized: return quantized(place, count, out, &amplitudes_[first]);
+      default: f_.int8 ? pruned<int8_t>(place, count, out) : pruned<T>(place, count, out);
     }
-    if (f_.int8) return each(block, row_at, [this](auto... a) { pruned<int8_t>(a...); });
-    each(block, row_at, [this](auto... a) { pruned<T>(a...); });
   }
 
   int64_t width() const { return width_; }
@@ -59,57 +59,91 @@ class FloatRows {
   }
 
  private:
-  template <class RowAt, class Expand>
-  void each(const Block& block, RowAt row_at, Expand expand) {
-    for (int t = 0; t < block.count; ++t) expand(row_at(t), &rows_[t * width_]);
-  }
-
-  void dense(const char* row, float* out) const {
-    const T* numbers = reinterpret_cast<const T*>(row);
-    for (int64_t j = 0; j < f_.dim; j += LANES) store(out + j, load_floats(numbers + j, f_.dim - j));
-  }
-
-  void int8(const char* record, float* out) const {
-    const int8_t* levels = reinterpret_cast<const int8_t*>(record + f_.channels);
-    const float step = to_float(*reinterpret_cast<const T*>(record + f_.step));
-    for (int64_t j = 0; j < f_.dim; j += LANES) store(out + j, load_floats(levels + j, f_.dim - j) * step);
-  }
-
-  // Levels by rank, of several parts times their amplitudes; the next row is written over what comes after.
-  void levels(const char* record, float* out) const {
-    const int64_t bytes = f_.record_used - f_.channels;
-    const uint8_t* codes = reinterpret_cast<const uint8_t*>(record + f_.channels);
-    uint8_t copy[MAX_HEAD + LANES];
-    if (record + f_.record_used + LANES > end_) codes = static_cast<const uint8_t*>(std::memcpy(copy, codes, bytes));
-    for (int p = 0; p < f_.part_count; ++p) {
-      const Part& part = f_.parts[p];
-      with_bits(part.bits, [&](auto bits) {
-        const float factor = f_.part_count == 1 ? 1.0f : spark::amplitudes()[uint8_t(record[f_.scale + p])];
-        const Table<bits> table(grid_of(bits).levels);
-        expand_codes<bits>(codes + part.codes - f_.channels, part.channels, table, factor, out + part.first);
-      });
+  // request(t): asks for what comes after token t.
+  template <class Request>
+  void dense(const Tokens& rows, int count, float* out, Request request) const {
+    const int64_t dim = f_.dim, width = width_;
+    for (int t = 0; t < count; ++t, out += width) {
+      request(t);
+      const T* row = reinterpret_cast<const T*>(rows.at(t));
+      for (int64_t j = 0; j < dim; j += LANES) store(out + j, load_floats(row + j, dim - j));
     }
   }
 
+  void int8(const Place& place, int count, float* out) const {
+    const Ahead ahead(f_);
+    const int8_t* levels = place.at<int8_t>(f_.channels);
+    const T* steps = place.at<T>(f_.step);
+    const int64_t dim = f_.dim, width = width_;
+    for (int t = 0; t < count; ++t, levels += dim, out += width) {
+      ahead(place + t);
+      const float step = to_float(steps[t]);
+      for (int64_t j = 0; j < dim; j += LANES) store(out + j, load_floats(levels + j, dim - j) * step);
+    }
+  }
+
+  // Levels by rank, of several parts times their amplitudes, of one part without them: they are `factors`.
+  void quantized(const Place& place, int count, float* out, float* factors) const {
+    const std::array<float, 256>& worth = spark::amplitudes();
+    const bool single = f_.part_count == 1;
+    const uint8_t* amplitudes = place.at<uint8_t>(f_.scale);
+    for (int t = 0; t < count; ++t) factors[t] = single ? worth[amplitudes[t]] : 1.0f;
+    // What comes after a part is written, too: the next part has to follow it.
+    const int together = single ? count : 1;
+    for (int t = 0; t < count; t += together) {
+      for (int p = 0; p < f_.part_count; ++p) {
+        const float factor = single ? 1.0f : worth[amplitudes[t * f_.part_count + p]];
+        levels(p, place + t, together, factor, out + t * width_);
+      }
+    }
+  }
+
+  void levels(int p, const Place& place, int count, float factor, float* out) const {
+    const Part part = f_.parts[p];
+    const Tokens rows = place.rows(f_.channels);
+    const Ahead ahead(f_);
+    const int64_t width = width_;
+    out += part.first;
+    with_bits(part.bits, [&](auto bits) {
+      const Table<bits> table(grid_of(bits).levels);
+      uint8_t copy[MAX_HEAD + LANES];
+      for (int t = 0; t < count; ++t, out += width) {
+        if (p == 0) ahead(place + t);
+        const char* row = rows.at(t);
+        const uint8_t* codes = reinterpret_cast<const uint8_t*>(row);
+        if (row + rows.step + LANES > end_) codes = static_cast<const uint8_t*>(std::memcpy(copy, row, rows.step));
+        expand_codes<bits>(codes + part.codes, part.channels, table, factor, out);
+      }
+    });
+  }
+
   template <class Stored>
-  void pruned(const char* record, float* out) const {
-    const Stored* channels = reinterpret_cast<const Stored*>(record + f_.channels);
-    const uint8_t* keep = reinterpret_cast<const uint8_t*>(record + f_.keep);
-    const float scale = to_float(*reinterpret_cast<const T*>(record + f_.scale));
-    const float step = f_.int8 ? to_float(*reinterpret_cast<const T*>(record + f_.step)) : 1.0f;
-    const bool is_spark = f_.kind == Kind::spark;
-    const int64_t plane = f_.plane();
-    int rank = 0;
-    for (int64_t j = 0; j < f_.dim; j += LANES) {
-      const uint32_t kept = plane_bits(keep, j, plane);
-      // More bits may be set than there are channels: they promise nothing.
-      const int count = std::min(__builtin_popcount(kept), int(f_.kept) - rank);
-      F values = load_guarded(channels + rank, count, end_);
-      if constexpr (std::is_same_v<Stored, int8_t>) values *= step;
-      F others = splat(scale);
-      if (is_spark) others = negate(load(&weights_[j]) * scale, plane_bits(keep + plane, j, plane));
-      store(out + j, spark::expand(others, values, kept));
-      rank += count;
+  void pruned(const Place& place, int count, float* out) const {
+    const Ahead ahead(f_);
+    // Copies: what is stored below might, for all the compiler knows, change a member.
+    const Format f = f_;
+    const char* const end = end_;
+    const float* weights = weights_.get();
+    const int64_t width = width_, plane = f.plane();
+    const bool is_spark = f.kind == Kind::spark;
+    const Stored* row = place.at<Stored>(f.channels);
+    const uint8_t *keep = place.at<uint8_t>(f.keep), *negative = place.at<uint8_t>(f.negative);
+    const T *scales = place.at<T>(f.scale), *steps = place.at<T>(f.step);
+    for (int t = 0; t < count; ++t, row += f.kept, keep += plane, negative += plane, out += width) {
+      ahead(place + t);
+      const float scale = to_float(scales[t]), step = f.int8 ? to_float(steps[t]) : 1.0f;
+      int rank = 0;
+      for (int64_t j = 0; j < f.dim; j += LANES) {
+        const uint32_t kept = plane_bits(keep, j, plane);
+        // More bits may be set than there are channels: they promise nothing.
+        const int some = std::min(__builtin_popcount(kept), int(f.kept) - rank);
+        F values = load_guarded(row + rank, some, end);
+        if constexpr (std::is_same_v<Stored, int8_t>) values *= step;
+        F others = splat(scale);
+        if (is_spark) others = negate(load(weights + j) * scale, plane_bits(negative, j, plane));
+        store(out + j, spark::expand(others, values, kept));
+        rank += some;
+      }
     }
   }
 
@@ -151,11 +185,18 @@ class FloatEngine {
   }
 
   void expand_keys(const Block& block) {
-    keys_.expand(block, [&](int t) { return block.key(t); });
+    if (block.packed) return p_.each_run(block, [&](const Run& run) { keys_.expand(run.keys, run.first, run.count); });
+    keys_.expand(block.keys, 0, block.old);
+    keys_.expand(block.new_keys, block.old, block.count - block.old);
   }
 
   void expand_values(const Block& block) {
-    values_.expand(block, [&](int t) { return block.value(t); });
+    if (block.packed) {
+      p_.each_run(block, [&](const Run& run) { values_.expand(run.values, run.first, run.count); });
+    } else {
+      values_.expand(block.values, 0, block.old);
+      values_.expand(block.new_values, block.old, block.count - block.old);
+    }
     // Weights of tokens that are not there are 0, which would not save the sum from a NaN.
     values_.clear_from(block.count, BLOCK);
   }

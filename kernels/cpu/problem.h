@@ -7,25 +7,41 @@ namespace spark {
 
 enum class MaskKind { none, boolean, float32, bfloat16, float16 };
 
-// Rows that lie `step` bytes apart.
-struct Tokens {
-  const char* data;
-  int64_t step;
-
-  const char* at(int64_t t) const { return data + t * step; }
-};
-
-// Tokens of one kind. Packed ones are records that lie next to each other, dense ones are rows of
-// the tail and then new ones.
+// Tokens of one kind. Packed ones are in pages, dense ones are rows of the tail and then new ones.
 struct Block {
   int64_t batch, head, first;  // first: the first token among all that are attended to
   int count;                   // tokens, at most the engine's BLOCK
   bool packed;
-  int old;                     // tokens in `keys` and `values`, those in front of the new ones
-  Tokens keys, values, new_keys, new_values;
+  int64_t page = 0, token = 0;  // of packed ones: where the first one is
+  int old = 0;                  // of dense ones: those in front of the new ones
+  Tokens keys{}, values{}, new_keys{}, new_values{};
 
   const char* key(int t) const { return t < old ? keys.at(t) : new_keys.at(t - old); }
   const char* value(int t) const { return t < old ? values.at(t) : new_values.at(t - old); }
+};
+
+// Packed tokens of a block that are in one page of either side.
+struct Run {
+  Place keys, values;  // of the first one
+  int first, count;    // tokens of the block
+};
+
+// The packed tokens of a block one after the other, on one side.
+class Places {
+ public:
+  Places(const Side& side, const Block& block)
+      : side_(side), block_(block), page_(block.page), next_{side.page(block.batch, block.head, page_), block.token} {}
+
+  Place next() {
+    if (next_.token == side_.spec->window) next_ = {side_.page(block_.batch, block_.head, ++page_), 0};
+    return {next_.page, next_.token++};
+  }
+
+ private:
+  const Side& side_;
+  const Block& block_;
+  int64_t page_;
+  Place next_;
 };
 
 // The order of the tokens: dense sinks, packed ones, the rest of the tail, new ones.
@@ -63,18 +79,28 @@ struct Problem {
   int64_t column(const Block& block) const { return block.first < sinks ? block.first : block.first + keys.dropped; }
   // The positions of a block of packed tokens.
   void read_positions(const Block& block, int64_t* positions) const {
-    for (int t = 0; t < block.count; ++t) {
-      const uint32_t stored = load<uint32_t>(block.keys.at(t) + keys.format->position);
-      positions[t] = std::min<int64_t>(stored, columns - 1);  // a damaged one leaves no mask
+    each_run(block, [&](const Run& run) {
+      const uint32_t* stored = run.keys.at<uint32_t>(keys.format->position);
+      // A damaged one leaves no mask.
+      for (int t = 0; t < run.count; ++t) positions[run.first + t] = std::min<int64_t>(stored[t], columns - 1);
+    });
+  }
+  // Calls f(run) for a block of packed tokens, page by page.
+  template <class Function>
+  void each_run(const Block& block, const Function& f) const {
+    int64_t page = block.page, token = block.token;
+    for (int first = 0; first < block.count; ++page, token = 0) {
+      const int count = int(std::min<int64_t>(block.count - first, keys.spec->window - token));
+      const auto place = [&](const Side& side) { return Place{side.page(block.batch, block.head, page), token}; };
+      f(Run{place(keys), place(values), first, count});
+      first += count;
     }
   }
 
-  // `count` packed tokens from position `first` on, or fewer where the next ones lie elsewhere.
+  // `count` packed tokens from position `first` on.
   Block packed_block(int64_t b, int64_t h, int64_t first, int64_t count) const {
-    const int64_t token = first - sinks + keys.stale();
-    count = std::min({count, keys.run(token), values.run(token)});
-    const auto records = [&](const Side& side) { return Tokens{side.record(b, h, token), side.format->record_bytes}; };
-    return {b, h, first, int(count), true, int(count), records(keys), records(values), {}, {}};
+    const int64_t token = first - sinks + keys.stale(), window = keys.spec->window;
+    return {b, h, first, int(count), true, token / window, token % window};
   }
   // `count` dense tokens from position `first` on, all sinks or none.
   Block dense_block(int64_t b, int64_t h, int64_t first, int64_t count) const {
@@ -87,7 +113,7 @@ struct Problem {
     };
     const auto new_rows = [&](const Side& side) { return Tokens{side.fresh.at(b, h, fresh), side.fresh.token}; };
     const int old = int(std::clamp<int64_t>(tail - row, 0, count));
-    return {b, h, first, int(count), false, old, old_rows(keys), old_rows(values), new_rows(keys), new_rows(values)};
+    return {b, h, first, int(count), false, 0, 0, old, old_rows(keys), old_rows(values), new_rows(keys), new_rows(values)};
   }
 };
 
@@ -99,33 +125,39 @@ inline void recovery_weights(const Side& side, int64_t b, int64_t h, float* weig
   for (int64_t j = 0; j < f.dim; ++j) weights[j] = f.recovers ? 1.0f / weights[j] : 0.0f;
 }
 
-// Asks for a part of the record that lies TOKENS after the one that is worked on. At most 16
-// lines are on their way at a time, and who asks for more has to wait: so it is done row by row.
-// Into the second-level cache: from there the lines displace nothing of the first one's.
+// Asks for pages that come later, one token's share of the bytes of a page for each token that is
+// worked on. At most 16 lines are on their way at a time, and who asks for more has to wait: so it is
+// done token by token. Into the second-level cache: from there the lines displace nothing of the first
+// one's.
 class Ahead {
   static constexpr int64_t TOKENS = 64;
 
  public:
-  // The bytes [first, last) of each record.
-  Ahead(int64_t record_bytes, int64_t first, int64_t last)
-      : first_(TOKENS * record_bytes + first), last_(TOKENS * record_bytes + last) {}
+  // The bytes [first, last) of the share that comes TOKENS later.
+  Ahead(const Format& f, int64_t first, int64_t last)
+      : step_(f.token_bytes), first_(first), last_(last) {}
+  explicit Ahead(const Format& f) : Ahead(f, 0, f.token_bytes) {}
 
-  void operator()(const void* record) const {
-    const uintptr_t from = reinterpret_cast<uintptr_t>(record);
+  void operator()(const Place& place) const {
+    const uintptr_t share = reinterpret_cast<uintptr_t>(place.page) + (place.token + TOKENS) * step_;
     for (int64_t at = first_; at < last_; at += 64) {
-      __builtin_prefetch(reinterpret_cast<const void*>(from + at), 0, 2);
+      __builtin_prefetch(reinterpret_cast<const void*>(share + at), 0, 2);
       asm volatile("");  // GCC drops calls of functions that do nothing but prefetch
     }
   }
 
  private:
-  int64_t first_, last_;
+  int64_t step_, first_, last_;
+};
+// For the tokens of a run, while their keys are expanded.
+struct Requests {
+  Ahead key, value;
+  Place keys, values;
+
+  void operator()(int t) const { key(keys + t), value(values + t); }
 };
 // Expanding keys leaves more time between two requests than expanding values does: the first half of
-// a value (in whole lines) is asked for with its key.
-inline int64_t early_bytes(const Format& f) {
-  const bool bytes = f.int8 || f.kind == Kind::quantized;
-  return round_up((f.kept * (bytes ? 1 : f.itemsize) + 1) / 2, 64);
-}
+// a value's share (in whole lines) is asked for with its key.
+inline int64_t early_bytes(const Format& f) { return std::max<int64_t>(f.token_bytes / 128 * 64, 64); }
 
 }  // namespace spark

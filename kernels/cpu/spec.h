@@ -1,12 +1,7 @@
-// The spec text of a cache (kernels/spec.py) and where the fields of its formats lie
-// (kernels/layout.py), read once for each distinct text.
+// The spec text of a cache (kernels/spec.py), read once for each distinct text.
 #pragma once
 
-#include <torch/headeronly/core/ScalarType.h>
-
-#include <algorithm>
 #include <charconv>
-#include <cmath>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -15,51 +10,11 @@
 #include <string_view>
 #include <unordered_map>
 
-#include "codes.h"
+#include "format.h"
 
 namespace spark {
 
-using torch::headeronly::ScalarType;
-
-constexpr int MAX_HEAD = 1024;  // channels
-constexpr int64_t COUNTER_BYTES = 40;
-constexpr std::string_view LAYOUT_VERSION = "2";  // VERSION in kernels/layout.py
-
-constexpr int MAX_PARTS = 8;  // of a quantized format
-
-enum class Kind { dense, int8, spark, pruned, quantized };
-
-// Channels of consecutive ranks with equal bits, and where their codes begin in a record.
-struct Part {
-  int64_t first = 0, channels = 0;
-  int bits = 0;
-  int64_t codes = 0;
-};
-
-// How the tokens of one side are stored. Offsets are bytes.
-struct Format {
-  Kind kind = Kind::dense;
-  bool int8 = false;                      // stored channels are int8, with a step
-  bool recovers = true, squared = true;   // of spark
-  bool scaled = false, rotated = true;    // of quantized
-  Part parts[MAX_PARTS];                  // of quantized: by falling rank
-  int part_count = 0;
-  int64_t dim = 0, kept = 0;              // channels of a token, and those of them that are stored
-  ScalarType dtype = ScalarType::Float;
-  int64_t itemsize = 0;
-  // In a record: `scale` is the amplitude (spark), its codes (quantized) or the fill (pruned).
-  int64_t scale = 0, step = 0, channels = 0, keep = 0, negative = 0;
-  int64_t position = 0;  // of keys where a scorer may evict; after the bytes of the format
-  int64_t record_used = 0, record_bytes = 0, page_bytes = 0;
-  // In a head: `constant` are the norms (spark) or the bias (pruned).
-  int64_t constant = 0, stats = 0, tail = 0;
-  int64_t gain = 0, center = 0, factor = 0, order = 0;  // quantized; all but the first with query scaling
-
-  bool has_planes() const { return kind == Kind::spark || kind == Kind::pruned; }
-  bool uses_queries() const { return kind == Kind::spark || (kind == Kind::quantized && scaled); }
-  int64_t plane() const { return (dim + 7) / 8; }
-  int64_t row_bytes() const { return dim * itemsize; }
-};
+constexpr std::string_view LAYOUT_VERSION = "3";  // VERSION in kernels/layout.py
 
 struct Spec {
   Format key, value;
@@ -164,38 +119,6 @@ inline bool set_option(Format& format, View name, View value) {
   return false;
 }
 
-inline void lay_out(Format& f, int64_t page_tokens, bool has_position) {
-  const auto field = [end = int64_t(0)](int64_t itemsize, int64_t width) mutable {
-    const int64_t first = round_up(end, itemsize);
-    end = first + itemsize * width;
-    return first;
-  };
-  auto record = field;
-  const bool is_quantized = f.kind == Kind::quantized;
-  if (f.has_planes()) f.scale = record(f.itemsize, 1);
-  if (is_quantized) f.scale = record(1, f.part_count);
-  if (f.int8) f.step = record(f.itemsize, 1);
-  if (is_quantized) {
-    f.channels = record(1, 0);
-    for (int i = 0; i < f.part_count; ++i) f.parts[i].codes = record(1, code_bytes(f.parts[i].channels, f.parts[i].bits));
-  } else {
-    f.channels = record(f.int8 ? 1 : f.itemsize, f.kept);
-  }
-  if (f.has_planes()) f.keep = record(1, f.plane());
-  if (f.kind == Kind::spark) f.negative = record(1, f.plane());
-  f.record_used = record(1, 0);
-  if (has_position) f.position = record(4, 1);
-  f.record_bytes = round_up(record(1, 0), has_position ? 4 : is_quantized ? 1 : f.itemsize);
-  f.page_bytes = round_up(f.record_bytes * page_tokens, 8);
-  auto head = field;
-  head(1, COUNTER_BYTES);
-  if (f.has_planes()) f.constant = head(4, f.dim);
-  if (is_quantized) f.gain = head(2, f.part_count);
-  if (is_quantized && f.scaled) f.center = head(2, f.dim), f.factor = head(2, f.dim), f.order = head(2, f.dim);
-  if (f.uses_queries()) f.stats = head(4, 2 * f.dim);
-  f.tail = head(8, 0);
-}
-
 // Reads "name(options):dim:dtype"; false if native code does not do that.
 inline bool read_format(View text, Format& f) {
   const size_t last = text.rfind(':'), middle = last == View::npos ? last : text.rfind(':', last - 1);
@@ -270,8 +193,9 @@ inline std::unique_ptr<const Spec> read_spec(View rest) {
     if (!done) return nullptr;
   }
   if (seen != 127 || spec->window < 1 || spec->key.dtype != spec->value.dtype) return nullptr;
-  lay_out(spec->key, spec->window, spec->evict_tokens > 0);
-  lay_out(spec->value, spec->window, false);
+  lay_out_page(spec->key, spec->window, spec->evict_tokens > 0);
+  lay_out_page(spec->value, spec->window, false);
+  for (Format* format : {&spec->key, &spec->value}) lay_out_head(*format);
   return spec;
 }
 

@@ -70,7 +70,7 @@ class Format(ABC):
 
     @abstractmethod
     def fields(self) -> tuple[Field, ...]:
-        """What is stored, in the order in which it lies in a record, a page or the head."""
+        """What is stored, in the order in which it lies in a page or the head."""
 
     @abstractmethod
     def encode(self, rows: Tensor, norms: Tensor | None, constants: Stored) -> dict[str, Tensor]:

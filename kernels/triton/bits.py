@@ -4,14 +4,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def popcount(words: tl.tensor) -> Any:
+def popcount(words: tl.tensor) -> tl.tensor:
     """Set bits of uint32 words; LLVM makes one instruction of this (popc, v_bcnt)."""
     words = words - ((words >> 1) & 0x55555555)
     words = (words & 0x33333333) + ((words >> 2) & 0x33333333)
@@ -22,7 +20,7 @@ def popcount(words: tl.tensor) -> Any:
 @triton.jit
 def _word(
     plane: tl.tensor, index: tl.constexpr, UNITS: tl.constexpr, UNIT: tl.constexpr,
-) -> Any:  # fmt: skip
+) -> tl.tensor:  # fmt: skip
     """Word ``index`` of 32 channels of the planes that begin at pointers [N]: uint32 [N].
 
     A plane is UNITS loads of UNIT bits, as many as its place in memory is a multiple of; channels
@@ -39,7 +37,7 @@ def _word(
 @triton.jit
 def flags(
     plane: tl.tensor, UNITS: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
-) -> Any:  # fmt: skip
+) -> tl.tensor:  # fmt: skip
     """Which channels are set in the planes that begin at pointers [N]: bool [N, BLOCK]."""
     channel = tl.arange(0, BLOCK)[None, :]
     words = tl.zeros((plane.shape[0], BLOCK), tl.uint32)
@@ -52,7 +50,7 @@ def flags(
 @triton.jit
 def ranks(
     plane: tl.tensor, UNITS: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
-) -> Any:  # fmt: skip
+) -> tl.tensor:  # fmt: skip
     """As ``flags``, and how many set channels are below each: int32 [N, BLOCK].
 
     The rank is a popcount of the bits below in the channel's word and of the words before it. A

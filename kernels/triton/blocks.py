@@ -10,9 +10,11 @@ from typing import NamedTuple
 
 import torch
 
-# Programs that attention is shared out to: some more than run at once on the largest GPUs.
-_PROGRAMS = 1024
+# Programs that attention is shared out to: what the largest GPUs run at once.
+_PROGRAMS = 528
 _MOST_SPLITS = 128
+_DENSE_TOKENS = 128
+"""That a program shares out of the dense rows, at least."""
 
 
 class Blocks(NamedTuple):
@@ -37,17 +39,21 @@ def fits(dim: int, value_dim: int, dtype: torch.dtype) -> bool:
 
 
 def attend_blocks(
-    dim: int, value_dim: int, dtype: torch.dtype, group: int, one_query: bool, amd: bool
-) -> Blocks:
+    dim: int, value_dim: int, dtype: torch.dtype, group: int, one_query: bool, amd: bool,
+    pruned: bool,
+) -> Blocks:  # fmt: skip
     """Blocks of ``attend_split``.
 
-    16 tokens: with more, what is known of every channel of every token no longer fits into
-    registers. AMD keeps predicates in scalar registers, of which more rows or more warps (which
-    share out a row's channels less) need too many.
+    Of ``pruned`` tokens 16: with more, what is known of every channel of every token no longer
+    fits into registers. AMD keeps predicates in scalar registers, of which more rows or more warps
+    (which share out a row's channels less) need too many.
     """
     block_d, block_v = padded(dim), padded(value_dim)
     row_bytes = max(block_d, block_v) * dtype.itemsize
     half = dtype != torch.float32
+    if not pruned and half and row_bytes <= 512:
+        few = one_query and group <= 16
+        return Blocks(16 if few else 32, 64 if row_bytes <= 256 else 32, block_d, block_v, 4, 2)
     many = not amd and half and row_bytes <= 256 and not (one_query and group <= 16)
     short_words = dim % 32 or value_dim % 32  # of which a plane has more
     warps = 8 if not amd and (many or row_bytes > 256 or short_words) else 4
@@ -60,11 +66,12 @@ def pack_blocks(dim: int) -> tuple[int, int]:
     return max(1, 1024 // padded(dim)), padded(dim)
 
 
-def splits(programs: int, tokens: int, block: int) -> int:
-    """Shares of the tokens, for ``programs`` blocks of rows.
+def splits(programs: int, packed: int, dense: int, block: int) -> tuple[int, int]:
+    """Shares of the packed tokens, and of the dense ones, for ``programs`` blocks of rows.
 
-    Works on symbols without a guard, which a dimension of size 1 would make: at least 2.
+    Works on symbols without a guard, which a dimension of size 1 would make.
     """
     wanted = torch.sym_min(-(-_PROGRAMS // programs), _MOST_SPLITS)
-    shares: int = torch.sym_max(torch.sym_min(wanted, -(-tokens // block)), 2)
-    return shares
+    of_packed: int = torch.sym_max(torch.sym_min(wanted, -(-packed // block)), 1)
+    of_dense: int = torch.sym_max(torch.sym_min(wanted, dense // _DENSE_TOKENS), 1)
+    return of_packed, of_dense

@@ -10,20 +10,30 @@ overwrites the rows that are encoded.
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
-from .records import as_type, decoded, dense_rows, load_counters, pages_due, records, weights
+from .fields import (
+    as_type,
+    decoded,
+    dense_rows,
+    load_counters,
+    pages_due,
+    pages_of,
+    weights,
+)
+from .parts import part_rows, ranked_channels
+from .quantize import quantized_constants
 
 
 @triton.jit
 def _query_stats(
     query: tl.tensor, group: tl.tensor, queries: tl.tensor, query_h: tl.tensor, query_s: tl.tensor,
-    DIM: tl.constexpr, P: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK: tl.constexpr,
-) -> Any:  # fmt: skip
-    """Sum over the last P queries of the squared mean query of one group: [BLOCK]."""
+    DIM: tl.constexpr, P: tl.constexpr, EACH: tl.constexpr, BLOCK_L: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """Sum over the last P queries of the squared mean query of one group, or with EACH of the mean
+    squared query: [BLOCK]."""
     channel = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(tl.maximum(queries - P, 0), queries, BLOCK_L):
@@ -32,9 +42,10 @@ def _query_stats(
         place = query + (position * query_s)[:, None] + channel[None, :]
         mean = tl.zeros((BLOCK_L, BLOCK), tl.float32)
         for member in range(group):
-            mean += tl.load(place + member * query_h, mask=inside, other=0).to(tl.float32)
+            one = tl.load(place + member * query_h, mask=inside, other=0).to(tl.float32)
+            mean += one * one if EACH else one
         mean /= group
-        total += tl.sum(mean * mean, axis=0)
+        total += tl.sum(mean if EACH else mean * mean, axis=0)
     return total
 
 
@@ -42,7 +53,7 @@ def _query_stats(
 def _bias(
     tail: tl.tensor, new: tl.tensor, filled: tl.tensor, first: tl.tensor, end: tl.tensor,
     new_s: tl.tensor, DIM: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr,
-) -> Any:  # fmt: skip
+) -> tl.tensor:  # fmt: skip
     """``Pruned.constants`` of one head, of its tokens from ``first`` to ``end``: [BLOCK]."""
     index, channel = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK)
     real = (channel < DIM)[None, :]
@@ -76,9 +87,11 @@ def prepare_head(
     recent: tl.tensor, min_tokens: tl.tensor, pages: tl.tensor, head: tl.tensor, new: tl.tensor,
     slots: tl.tensor, rows: tl.tensor, pages_b: tl.tensor, pages_h: tl.tensor, head_b: tl.tensor,
     head_h: tl.tensor, new_b: tl.tensor, new_h: tl.tensor, new_s: tl.tensor, P: tl.constexpr,
-    APPENDS: tl.constexpr, DIM: tl.constexpr, SPARK: tl.constexpr, CONSTANT: tl.constexpr,
-    STATS: tl.constexpr, TAIL: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_L: tl.constexpr,
-    BLOCK: tl.constexpr,
+    APPENDS: tl.constexpr, DIM: tl.constexpr, SPARK: tl.constexpr, NOTES: tl.constexpr,
+    EACH: tl.constexpr, QUANTIZED: tl.constexpr, PARTS: tl.constexpr, PART_COUNT: tl.constexpr,
+    SCALED: tl.constexpr, CONSTANT: tl.constexpr, STATS: tl.constexpr, GAIN: tl.constexpr,
+    CENTER: tl.constexpr, FACTOR: tl.constexpr, ORDER: tl.constexpr, TAIL: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
     """Note the queries; fix the constants if the first page is due.
 
@@ -93,21 +106,28 @@ def prepare_head(
     constant = as_type(head + CONSTANT, tl.float32) + channel
     due = pages_due(length + new_tokens, first, packed, sink_tokens, recent, min_tokens, P)
     is_first = (due > 0) & (packed == 0)
-    if SPARK:
+    noted = tl.zeros((BLOCK,), tl.float32)
+    if NOTES:
         query += b * query_b + h * group * query_h
-        noted = _query_stats(query, group, queries, query_h, query_s, DIM, P, BLOCK_L, BLOCK)
+        noted = _query_stats(query, group, queries, query_h, query_s, DIM, P, EACH, BLOCK_L, BLOCK)
         stats = as_type(head + STATS, tl.float32) + channel
         noted += tl.load(stats + step * DIM, mask=inside, other=0)
         tl.store(stats + (1 - step if APPENDS else step) * DIM, noted, mask=inside)
-        if APPENDS and is_first:
-            tl.store(constant, tl.sqrt_rn(noted), mask=inside)
-    elif is_first:
+    if APPENDS and is_first:
         filled = tl.minimum(length, rows)
         tail = as_type(head + TAIL, new.dtype.element_ty)
         new += b * new_b + h * new_h
         end = filled + new_tokens
-        bias = _bias(tail, new, filled, sink_tokens, end, new_s, DIM, BLOCK_S, BLOCK)
-        tl.store(constant, bias, mask=inside)
+        if SPARK:
+            tl.store(constant, tl.sqrt_rn(noted), mask=inside)
+        elif QUANTIZED:
+            quantized_constants(
+                head, tail, new, filled, sink_tokens, end, new_s, noted, DIM, PARTS, PART_COUNT,
+                SCALED, GAIN, CENTER, FACTOR, ORDER, BLOCK_S, BLOCK,
+            )  # fmt: skip
+        else:
+            bias = _bias(tail, new, filled, sink_tokens, end, new_s, DIM, BLOCK_S, BLOCK)
+            tl.store(constant, bias, mask=inside)
 
 
 @triton.jit(do_not_specialize=["new_tokens", "keep"])
@@ -116,7 +136,7 @@ def update_head(
     recent: tl.tensor, min_tokens: tl.tensor, pages: tl.tensor, head: tl.tensor, new: tl.tensor,
     slots: tl.tensor, rows: tl.tensor, pages_b: tl.tensor, pages_h: tl.tensor, head_b: tl.tensor,
     head_h: tl.tensor, new_b: tl.tensor, new_h: tl.tensor, new_s: tl.tensor, P: tl.constexpr,
-    DIM: tl.constexpr, SPARK: tl.constexpr, STATS: tl.constexpr, TAIL: tl.constexpr,
+    DIM: tl.constexpr, NOTES: tl.constexpr, STATS: tl.constexpr, TAIL: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
     """Make a tail of the rows that are not encoded, forget used statistics, count the tokens."""
@@ -141,7 +161,7 @@ def update_head(
         tl.debug_barrier()
         tl.store(tail + row[:, None] * DIM + channel[None, :], moved, mask=inside)
         tl.debug_barrier()
-    if SPARK and encoded > 0:
+    if NOTES and encoded > 0:
         stats = as_type(head + STATS, tl.float32) + (1 - step) * DIM + channel
         tl.store(stats, tl.zeros((BLOCK,), tl.float32), mask=channel < DIM)
     tl.debug_barrier()
@@ -158,11 +178,14 @@ def rewind_head(
     head: tl.tensor, new: tl.tensor, slots: tl.tensor, rows: tl.tensor, pages_b: tl.tensor,
     pages_h: tl.tensor, head_b: tl.tensor, head_h: tl.tensor, new_b: tl.tensor, new_h: tl.tensor,
     new_s: tl.tensor, P: tl.constexpr, LARGEST: tl.constexpr, DIM: tl.constexpr,
-    COUNT: tl.constexpr, PAGE: tl.constexpr, RECORD: tl.constexpr, PRUNED: tl.constexpr,
-    INT8: tl.constexpr, RECOVERY: tl.constexpr, SQUARED: tl.constexpr, AMOUNT: tl.constexpr,
-    STEP: tl.constexpr, CHANNELS: tl.constexpr, KEEP: tl.constexpr, NEGATIVE: tl.constexpr,
-    UNITS: tl.constexpr, UNIT: tl.constexpr, CONSTANT: tl.constexpr, TAIL: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK: tl.constexpr,
+    COUNT: tl.constexpr, PAGE: tl.constexpr, QUANTIZED: tl.constexpr, PARTS: tl.constexpr,
+    PART_COUNT: tl.constexpr, CODE_BYTES: tl.constexpr, SCALED: tl.constexpr,
+    ROTATED: tl.constexpr, PRUNED: tl.constexpr, INT8: tl.constexpr, RECOVERY: tl.constexpr,
+    SQUARED: tl.constexpr, AMOUNT: tl.constexpr, STEP: tl.constexpr, CHANNELS: tl.constexpr,
+    KEEP: tl.constexpr, NEGATIVE: tl.constexpr, PLANE: tl.constexpr, UNITS: tl.constexpr,
+    UNIT: tl.constexpr, CONSTANT: tl.constexpr, GAIN: tl.constexpr, CENTER: tl.constexpr,
+    FACTOR: tl.constexpr, ORDER: tl.constexpr, TAIL: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
     """Forget the tokens from ``position`` on (``Store.crop``); a cut page becomes dense rows."""
     DTYPE: tl.constexpr = new.dtype.element_ty
@@ -180,15 +203,29 @@ def rewind_head(
         pages += b * pages_b + h * pages_h
         for start in range(0, tl.minimum(cut - left, rows) - sink_tokens, BLOCK_N):
             index = start + tl.arange(0, BLOCK_N)
-            row = decoded(
-                records(pages, left + index, slots, P, PAGE, RECORD), weight, DIM, COUNT, DTYPE,
-                LARGEST, PRUNED, INT8, RECOVERY, AMOUNT, STEP, CHANNELS, KEEP, NEGATIVE, UNITS,
-                UNIT, BLOCK,
-            )  # fmt: skip
-            target = as_type(head + TAIL, DTYPE) + (sink_tokens + index)[:, None] * DIM
-            inside = (index < cut - left - sink_tokens)[:, None] & (channel < DIM)[None, :]
-            inside = inside & (sink_tokens + index < rows)[:, None]
-            tl.store(target + channel[None, :], row, mask=inside)
+            there = (index < cut - left - sink_tokens) & (sink_tokens + index < rows)
+            token = tl.minimum(left + index, packed - 1)
+            page, row = pages_of(pages, token, token, slots, P, PAGE), token % P
+            target = (as_type(head + TAIL, DTYPE) + (sink_tokens + index) * DIM)[:, None]
+            if QUANTIZED:
+                for part in tl.static_range(PART_COUNT):
+                    numbers = part_rows(
+                        page, row, head, part, PARTS, PART_COUNT, CHANNELS, CODE_BYTES, AMOUNT,
+                        ROTATED, GAIN,
+                    )  # fmt: skip
+                    own, inside, center, factor = ranked_channels(
+                        head, part, PARTS, DIM, SCALED, CENTER, FACTOR, ORDER
+                    )
+                    numbers = numbers / factor[None, :] + center[None, :]
+                    inside = there[:, None] & inside[None, :]
+                    tl.store(target + own[None, :], numbers.to(DTYPE), mask=inside)
+            else:
+                numbers = decoded(
+                    page, row, weight, DIM, COUNT, DTYPE, LARGEST, PRUNED, INT8, RECOVERY, AMOUNT,
+                    STEP, CHANNELS, KEEP, NEGATIVE, PLANE, UNITS, UNIT, BLOCK,
+                )  # fmt: skip
+                inside = there[:, None] & (channel < DIM)[None, :]
+                tl.store(target + channel[None, :], numbers, mask=inside)
     tl.debug_barrier()
     counters = as_type(head, tl.int64)
     tl.store(counters, cut)

@@ -15,9 +15,11 @@ from torch.library import wrap_triton
 
 from ..spec import Spec
 from . import blocks
-from .attend import attend_split, merge_splits
+from .attend import attend_split
 from .head import prepare_head, rewind_head, update_head
+from .merge import merge_splits
 from .pack import pack_rows
+from .parts import turn_queries
 from .sides import Operand
 
 
@@ -32,24 +34,28 @@ def attend(
     heads, value_dim = new.shape[1], spec.value.head_dim
     group = query_heads // heads
     mask, kind, mask_tokens, strides = query, "none", 0, (0, 0, 0, 0)
-    tokens = slots * spec.window + keys.rows + new.shape[2]
+    packed, dense = slots * spec.window, keys.rows + new.shape[2]
     if attn_mask is not None:
         # A mask of one column is the same for all tokens, however many there are.
-        mask_tokens = tokens if attn_mask.shape[-1] == 1 else attn_mask.shape[-1]
+        mask_tokens = packed + dense if attn_mask.shape[-1] == 1 else attn_mask.shape[-1]
         mask = attn_mask.expand(batch, query_heads, queries, mask_tokens)
         kind = "bool" if mask.dtype == torch.bool else "added"
         strides = mask.stride()  # type: ignore[assignment]
     block = blocks.attend_blocks(
-        dim, value_dim, query.dtype, group, queries == 1, torch.version.hip is not None
-    )
+        dim, value_dim, query.dtype, group, queries == 1, torch.version.hip is not None,
+        keys.constants["PRUNED"] or values.constants["PRUNED"],
+    )  # fmt: skip
     programs = batch * heads * ceil(group * queries, block.rows)
-    splits = blocks.splits(programs, tokens, block.tokens)
-    rows = batch * query_heads * queries
+    of_packed, of_dense = blocks.splits(programs, packed, dense, block.tokens)
+    splits, rows = of_packed + of_dense, batch * query_heads * queries
     part_output = query.new_empty((rows, splits, value_dim), dtype=torch.float32)
     part_top = query.new_empty((rows, splits), dtype=torch.float32)
     part_total = torch.empty_like(part_top)
+    turned, bias = query, part_top
+    if keys.constants["QUANTIZED"]:
+        turned, bias = turn(query, keys)
     wrap_triton(attend_split)[(programs, splits)](
-        query, mask, part_output, part_top, part_total,
+        query, turned, bias, mask, part_output, part_top, part_total, of_packed,
         0 if causal_offset is None else causal_offset, new.shape[2], mask_tokens, heads, group,
         queries, *query.stride()[:3], *strides, spec.scale, spec.softcap, spec.sinks,
         *keys.arguments, *values.arguments, P=spec.window,
@@ -59,12 +65,28 @@ def attend(
         **values.named("VALUE_", attend_split), num_warps=block.warps, num_stages=block.stages,
     )  # fmt: skip
     output = query.new_empty((batch, query_heads, queries, value_dim))
+    head = values.arguments[1]
     wrap_triton(merge_splits)[(rows,)](
         part_output, part_top, part_total, part_top if sinks is None else sinks.contiguous(),
-        output, splits, query_heads, queries, value_dim,
-        SINKS=sinks is not None, BLOCK_SPLITS=16, BLOCK_V=blocks.padded(value_dim), num_warps=4,
+        output, splits, of_packed, query_heads, group, queries, value_dim, head, *head.stride()[:2],
+        SINKS=sinks is not None, BLOCK_SPLITS=32, **values.of(merge_splits), num_warps=4,
     )  # fmt: skip
     return output
+
+
+def turn(query: Tensor, keys: Operand) -> tuple[Tensor, Tensor]:
+    """The queries in the space of the keys' codes, and what centers add to scores."""
+    batch, query_heads, queries, dim = query.shape
+    heads, head = keys.arguments[2].shape[1], keys.arguments[1]
+    turned = query.new_empty((batch, query_heads * queries, dim))
+    bias = query.new_empty((batch, query_heads * queries), dtype=torch.float32)
+    rows = 4 if queries == 1 else 16
+    group = query_heads // heads
+    wrap_triton(turn_queries)[(batch * heads * ceil(group * queries, rows),)](
+        query, turned, bias, heads, group, queries, *query.stride()[:3], head, *head.stride()[:2],
+        **keys.of(turn_queries), BLOCK_M=rows, num_warps=4,
+    )  # fmt: skip
+    return turned, bias
 
 
 def append(
@@ -79,7 +101,8 @@ def append(
     new, slots = side.arguments[2:4]
     batch, heads, tokens, dim = new.shape
     rhythm = (tokens, spec.sinks, spec.recent, spec.min_tokens)
-    if not constants_are_known and side.constants["PRUNED"]:
+    has_constants = side.constants["PRUNED"] or side.constants["QUANTIZED"]
+    if not constants_are_known and has_constants:
         _prepare(query, side, spec, appends=True)
     block_s, _ = blocks.pack_blocks(dim)
     due = torch.sym_min((side.rows + tokens - spec.sinks) // spec.window, slots)
@@ -97,7 +120,7 @@ def append(
 
 def observe(query: Tensor, side: Operand, spec: Spec) -> None:
     """Add queries to the statistics that the next append will find."""
-    if side.constants["SPARK"]:
+    if side.constants["NOTES"]:
         _prepare(query, side, spec, appends=False)
 
 

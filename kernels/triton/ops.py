@@ -82,7 +82,8 @@ def _build_side(
     pages, head = (rows.new_zeros(shape, dtype=torch.uint8) for shape in shapes)
     stats, norms = layout.stats(head), None
     if stats is not None:
-        noted = sum(query_stats(query, heads, spec.window) for query in queries)
+        each = format.EACH_QUERY
+        noted = sum(query_stats(query, heads, spec.window, each=each) for query in queries)
         stats += noted.unsqueeze(2) if isinstance(noted, Tensor) else 0  # both slots: STEP is 0
     if type(tokens) is not int or spec.pages_due(tokens, tokens):
         if stats is not None:

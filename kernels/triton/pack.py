@@ -4,17 +4,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
 from .bits import store_plane
-from .records import as_type, dense_rows, floored_power, load_counters, pages_due, records
+from .fields import as_type, dense_rows, floored_power, load_counters, pages_due, pages_of
+from .quantize import encode_parts
 
 
 @triton.jit
-def _keep_top(order: tl.tensor, count: tl.constexpr) -> Any:
+def _keep_top(order: tl.tensor, count: tl.constexpr) -> tl.tensor:
     """The ``count`` largest of each row of int32 [N, D], of equal ones the first; bool [N, D].
 
     Bisection over the bits: the largest threshold that at least ``count`` entries reach is built
@@ -36,7 +35,7 @@ def _select(
     row: tl.tensor, head: tl.tensor, step: tl.tensor, DIM: tl.constexpr, COUNT: tl.constexpr,
     LARGEST: tl.constexpr, SPARK: tl.constexpr, SQUARED: tl.constexpr, CONSTANT: tl.constexpr,
     STATS: tl.constexpr, BLOCK: tl.constexpr,
-) -> Any:  # fmt: skip
+) -> tl.tuple:  # fmt: skip
     """Which channels of float32 rows [N, BLOCK] are kept, and the amount [N] for the others."""
     channel = tl.arange(0, BLOCK)
     inside = channel < DIM
@@ -60,7 +59,7 @@ def _select(
 
 
 @triton.jit
-def _quantized(row: tl.tensor, keep: tl.tensor, DTYPE: tl.constexpr) -> Any:
+def _quantized(row: tl.tensor, keep: tl.tensor, DTYPE: tl.constexpr) -> tl.tuple:
     """int8 levels [N, BLOCK] of float32 rows and their steps [N] over the kept channels."""
     step = tl.div_rn(tl.max(tl.where(keep, tl.abs(row), 0.0), axis=1), 127.0).to(DTYPE)
     divisor = tl.where(step.to(tl.float32) > 0, step.to(tl.float32), 1.0)
@@ -76,11 +75,13 @@ def pack_rows(
     min_tokens: tl.tensor, pages: tl.tensor, head: tl.tensor, new: tl.tensor, slots: tl.tensor,
     rows: tl.tensor, pages_b: tl.tensor, pages_h: tl.tensor, head_b: tl.tensor, head_h: tl.tensor,
     new_b: tl.tensor, new_h: tl.tensor, new_s: tl.tensor, P: tl.constexpr, LARGEST: tl.constexpr,
-    DIM: tl.constexpr, COUNT: tl.constexpr, PAGE: tl.constexpr, RECORD: tl.constexpr,
-    SPARK: tl.constexpr, PRUNED: tl.constexpr, INT8: tl.constexpr, SQUARED: tl.constexpr,
-    AMOUNT: tl.constexpr, STEP: tl.constexpr, CHANNELS: tl.constexpr, KEEP: tl.constexpr,
-    NEGATIVE: tl.constexpr, PLANE: tl.constexpr, CONSTANT: tl.constexpr, STATS: tl.constexpr,
-    TAIL: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr,
+    DIM: tl.constexpr, COUNT: tl.constexpr, PAGE: tl.constexpr, QUANTIZED: tl.constexpr,
+    PARTS: tl.constexpr, PART_COUNT: tl.constexpr, CODE_BYTES: tl.constexpr, SCALED: tl.constexpr,
+    ROTATED: tl.constexpr, SPARK: tl.constexpr, PRUNED: tl.constexpr, INT8: tl.constexpr,
+    SQUARED: tl.constexpr, AMOUNT: tl.constexpr, STEP: tl.constexpr, CHANNELS: tl.constexpr,
+    KEEP: tl.constexpr, NEGATIVE: tl.constexpr, PLANE: tl.constexpr, CONSTANT: tl.constexpr,
+    STATS: tl.constexpr, GAIN: tl.constexpr, CENTER: tl.constexpr, FACTOR: tl.constexpr,
+    ORDER: tl.constexpr, TAIL: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
     """Encode BLOCK_S of the tokens of the pages that are due; none where none is."""
     DTYPE: tl.constexpr = new.dtype.element_ty
@@ -100,22 +101,30 @@ def pack_rows(
     inside = valid[:, None] & (channel < DIM)[None, :]
     tail = as_type(head + TAIL, DTYPE)
     source = dense_rows(tail, new + b * new_b + h * new_h, sink_tokens + index, filled, new_s, DIM)
-    row = tl.load(source[:, None] + channel[None, :], mask=inside, other=0)
-    record = pages + b * pages_b + h * pages_h
-    record = records(record, packed + index, slots, P, PAGE, RECORD)
-    keep, place = inside, channel[None, :]
-    if PRUNED:
-        keep, mean = _select(
-            row.to(tl.float32), head, step, DIM, COUNT, LARGEST, SPARK, SQUARED, CONSTANT, STATS,
-            BLOCK,
+    token = packed + index
+    pages += b * pages_b + h * pages_h
+    page, place = pages_of(pages, token, token, slots, P, PAGE), token % P
+    if QUANTIZED:
+        encode_parts(
+            source, valid, page, place, head, DIM, PARTS, PART_COUNT, SCALED, ROTATED, AMOUNT,
+            CHANNELS, CODE_BYTES, GAIN, CENTER, FACTOR, ORDER,
         )  # fmt: skip
-        tl.store(as_type(record + AMOUNT, DTYPE), mean.to(DTYPE), mask=valid)
-        store_plane(record + KEEP, valid, keep, PLANE)
-        if SPARK:
-            store_plane(record + NEGATIVE, valid, row.to(tl.float32) < 0, PLANE)
-        place = tl.cumsum(keep.to(tl.int32), axis=1) - 1
-    if INT8:
-        row, scale = _quantized(row.to(tl.float32), keep, DTYPE)
-        tl.store(as_type(record + STEP, DTYPE), scale, mask=valid)
-    target = as_type(record + CHANNELS, tl.int8 if INT8 else DTYPE)[:, None] + place
-    tl.store(target, row, mask=inside & keep & (place < COUNT))
+    else:
+        row = tl.load(source[:, None] + channel[None, :], mask=inside, other=0)
+        keep, rank = inside, channel[None, :]
+        if PRUNED:
+            keep, mean = _select(
+                row.to(tl.float32), head, step, DIM, COUNT, LARGEST, SPARK, SQUARED, CONSTANT,
+                STATS, BLOCK,
+            )  # fmt: skip
+            tl.store(as_type(page + AMOUNT, DTYPE) + place, mean.to(DTYPE), mask=valid)
+            store_plane(page + KEEP + place * PLANE, valid, keep, PLANE)
+            if SPARK:
+                negative = row.to(tl.float32) < 0
+                store_plane(page + NEGATIVE + place * PLANE, valid, negative, PLANE)
+            rank = tl.cumsum(keep.to(tl.int32), axis=1) - 1
+        if INT8:
+            row, scale = _quantized(row.to(tl.float32), keep, DTYPE)
+            tl.store(as_type(page + STEP, DTYPE) + place, scale, mask=valid)
+        target = as_type(page + CHANNELS, tl.int8 if INT8 else DTYPE) + place * COUNT
+        tl.store(target[:, None] + rank, row, mask=inside & keep & (rank < COUNT))

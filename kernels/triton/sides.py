@@ -6,13 +6,16 @@ import functools
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
-from ..formats import Dense, Format, Int8, Pruned, Spark
+from ..formats import Dense, Format, Int8, Pruned, Quantized, Spark
+from ..formats.codes import PLANES, code_bytes
 from ..formats.selection import plane_bytes
 from ..layout import HeadLayout, PageLayout
 from ..spec import Side, Spec
 from . import blocks
+from .parts import packed_parts
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 RECOVERIES = ("degenerate", "none")
@@ -46,7 +49,11 @@ def operand(pages: Tensor, head: Tensor, new: Tensor, spec: Spec, side: Side) ->
         pages, head, new, pages.shape[2], rows, *pages.stride()[:2], *head.stride()[:2],
         *new.stride()[:3],
     )  # fmt: skip
-    return Operand(arguments, _constants(spec.pages(side), layout), rows)
+    constants = _constants(spec.pages(side), layout)
+    # What codes are made of numbers with: written out where the device is known to run it.
+    nvidia = torch.version.hip is None and not triton.knobs.runtime.interpret
+    ptx = constants["WORDS"] and nvidia and spec.key.dtype.itemsize == 2
+    return Operand(arguments, {**constants, "PTX": ptx}, rows)
 
 
 @functools.cache
@@ -54,26 +61,60 @@ def _constants(pages: PageLayout, head: HeadLayout) -> dict[str, Any]:
     format, at = pages.format, {**pages.offsets, **head.offsets}
     planes = [at[name] for name in ("keep", "negative") if name in at]
     plane = plane_bytes(format.head_dim)
-    multiples = (*planes, plane, pages.record_bytes, pages.page_bytes)
+    multiples = (*planes, plane, pages.page_bytes)
     unit = next(size for size in (4, 2, 1) if all(number % size == 0 for number in multiples))
     recovery = "none"
     if isinstance(format, Spark) and format.recovery != "none":
         recovery = "signs"
     elif isinstance(format, Pruned):
         recovery = "fill"
+    parts, code_row = _parts(format)
+    is_quantized = isinstance(format, Quantized)
+    names = ("channels", "levels", "codes", "rows")
+    channels = next(at[name] for name in names if name in at)
+    words = [code_row, channels, pages.page_bytes, *(part[3] for part in parts)]
     return {
-        "DIM": format.head_dim, "COUNT": getattr(format, "kept", format.head_dim),
-        "PAGE": pages.page_bytes, "RECORD": pages.record_bytes,
+        "DIM": format.head_dim,
+        "COUNT": getattr(format, "kept", format.head_dim), "PART_COUNT": len(parts),
+        "PAGE": pages.page_bytes, "CODED": bool(parts), "QUANTIZED": is_quantized,
+        "PARTS": packed_parts(parts), "CODE_BYTES": code_row,
+        "WORDS": all(n % 4 == 0 for n in words)
+        and all(_sliced(part) for part in parts),
+        "SCALED": getattr(format, "scaled", False), "ROTATED": getattr(format, "rotated", False),
         "SPARK": isinstance(format, Spark), "PRUNED": isinstance(format, Spark | Pruned),
-        "INT8": "step" in at, "RECOVERY": recovery,
-        "SQUARED": getattr(format, "saliency", "") == "squared",
+        "NOTES": format.uses_queries, "EACH": format.EACH_QUERY, "INT8": "step" in at,
+        "RECOVERY": recovery, "SQUARED": getattr(format, "saliency", "") == "squared",
         "AMOUNT": at.get("amplitude", at.get("fill", 0)), "STEP": at.get("step", 0),
-        "CHANNELS": next(at[name] for name in ("channels", "levels", "rows") if name in at),
-        "KEEP": at.get("keep", 0), "NEGATIVE": at.get("negative", 0),
+        "CHANNELS": channels, "KEEP": at.get("keep", 0), "NEGATIVE": at.get("negative", 0),
         "PLANE": plane, "UNITS": plane // unit, "UNIT": 8 * unit,
         "CONSTANT": at.get("norms", at.get("bias", 0)), "STATS": at.get("stats", 0),
-        "TAIL": at["tail"], "BLOCK": blocks.padded(format.head_dim),
+        "GAIN": at.get("gain", 0), "CENTER": at.get("center", 0), "FACTOR": at.get("factor", 0),
+        "ORDER": at.get("order", 0), "TAIL": at["tail"], "BLOCK": blocks.padded(format.head_dim),
     }  # fmt: skip
+
+
+Part = tuple[int, int, int, int, int]
+
+
+def _parts(format: Format) -> tuple[list[Part], int]:
+    """What ``packed_parts`` takes, and the bytes of a token's codes; nothing if it has none."""
+    if isinstance(format, Int8):
+        return [(format.head_dim, 8, 0, 0, blocks.padded(format.head_dim))], format.head_dim
+    parts: list[Part] = []
+    end, least = 0, 16  # channels that a matrix product takes
+    for part in format.parts if isinstance(format, Quantized) else ():
+        if len(format.parts) == 1:
+            least = blocks.padded(format.head_dim)  # as that of dense tokens
+        block = max(least, 1 << (part.channels - 1).bit_length())
+        parts.append((part.channels, part.bits, part.first, end, block))
+        end += code_bytes(part.channels, part.bits)
+    return parts, end
+
+
+def _sliced(part: Part) -> bool:
+    """Whether the planes of a part are made of slices of whole words and fill its tile."""
+    channels, bits, _, _, block = part
+    return channels == block and channels % (4 * (8 // min(PLANES[bits]))) == 0
 
 
 def can(spec: Spec) -> bool:
@@ -83,15 +124,21 @@ def can(spec: Spec) -> bool:
         spec.evict is None
         and _knows(key)
         and _knows(value)
+        and _is_one_part(value)
         and key.dtype == value.dtype
         and blocks.fits(key.head_dim, value.head_dim, key.dtype)
     )
 
 
 def _knows(format: Format) -> bool:
-    if format.dtype not in DTYPES or type(format) not in (Dense, Int8, Pruned, Spark):
+    if format.dtype not in DTYPES or type(format) not in (Dense, Int8, Pruned, Quantized, Spark):
         return False
     return not isinstance(format, Spark) or format.recovery in RECOVERIES
+
+
+def _is_one_part(format: Format) -> bool:
+    """Whether sums of its levels can be turned back where they are merged."""
+    return not isinstance(format, Quantized) or not format.scaled
 
 
 def check_room(pages: Tensor, new: Tensor, spec: Spec, side: Side) -> None:

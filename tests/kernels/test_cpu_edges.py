@@ -235,7 +235,7 @@ def test_random_bytes_lead_nowhere(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bits", ["1", "2", "3", "4", "5", "6", "6-4-3-1"])
 def test_quantized_heads_of_every_size(bits: str, dtype: torch.dtype) -> None:
-    """The last record ends where the pages do: nothing after it may be read."""
+    """The last row of codes ends where the pages do: nothing after it may be read."""
     for dim in (4, 8, 12, 20, 32, 64, 80, 100, 128, 192, 256, 300, 1024):
         spec = spec_of(f"quantized-scaled-{bits}", f"quantized-{bits[0]}", dtype, dim)
         cache = check_build(spec, tokens_of(spec, 77, batch=1), 68)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from spark_compile.kernels.formats import Field, Format, parse
-from spark_compile.kernels.layout import COUNTERS, HeadLayout, PageLayout, counters, typed
+from spark_compile.kernels.layout import (
+    ALIGNMENT,
+    COUNTERS,
+    HeadLayout,
+    PageLayout,
+    counters,
+    typed,
+)
 
 FIELD_DTYPES = (torch.uint8, torch.int8, torch.float16, torch.float32, torch.int64)
 
@@ -90,7 +98,7 @@ def test_no_byte_of_a_page_has_two_owners(fields: Any, tokens: int) -> None:
         total += field.nbytes * (tokens if per_token else 1)
     assert owners.sum() == 2 * 3 * 4 * total
     padding = layout.page_bytes - total
-    assert 0 <= padding < (len(stored) + 1) * 8 * (tokens + 1)
+    assert 0 <= padding < (len(stored) + 1) * ALIGNMENT
     assert layout.page_bytes % 8 == 0
 
 
@@ -104,10 +112,11 @@ def test_every_field_is_found_at_its_offset(fields: Any, tokens: int) -> None:
     for field in format.declared:
         if field.per == "head":
             continue
-        assert layout.offsets[field.name] % field.dtype.itemsize == 0
+        size = field.nbytes * (tokens if field.per == "token" else 1)
+        assert layout.offsets[field.name] % math.gcd(size, ALIGNMENT) == 0
         for page in range(2):
             for token in range(tokens if field.per == "token" else 1):
-                first = layout.offsets[field.name] + token * layout.record_bytes
+                first = layout.offsets[field.name] + token * field.nbytes
                 raw = pages[0, 0, page, first : first + field.nbytes]
                 view = views[field.name][0, 0, page]
                 own = view[token] if field.per == "token" else view
@@ -141,46 +150,49 @@ def test_no_byte_of_a_head_has_two_owners(fields: Any, rows: int, queries: bool)
     declared_bytes = 8 * COUNTERS + sum(field.nbytes for field in own)
     declared_bytes += 2 * 7 * 4 if queries else 0
     assert owners.sum() == 2 * 3 * (declared_bytes + tail[0, 0].nbytes)
-    assert declared_bytes <= layout.offsets["tail"] < declared_bytes + 8 * (len(own) + 2)
+    assert (
+        declared_bytes <= layout.offsets["tail"] < declared_bytes + 8 * (len(own) + 2) + ALIGNMENT
+    )
     assert size % 8 == 0
 
 
 EXPECTED = [
     ("dense", 8, {"rows": 0}, 16, 64),
-    ("int8", 8, {"step": 0, "levels": 2}, 10, 40),
-    ("spark(kept=5)", 12, {"amplitude": 0, "channels": 2, "keep": 12, "negative": 14}, 16, 64),
+    ("int8", 8, {"step": 0, "levels": 16}, 10, 48),
+    ("quantized(bits=4-2-2-1,scaled=True)", 16, {"amplitude": 0, "codes": 12}, 8, 32),
+    ("spark(kept=5)", 12, {"amplitude": 0, "channels": 8, "keep": 48, "negative": 56}, 16, 64),
     ("spark(kept=5,stored=int8,recovery=gaussian)", 12,
-     {"amplitude": 0, "step": 4, "channels": 6, "keep": 11, "negative": 13}, 16, 64),
-    ("pruned(kept=3)", 8, {"fill": 0, "channels": 2, "keep": 8}, 10, 40),
-    ("pruned(kept=3,stored=int8)", 8, {"fill": 0, "step": 2, "channels": 4, "keep": 7}, 8, 32),
+     {"amplitude": 0, "step": 16, "channels": 24, "keep": 48, "negative": 56}, 15, 64),
+    ("pruned(kept=3)", 8, {"fill": 0, "channels": 8, "keep": 32}, 9, 40),
+    ("pruned(kept=3,stored=int8)", 8, {"fill": 0, "step": 8, "channels": 16, "keep": 28}, 8, 32),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("text", "dim", "offsets", "record_bytes", "page_bytes"), EXPECTED)
+@pytest.mark.parametrize(("text", "dim", "offsets", "token_bytes", "page_bytes"), EXPECTED)
 def test_the_layout_of_each_format(
-    text: str, dim: int, offsets: dict[str, int], record_bytes: int, page_bytes: int
+    text: str, dim: int, offsets: dict[str, int], token_bytes: int, page_bytes: int
 ) -> None:
     """What files and native kernels rely on."""
     layout = PageLayout(parse(text, dim, torch.bfloat16), 4)
     assert layout.offsets == offsets
-    assert (layout.record_bytes, layout.page_bytes) == (record_bytes, page_bytes)
+    assert (layout.token_bytes, layout.page_bytes) == (token_bytes, page_bytes)
 
 
-def test_fields_per_page_follow_the_records() -> None:
+def test_fields_per_page_follow_those_per_token() -> None:
     fields = [
         (torch.int8, 3, "token"), (torch.float32, 1, "page"), (torch.float16, 1, "token"),
         (torch.uint8, 1, "page"),
     ]  # fmt: skip
     layout = PageLayout(declared(fields), 3)
-    assert layout.offsets == {"f0": 0, "f2": 4, "f1": 20, "f3": 24}
-    assert (layout.record_bytes, layout.page_bytes) == (6, 32)
+    assert layout.offsets == {"f0": 0, "f2": 10, "f1": 16, "f3": 20}
+    assert (layout.token_bytes, layout.page_bytes) == (5, 24)
 
 
 def test_the_head_has_counters_constants_statistics_and_the_tail() -> None:
     layout = HeadLayout(parse("spark(kept=5)", 10, torch.bfloat16))
     assert layout.offsets == {"norms": 40, "stats": 80, "tail": 160}
     assert layout.head_bytes(3) == 160 + 64
-    assert HeadLayout(parse("dense", 10, torch.bfloat16)).offsets == {"tail": 40}
+    assert HeadLayout(parse("dense", 10, torch.bfloat16)).offsets == {"tail": 48}
 
 
 def test_views_write_through() -> None:
@@ -188,7 +200,7 @@ def test_views_write_through() -> None:
     pages = torch.zeros(1, 1, 3, layout.page_bytes, dtype=torch.uint8)
     layout.views(pages)["levels"][0, 0, 1] = 7
     written = pages[0, 0].nonzero().tolist()
-    assert written == [[1, 8 * record + 2 + level] for record in (0, 1) for level in range(5)]
+    assert written == [[1, 4 + level] for level in range(10)]
     field = Field("x", torch.int16, 2)
     assert typed(torch.arange(8, dtype=torch.uint8), 2, field).tolist() == [0x0302, 0x0504]
 

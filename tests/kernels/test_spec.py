@@ -49,7 +49,7 @@ def test_the_text_says_everything(
 
 def test_the_text_is_that_of_the_documentation() -> None:
     text = (
-        "layout=2;key=spark(kept=26,stored=int8,recovery=degenerate,saliency=squared):128:bfloat16;"
+        "layout=3;key=spark(kept=26,stored=int8,recovery=degenerate,saliency=squared):128:bfloat16;"
         "value=int8:128:bfloat16;window=32;recent=32;sinks=0;min_tokens=0"
     )
     assert parse_spec(text).text == text
@@ -58,13 +58,13 @@ def test_the_text_is_that_of_the_documentation() -> None:
     assert parse_spec(text).format("value").text == "int8"
 
 
-GOOD = "layout=2;key=dense:8:float32;value=int8:8:float32;window=4;recent=4;sinks=0;min_tokens=0"
+GOOD = "layout=3;key=dense:8:float32;value=int8:8:float32;window=4;recent=4;sinks=0;min_tokens=0"
 
 
 @pytest.mark.parametrize(
     "wrong",
     [
-        "layout=2", "layout=2;key", GOOD.replace("key=", "keys="), GOOD.replace("dense", "sparse"),
+        "layout=3", "layout=3;key", GOOD.replace("key=", "keys="), GOOD.replace("dense", "sparse"),
         GOOD.replace(":float32;value", ":float64;value"), GOOD.replace(":8:", ":eight:"),
         GOOD.replace("dense:8:float32", "dense"), GOOD.replace(";window=4", ""),
         GOOD.replace("window=4", "window=four"), GOOD + ";speed=3", GOOD + ";scale=fast",
@@ -97,9 +97,9 @@ def test_numbers_that_no_cache_has_are_refused(right: str, wrong: str, said: str
         parse_spec(GOOD.replace(right, wrong))
 
 
-@pytest.mark.parametrize("text", ["", "key", GOOD.removeprefix("layout=2;"), f"layout=1{GOOD[8:]}"])
+@pytest.mark.parametrize("text", ["", "key", GOOD.removeprefix("layout=3;"), f"layout=1{GOOD[8:]}"])
 def test_a_text_of_another_version_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=r"is of layout (None|1): allowed is 2"):
+    with pytest.raises(ValueError, match=r"is of layout (None|1): allowed is 3"):
         parse_spec(text)
 
 

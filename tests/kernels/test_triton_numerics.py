@@ -33,8 +33,10 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 REFERENCE = torch.ops.spark_reference
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 KEYS = ("dense", "int8", "spark(kept=5)", "spark(kept=5,stored=int8,recovery=none)",
-        "spark(kept=12,stored=int8,saliency=absolute)", "pruned(kept=4)")  # fmt: skip
-VALUES = ("dense", "int8", "pruned(kept=3)", "pruned(kept=10,stored=int8)")
+        "spark(kept=12,stored=int8,saliency=absolute)", "pruned(kept=4)", "quantized(bits=6)",
+        "quantized(bits=4-2-2-1,scaled=True)")  # fmt: skip
+VALUES = ("dense", "int8", "pruned(kept=3)", "pruned(kept=10,stored=int8)", "quantized(bits=4)",
+          "quantized(bits=3,rotated=False)")  # fmt: skip
 
 
 def some_are_slow(*cases: tuple[Any, ...], every: int) -> list[Any]:
@@ -178,9 +180,10 @@ def test_every_pair_of_formats(key: str, value: str) -> None:
 
 
 @pytest.mark.parametrize("sinks", [0, 2])
-def test_the_first_page_is_packed(sinks: int) -> None:
+@pytest.mark.parametrize("key", ["spark(kept=5,stored=int8)", "quantized(bits=4-2,scaled=True)"])
+def test_the_first_page_is_packed(key: str, sinks: int) -> None:
     """With it, the constants are fixed."""
-    cache = Cache(spec_of("spark(kept=5,stored=int8)", sinks=sinks), tokens=7 + sinks)
+    cache = Cache(spec_of(key, "quantized(bits=5)", sinks=sinks), tokens=7 + sinks)
     for _ in range(7):
         cache.step()
     assert cache.sides()[0].packed == 8
@@ -200,6 +203,36 @@ CASES: dict[str, dict[str, Any]] = {
     "packed at last": {"min_tokens": 26},
     "one token": {"tokens": 1},
     "many blocks": {"tokens": 90, "heads": (2, 1), "recent": 40, "pages": 14},
+    "parts of whole words": {
+        "key": "quantized(bits=4-2-2-1,scaled=True)",
+        "value": "quantized(bits=4)",
+        "dims": (128, 64),
+    },
+    "parts of three kinds": {
+        "key": "quantized(bits=6-5-5-4,scaled=True)",
+        "value": "quantized(bits=5)",
+        "dims": (64, 64),
+    },
+    "parts of bytes": {
+        "key": "quantized(bits=4-2-2-1,scaled=True)",
+        "value": "quantized(bits=1)",
+        "dims": (64, 96),
+    },
+    "two parts": {
+        "key": "quantized(bits=5-3,scaled=True)",
+        "value": "quantized(bits=2)",
+        "dims": (128, 64),
+    },
+    "six bits": {
+        "key": "quantized(bits=6,scaled=True)",
+        "value": "quantized(bits=6)",
+        "dims": (64, 32),
+    },
+    "three bits": {
+        "key": "quantized(bits=3,scaled=True)",
+        "value": "quantized(bits=3)",
+        "dims": (80, 64),
+    },
     "a format for both": {"key": "spark(kept=5)", "value": "spark(kept=4)", "dims": (12, 12)},
 }
 
@@ -217,7 +250,11 @@ def test_shapes(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("spark(kept=5,stored=int8)", "pruned(kept=4,stored=int8)"), ("int8", "dense")],
+    [
+        ("spark(kept=5,stored=int8)", "pruned(kept=4,stored=int8)"),
+        ("int8", "dense"),
+        ("quantized(bits=6,scaled=True)", "quantized(bits=4)"),
+    ],
 )
 def test_half_precision(key: str, value: str, dtype: torch.dtype) -> None:
     cache = Cache(spec_of(key, value, dtype=dtype), heads=(6, 2))
@@ -286,14 +323,15 @@ def test_sharers_note_their_queries() -> None:
     some_are_slow(
         *(
             (value, *where)
-            for value in ("pruned(kept=3,stored=int8)", "int8")
+            for value in ("pruned(kept=3,stored=int8)", "int8", "quantized(bits=4)")
             for where in ((0, 22), (0, 10), (0, 8), (0, 0), (3, 24), (3, 12), (3, 11), (3, 2))
         ),
         every=3,
     ),
 )
 def test_a_position_forgets_what_comes_after(position: int, sinks: int, value: str) -> None:
-    cache = Cache(spec_of("spark(kept=5,stored=int8)", value, sinks=sinks), tokens=24)
+    key = "quantized(bits=5-3,scaled=True)" if "bits" in value else "spark(kept=5,stored=int8)"
+    cache = Cache(spec_of(key, value, sinks=sinks), tokens=24)
     cache.step(2, position=position)
     cache.step(1, position=position + 1)
 
@@ -317,7 +355,7 @@ def test_a_position_after_the_last_token_appends() -> None:
     check_same(cache.stored, expected, cache.spec)
 
 
-@pytest.mark.parametrize("key", ["spark(kept=5)", "int8", "dense"])
+@pytest.mark.parametrize("key", ["spark(kept=5)", "int8", "dense", "quantized(bits=4,scaled=True)"])
 def test_no_operand_has_to_be_contiguous(key: str) -> None:
     cache = Cache(spec_of(key, "pruned(kept=3)"), heads=(6, 2), tokens=24)
     for tokens in (3, 1):
@@ -354,6 +392,7 @@ def test_of_equally_salient_channels_the_first_are_kept() -> None:
         ("spark(kept=5)", "pruned(kept=3)"),
         ("spark(kept=5,stored=int8)", "int8"),
         ("dense", "dense"),
+        ("quantized(bits=4-3,scaled=True)", "quantized(bits=6)"),
     ],
 )
 def test_build(key: str, value: str, tokens: int) -> None:

@@ -19,6 +19,7 @@ from zoo import CACHE, tiny
 from spark_compile import PrunedKeys, SparkConfig, SparkError, StoredValues, kv_bytes, optimize
 from spark_compile.kernels.formats import Field, Format
 from spark_compile.kernels.formats.base import Stored, per_head
+from spark_compile.kernels.layout import round_up
 from spark_compile.report import collect_report
 from spark_compile.state import SparkTensor
 
@@ -77,7 +78,7 @@ def ids(batch: int = 1, length: int = 20) -> Tensor:
 def toy_bytes(batch: int, heads: int, dim: int, pages: int) -> int:
     """Bytes of one side of float32 tokens: pages, counters, the mean, and the dense tail."""
     page = WINDOW * dim + 2 * 4
-    head = 5 * 8 + dim * 4 + 2 * WINDOW * dim * 4
+    head = round_up(5 * 8 + dim * 4, 16) + 2 * WINDOW * dim * 4
     return batch * heads * (pages * page + head)
 
 

@@ -48,11 +48,12 @@ def test_the_bytes_are_those_of_the_declared_fields() -> None:
     assert made.keys.packed_tokens() == packed
     pages = packed // 4 + 1  # one to grow into
     # amplitude, channels, two bit planes of 12 bits
-    record = 4 + 5 * 4 + 2 + 2
-    head = 5 * 8 + KEY_DIM * 4 + 2 * KEY_DIM * 4 + dense * KEY_DIM * 4
-    assert kv_bytes(made.keys) == rows * (pages * 4 * record + head)
+    token = 4 + 5 * 4 + 2 + 2
+    # counters, norms, statistics, the tail at a multiple of 16
+    head = 5 * 8 + KEY_DIM * 4 + 2 * KEY_DIM * 4 + 8 + dense * KEY_DIM * 4
+    assert kv_bytes(made.keys) == rows * (pages * 4 * token + head)
     # dense values: the row alone, and no constants
-    head = 5 * 8 + dense * VALUE_DIM * 4
+    head = 5 * 8 + 8 + dense * VALUE_DIM * 4
     assert kv_bytes(made.values) == rows * (pages * 4 * VALUE_DIM * 4 + head)
 
 
@@ -68,7 +69,7 @@ FORMATS: list[dict[str, Any]] = [
 def test_every_format_stores_its_fields_and_little_more(
     options: dict[str, Any], dtype: torch.dtype
 ) -> None:
-    """Padding aside: at most an item per record and 8 bytes per page and per field of a head."""
+    """Padding aside: at most an item per token and 8 bytes per page and per field of a head."""
     config = SparkConfig(window=8, **options)
     made = prefill(config, 8 * 8, dtype=dtype)
     for state in made.states:

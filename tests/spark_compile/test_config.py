@@ -12,6 +12,7 @@ import torch
 
 from spark_compile import SparkConfig, SparkError, SparkWarning
 from spark_compile.kernels.formats import Dense
+from spark_compile.kernels.layout import round_up
 from spark_compile.kernels.spec import SIDES
 
 HUGE = 10**30
@@ -249,7 +250,7 @@ def test_no_page_is_larger_than_dense_tokens(window: int, dim: int, dtype: torch
                 window=window, recovery="gaussian",
             )  # fmt: skip
             spec = config.spec(*(config.format_for(side, dim, dtype) for side in SIDES))
-            dense = -(-window * dim * dtype.itemsize // 8) * 8
+            dense = round_up(window * dim * dtype.itemsize, 8)
             assert all(spec.pages(side).page_bytes <= dense for side in SIDES)
 
 

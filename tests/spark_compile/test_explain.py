@@ -52,8 +52,8 @@ def test_bytes_per_token_follow_the_ratio() -> None:
         assert (site.query_heads, site.kv_heads, site.key_dim, site.value_dim) == (4, 2, 8, 8)
         assert site.dense_token_bytes == 2 * (8 + 8) * 4
         stored.append(site.stored_token_bytes)
-    # Dense keys, then 4 of 8 channels, an amplitude and two bytes of planes, at a multiple of 4.
-    assert stored == [2 * (32 + 32), 2 * (24 + 32)]
+    # Dense keys, then 4 of 8 channels, an amplitude and two bytes of planes.
+    assert stored == [2 * (32 + 32), 2 * (22 + 32)]
 
 
 REASONS = {

@@ -66,8 +66,8 @@ def test_longer_caches_take_a_smaller_share() -> None:
     for spec in rungs(64, torch.bfloat16):
         shares = [share_of(spec, tokens) for tokens in (TOKENS, 6000, 30_000, 10**6)]
         assert shares == sorted(shares, reverse=True)
-        records = sum(spec.pages(side).record_bytes for side in SIDES)
-        assert shares[-1] == pytest.approx(records / (2 * 64 * 2) * 33 / 32, rel=0.01)
+        stored = sum(spec.pages(side).token_bytes for side in SIDES)
+        assert shares[-1] == pytest.approx(stored / (2 * 64 * 2) * 33 / 32, rel=0.01)
 
 
 def test_a_head_size_that_does_not_divide_takes_another_rung() -> None:

@@ -1,16 +1,16 @@
-"""Reading what ``kernels/layout`` describes: counters, heads, records, and what those are worth.
+"""Reading what ``kernels/layout`` describes: counters, heads, fields, and what those are worth.
 
 Pages and heads come as bytes. Where a field lies is a constant of the kernel, so that a format is a
-set of constants: PRUNED (kept channels and the plane ``keep``) or all channels; INT8 or the model's
-dtype; and RECOVERY of pruned channels, by "signs" (an amplitude per token, a weight per channel and
-the plane ``negative``), by "fill" (an amount per token) or "none". :mod:`.sides` makes them.
+set of constants: CODED (each channel is a level in units of an amplitude of the token, see
+:mod:`.parts`), or else PRUNED (kept channels and the plane ``keep``) or all channels; INT8 or the
+model's dtype; and RECOVERY of pruned channels, by "signs" (an amplitude per token, a weight per
+channel and the plane ``negative``), by "fill" (an amount per token) or "none". :mod:`.sides` makes
+them.
 """
 
 # mypy: disable-error-code="import-untyped, untyped-decorator"
 
 from __future__ import annotations
-
-from typing import Any
 
 import triton
 import triton.language as tl
@@ -21,13 +21,13 @@ _FLOOR = tl.constexpr(1e-3)  # of kernels/formats/spark.floored
 
 
 @triton.jit
-def as_type(pointer: tl.tensor, DTYPE: tl.constexpr) -> Any:
+def as_type(pointer: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
     """Pointers to bytes as pointers to a dtype."""
     return pointer.to(tl.pointer_type(DTYPE), bitcast=True)
 
 
 @triton.jit
-def load_counters(head: tl.tensor) -> Any:
+def load_counters(head: tl.tensor) -> tl.tuple:
     """LENGTH, PACKED, FIRST and STEP % 2 of one head, int64.
 
     Whatever they say, they are bounded so that no address made of them leaves its buffer.
@@ -43,19 +43,27 @@ def load_counters(head: tl.tensor) -> Any:
 def pages_due(
     total: tl.tensor, first: tl.tensor, packed: tl.tensor, sinks: tl.tensor, recent: tl.tensor,
     min_tokens: tl.tensor, P: tl.constexpr,
-) -> Any:  # fmt: skip
+) -> tl.tensor:  # fmt: skip
     """``Spec.pages_due`` of ``total`` tokens, new ones included."""
     due = tl.maximum(total - packed - sinks - recent, 0) // P
     return tl.where(total - first >= min_tokens, due, 0)
 
 
 @triton.jit
+def floored(
+    numbers: tl.tensor, inside: tl.tensor, COUNT: tl.constexpr, SHARE: tl.constexpr
+) -> tl.tensor:
+    """``kernels/formats/spark.floored`` of COUNT numbers, those that are ``inside`` [BLOCK]."""
+    floor = tl.sum(tl.where(inside, numbers, 0.0), axis=0) / COUNT * SHARE
+    return tl.maximum(numbers, tl.maximum(floor, 1e-12))
+
+
+@triton.jit
 def floored_power(
     norms: tl.tensor, inside: tl.tensor, DIM: tl.constexpr, SQUARED: tl.constexpr
-) -> Any:
+) -> tl.tensor:
     """floored(norms)^p [BLOCK] of one head."""
-    floor = tl.maximum(tl.sum(tl.where(inside, norms, 0.0), axis=0) / DIM * _FLOOR, 1e-12)
-    norms = tl.maximum(norms, floor)
+    norms = floored(norms, inside, DIM, _FLOOR)
     return tl.sqrt_rn(norms) if SQUARED else norms
 
 
@@ -63,7 +71,7 @@ def floored_power(
 def weights(
     head: tl.tensor, DIM: tl.constexpr, CONSTANT: tl.constexpr, SQUARED: tl.constexpr,
     BLOCK: tl.constexpr,
-) -> Any:  # fmt: skip
+) -> tl.tensor:  # fmt: skip
     """floored(norms)^-p [BLOCK] of one head, what an amplitude is multiplied with."""
     channel = tl.arange(0, BLOCK)
     inside = channel < DIM
@@ -72,27 +80,42 @@ def weights(
 
 
 @triton.jit
-def records(
-    pages: tl.tensor, token: tl.tensor, slots: tl.tensor, P: tl.constexpr, PAGE: tl.constexpr,
-    RECORD: tl.constexpr,
-) -> Any:  # fmt: skip
-    """Pointers to the records of tokens [N] in the pages of one head."""
-    slot = (token // P % slots).to(tl.int64)
-    return pages + (slot * PAGE + (token % P) * RECORD)
+def pages_of(
+    pages: tl.tensor, start: tl.tensor, token: tl.tensor, slots: tl.tensor, P: tl.constexpr,
+    PAGE: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """Pointers to the pages of tokens [N], which come soon after token ``start``: one division."""
+    page = start // P
+    slot = page % slots + (token // P - page)
+    slot = tl.where(slot >= slots, slot - slots, slot).to(tl.int64)
+    return pages + slot * PAGE
 
 
 @triton.jit
 def dense_rows(
     tail: tl.tensor, new: tl.tensor, row: tl.tensor, filled: tl.tensor, new_s: tl.tensor,
     DIM: tl.constexpr,
-) -> Any:  # fmt: skip
+) -> tl.tensor:  # fmt: skip
     """Pointers to rows [N] of the tail, and from row ``filled`` on of the new tokens."""
     row = row.to(tl.int64)
     return tl.where(row < filled, tail + row * DIM, new + (row - filled) * new_s)
 
 
 @triton.jit
-def columns(DIM: tl.constexpr, BLOCK: tl.constexpr) -> Any:
+def dense_numbers(
+    tail: tl.tensor, new: tl.tensor, row: tl.tensor, filled: tl.tensor, new_s: tl.tensor,
+    DIM: tl.constexpr, BLOCK: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """Rows [N] as ``dense_rows`` has them, [N, BLOCK]: two loads, each of whole vectors."""
+    is_old, row = (row < filled)[:, None], row.to(tl.int64)[:, None]
+    column = columns(DIM, BLOCK)
+    old = tl.load(tail + row * DIM + column, mask=is_old, other=0)
+    fresh = tl.load(new + (row - filled) * new_s + column, mask=~is_old, other=0)
+    return tl.where(is_old, old, fresh)
+
+
+@triton.jit
+def columns(DIM: tl.constexpr, BLOCK: tl.constexpr) -> tl.tensor:
     """The channels [1, BLOCK] to load without a mask: after the last one it stands again."""
     channel = tl.arange(0, BLOCK)[None, :]
     return channel if DIM == BLOCK else tl.minimum(channel, DIM - 1)
@@ -100,37 +123,37 @@ def columns(DIM: tl.constexpr, BLOCK: tl.constexpr) -> Any:
 
 @triton.jit
 def decoded(
-    record: tl.tensor, weight: tl.tensor, DIM: tl.constexpr, COUNT: tl.constexpr,
+    page: tl.tensor, row: tl.tensor, weight: tl.tensor, DIM: tl.constexpr, COUNT: tl.constexpr,
     DTYPE: tl.constexpr, LARGEST: tl.constexpr, PRUNED: tl.constexpr, INT8: tl.constexpr,
     RECOVERY: tl.constexpr, AMOUNT: tl.constexpr, STEP: tl.constexpr, CHANNELS: tl.constexpr,
-    KEEP: tl.constexpr, NEGATIVE: tl.constexpr, UNITS: tl.constexpr, UNIT: tl.constexpr,
-    BLOCK: tl.constexpr,
-) -> Any:  # fmt: skip
-    """What records [N] are worth, [N, BLOCK] in the model's dtype.
+    KEEP: tl.constexpr, NEGATIVE: tl.constexpr, PLANE: tl.constexpr, UNITS: tl.constexpr,
+    UNIT: tl.constexpr, BLOCK: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """What rows [N] of pages [N] are worth, [N, BLOCK] in the model's dtype.
 
     No load is masked: a predicate for each takes more registers than the loads do on AMD. A channel
     that is not kept, or is not there, reads its neighbour's number.
     """
     STORED: tl.constexpr = tl.int8 if INT8 else DTYPE
     WORD: tl.constexpr = tl.uint32 if UNIT == 32 else (tl.uint16 if UNIT == 16 else tl.uint8)
-    channels = as_type(record + CHANNELS, STORED)[:, None]
+    channels = (as_type(page + CHANNELS, STORED) + row * COUNT)[:, None]
     if PRUNED:
-        keep, rank = ranks(as_type(record + KEEP, WORD), UNITS, UNIT, BLOCK)
-        row = tl.load(channels + tl.minimum(rank, COUNT - 1))
+        keep, rank = ranks(as_type(page + KEEP + row * PLANE, WORD), UNITS, UNIT, BLOCK)
+        numbers = tl.load(channels + tl.minimum(rank, COUNT - 1))
     else:
-        row = tl.load(channels + columns(DIM, BLOCK))
+        numbers = tl.load(channels + columns(DIM, BLOCK))
     if INT8:
-        step = tl.load(as_type(record + STEP, DTYPE)).to(tl.float32)
-        row = (row.to(tl.float32) * step[:, None]).to(DTYPE)
+        step = tl.load(as_type(page + STEP, DTYPE) + row).to(tl.float32)
+        numbers = (numbers.to(tl.float32) * step[:, None]).to(DTYPE)
     if PRUNED:
         if RECOVERY == "signs":
-            amplitude = tl.load(as_type(record + AMOUNT, DTYPE)).to(tl.float32)
-            negative = flags(as_type(record + NEGATIVE, WORD), UNITS, UNIT, BLOCK)
+            amplitude = tl.load(as_type(page + AMOUNT, DTYPE) + row).to(tl.float32)
+            negative = flags(as_type(page + NEGATIVE + row * PLANE, WORD), UNITS, UNIT, BLOCK)
             recovered = tl.minimum(amplitude[:, None] * weight[None, :], LARGEST)
             recovered = tl.where(negative, -recovered, recovered).to(DTYPE)
         elif RECOVERY == "fill":
-            recovered = tl.load(as_type(record + AMOUNT, DTYPE))[:, None]
+            recovered = tl.load(as_type(page + AMOUNT, DTYPE) + row)[:, None]
         else:
             recovered = tl.zeros((1, 1), DTYPE)
-        row = tl.where(keep, row, recovered)
-    return row
+        numbers = tl.where(keep, numbers, recovered)
+    return numbers
