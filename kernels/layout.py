@@ -4,8 +4,8 @@ A cache side (the keys or the values of one layer) is two byte tensors.
 
 - ``pages`` [B, Hkv, N, page bytes], uint8. A page holds P tokens that were packed at once, field by
   field: the P rows of the first field per token, then those of the next one, then the fields per
-  page. A field begins at a multiple of the largest power of two, up to ``ALIGNMENT``, that divides its
-  bytes in a page, so that a kernel loads whole vectors of it. Page i lies in slot i % N.
+  page. A field begins at a multiple of the largest power of two, up to ``ALIGNMENT``, that divides
+  its bytes in a page, so that a kernel loads whole vectors of it. Page i lies in slot i % N.
 - ``head`` [B, Hkv, head bytes], uint8: five int64 counters, the fields per head, with a format that
   uses queries two slots of query statistics [D] float32, and the tail: rows of dense tokens.
 
@@ -19,8 +19,8 @@ The counters (the same for all batch entries and heads today):
 - ``DROPPED`` tokens of the prompt that were not stored, because a scorer evicted them; they count
   as part of the cache, which has LENGTH - FIRST + DROPPED tokens for the model.
 
-Where a scorer may evict, the pages of the keys have one more field, each token's ``position``: which
-one of the tokens of the model it is. It may be another one in each key head. The first
+Where a scorer may evict, the pages of the keys have one more field, each token's ``position``:
+which one of the tokens of the model it is. It may be another one in each key head. The first
 ``sinks`` tokens and the tail need none: token i of the tail is the model's i + DROPPED.
 
 The order of the tokens is: the first ``sinks`` rows of the tail | packed | the rest of the tail.

@@ -15,6 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .codes import tile_channels
 from .fields import as_type, decoded, dense_numbers, load_counters, pages_of, weights
 from .parts import part_amplitudes, part_levels, part_numbers, part_query
 
@@ -152,6 +153,7 @@ def attend_split(
     output = tl.zeros((BLOCK_M, VALUE_BLOCK), tl.float32)
     column = tl.arange(0, BLOCK_N)
     amplitude = tl.zeros((BLOCK_N,), tl.float32)
+    value_channel = tl.arange(0, VALUE_BLOCK)
     if split < packed_splits:
         key_weight, value_weight = 0.0, 0.0
         if KEY_RECOVERY == "signs":
@@ -165,19 +167,23 @@ def attend_split(
         if KEY_QUANTIZED:
             biases = tl.load(bias + query_row, mask=real, other=0)
             for part in tl.static_range(KEY_PART_COUNT):
-                own = part_query(turned + query_row * KEY_DIM, real, part, KEY_PARTS)
+                own = part_query(turned + query_row * KEY_DIM, real, part, KEY_PARTS, KEY_WORDS)
                 parts += (own,)
                 sums += (tl.sum(own.to(tl.float32), axis=1),)
+        elif KEY_CODED:
+            parts += (part_query(query_at, real, 0, KEY_PARTS, KEY_WORDS),)
+            sums += (total,)
         else:
             parts += (query_rows(query_at, real, KEY_DIM, KEY_BLOCK),)
             sums += (total,)
         share = tl.cdiv(tl.cdiv(packed - stale, packed_splits), BLOCK_N) * BLOCK_N
-        end = tl.minimum(stale + (split + 1) * share, packed)
-        for start in range(stale + split * share, end, BLOCK_N):
+        first, end = stale + split * share, tl.minimum(stale + (split + 1) * share, packed)
+        key_slot, value_slot = first // P % key_slots, first // P % value_slots
+        for start in range(first, end, BLOCK_N):
             # After the last token stands the last token again; ``valid`` leaves it out.
             token = tl.minimum(start + column, end - 1)
-            row = token % P
-            page = pages_of(key_pages, start, token, key_slots, P, KEY_PAGE)
+            row, after = token % P, token // P - first // P
+            page = pages_of(key_pages, key_slot, after, key_slots, KEY_PAGE)
             if KEY_CODED:
                 scores = biases[:, None] + tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
                 for part in tl.static_range(KEY_PART_COUNT):
@@ -207,7 +213,7 @@ def attend_split(
                     KEY_PLANE, KEY_UNITS, KEY_UNIT, KEY_BLOCK,
                 )  # fmt: skip
                 scores = tl.dot(parts[0], tl.trans(key), input_precision=PRECISION)
-            page = pages_of(value_pages, start, token, value_slots, P, VALUE_PAGE)
+            page = pages_of(value_pages, value_slot, after, value_slots, VALUE_PAGE)
             if VALUE_CODED:
                 value = part_numbers(
                     page, row, 0, VALUE_PARTS, VALUE_CHANNELS, VALUE_CODE_BYTES, VALUE_WORDS,
@@ -231,6 +237,9 @@ def attend_split(
                 scores, value, amplitude, top, total, output, factors, VALUE_CODED, PRECISION
             )
         if VALUE_CODED:
+            value_channel = tile_channels(
+                VALUE_DIM, (VALUE_PARTS >> 12) & 15, VALUE_WORDS, VALUE_BLOCK
+            )
             output = part_levels(output, factors, 0, VALUE_PARTS, VALUE_PTX, DTYPE)
     else:
         rows = query_rows(query_at, real, KEY_DIM, KEY_BLOCK)
@@ -259,7 +268,6 @@ def attend_split(
     part = query_row * tl.num_programs(1) + split
     tl.store(part_top + part, top, mask=real)
     tl.store(part_total + part, total, mask=real)
-    value_channel = tl.arange(0, VALUE_BLOCK)
     filled_columns = (real & (total > 0))[:, None] & (value_channel < VALUE_DIM)[None, :]
     target = part_output + part[:, None] * VALUE_DIM + value_channel[None, :]
     tl.store(target, output, mask=filled_columns)

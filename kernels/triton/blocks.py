@@ -44,16 +44,16 @@ def attend_blocks(
 ) -> Blocks:  # fmt: skip
     """Blocks of ``attend_split``.
 
-    Of ``pruned`` tokens 16: with more, what is known of every channel of every token no longer
-    fits into registers. AMD keeps predicates in scalar registers, of which more rows or more warps
-    (which share out a row's channels less) need too many.
+    Of ``pruned`` tokens 16 at a time: with more, what is known of every channel of every token no
+    longer fits into registers. AMD keeps predicates in scalar registers, of which more rows or more
+    warps (which share out a row's channels less) need too many.
     """
     block_d, block_v = padded(dim), padded(value_dim)
     row_bytes = max(block_d, block_v) * dtype.itemsize
     half = dtype != torch.float32
-    if not pruned and half and row_bytes <= 512:
+    if not pruned and half:
         few = one_query and group <= 16
-        return Blocks(16 if few else 32, 64 if row_bytes <= 256 else 32, block_d, block_v, 4, 2)
+        return Blocks(16 if few else 32, 32, block_d, block_v, 4 if row_bytes <= 256 else 8, 3)
     many = not amd and half and row_bytes <= 256 and not (one_query and group <= 16)
     short_words = dim % 32 or value_dim % 32  # of which a plane has more
     warps = 8 if not amd and (many or row_bytes > 256 or short_words) else 4

@@ -181,11 +181,33 @@ def _numbers(code: tl.tensor, BITS: tl.constexpr, DTYPE: tl.constexpr) -> tl.ten
 
 
 @triton.jit
+def _beside(a: tl.tensor, b: tl.tensor) -> tl.tensor:
+    """Two tensors [N, W] beside each other: [N, 2 W]."""
+    return tl.reshape(tl.permute(tl.join(a, b), (0, 2, 1)), (a.shape[0], 2 * a.shape[1]))
+
+
+@triton.jit
 def _four(a: tl.tensor, b: tl.tensor, c: tl.tensor, d: tl.tensor) -> tl.tensor:
-    """Four tensors [N, W] column by column: [N, 4 W]."""
-    COUNT: tl.constexpr = a.shape[0]
-    WORDS: tl.constexpr = a.shape[1]
-    return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (COUNT, 4 * WORDS))
+    """Four tensors [N, W] beside each other: [N, 4 W]."""
+    return _beside(_beside(a, b), _beside(c, d))
+
+
+@triton.jit
+def tile_channels(
+    CHANNELS: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr
+) -> tl.tensor:
+    """Which channel of a part each column of ``tiles`` is: [BLOCK].
+
+    Of words, first the first codes of all words, then the second ones: so numbers of neighbouring
+    words are neighbours in a register. Words of nibbles have the second half of the channels in the
+    high halves of their bytes.
+    """
+    column = tl.arange(0, BLOCK)
+    if WORDS:
+        SPAN: tl.constexpr = CHANNELS // 2 if BITS == 4 else CHANNELS
+        within = column % SPAN
+        column = column - within + within % (SPAN // 4) * 4 + within // (SPAN // 4)
+    return column
 
 
 @triton.jit
@@ -193,26 +215,33 @@ def tiles(
     codes: tl.tensor, CHANNELS: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr,
     PTX: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """The channels of a part of tokens [N] as numbers of DTYPE, [N, BLOCK].
+    """The channels (``tile_channels``) of a part of tokens [N] as numbers of DTYPE, [N, BLOCK].
 
     Args:
         codes: pointers [N] to the first byte of the part of each token.
         WORDS: whether its planes are whole words, and so many that each slice is of words.
         PTX: whether it may be written out; DTYPE is of 16 bits then.
     """
-    COUNT: tl.constexpr = codes.shape[0]
     HALF: tl.constexpr = DTYPE == tl.bfloat16  # noqa: SIM300
     if not WORDS:
         numbers = _numbers(_codes(codes, BITS, CHANNELS, BLOCK), BITS, DTYPE)
-    elif PTX and BITS == 4:
+    elif BITS == 4:
         word = tl.load(as_type(codes, tl.uint32)[:, None] + tl.arange(0, CHANNELS // 8)[None, :])
-        a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
-            _NIBBLES_BF16 if HALF else _NIBBLES_FP16, "=h,=h,=h,=h,=h,=h,=h,=h,r", [word],
-            dtype=(tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16),
-            is_pure=True, pack=1,
-        )  # fmt: skip
-        both = tl.permute(tl.join(_four(a, b, c, d), _four(e, f, g, h)), (0, 2, 1))
-        numbers = tl.reshape(both, (COUNT, CHANNELS)).to(DTYPE, bitcast=True)
+        if PTX:
+            a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
+                _NIBBLES_BF16 if HALF else _NIBBLES_FP16, "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r",
+                [word],
+                dtype=(
+                    tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16
+                ), is_pure=True, pack=2,
+            )  # fmt: skip
+            numbers = _beside(_four(a, b, c, d), _four(e, f, g, h)).to(DTYPE, bitcast=True)
+        else:
+            word = word.to(tl.int32, bitcast=True)
+            low = _four(word & 15, (word >> 8) & 15, (word >> 16) & 15, (word >> 24) & 15)
+            word = word >> 4
+            high = _four(word & 15, (word >> 8) & 15, (word >> 16) & 15, (word >> 24) & 15)
+            numbers = _numbers(_beside(low, high), BITS, DTYPE)
     elif PTX:
         if BITS == 8:
             text: tl.constexpr = _INT8_BF16 if HALF else _INT8_FP16
@@ -226,22 +255,15 @@ def tiles(
             text: tl.constexpr = _1_BF16 if HALF else _1_FP16
         word = _words(codes, BITS, CHANNELS)
         a, b, c, d = tl.inline_asm_elementwise(
-            text,
-            "=h,=h,=h,=h,r",
-            [word],
-            dtype=(tl.int16, tl.int16, tl.int16, tl.int16),
-            is_pure=True,
-            pack=1,
-        )
+            text, "=&r,=&r,=&r,=&r,r,r", [word], dtype=(tl.int16, tl.int16, tl.int16, tl.int16),
+            is_pure=True, pack=2,
+        )  # fmt: skip
         numbers = _four(a, b, c, d).to(DTYPE, bitcast=True)
     else:
         word = _words(codes, BITS, CHANNELS).to(tl.int32, bitcast=True)
         if BITS == 8:
-            a, b, c, d = (word << 24) >> 24, (word << 16) >> 24, (word << 8) >> 24, word >> 24
+            four = _four((word << 24) >> 24, (word << 16) >> 24, (word << 8) >> 24, word >> 24)
         else:
-            a, b, c, d = word & 255, (word >> 8) & 255, (word >> 16) & 255, (word >> 24) & 255
-        numbers = _four(
-            _numbers(a, BITS, DTYPE), _numbers(b, BITS, DTYPE), _numbers(c, BITS, DTYPE),
-            _numbers(d, BITS, DTYPE),
-        )  # fmt: skip
+            four = _four(word & 255, (word >> 8) & 255, (word >> 16) & 255, (word >> 24) & 255)
+        numbers = _numbers(four, BITS, DTYPE)
     return numbers

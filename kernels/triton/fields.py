@@ -81,14 +81,11 @@ def weights(
 
 @triton.jit
 def pages_of(
-    pages: tl.tensor, start: tl.tensor, token: tl.tensor, slots: tl.tensor, P: tl.constexpr,
-    PAGE: tl.constexpr,
-) -> tl.tensor:  # fmt: skip
-    """Pointers to the pages of tokens [N], which come soon after token ``start``: one division."""
-    page = start // P
-    slot = page % slots + (token // P - page)
-    slot = tl.where(slot >= slots, slot - slots, slot).to(tl.int64)
-    return pages + slot * PAGE
+    pages: tl.tensor, slot: tl.tensor, after: tl.tensor, slots: tl.tensor, PAGE: tl.constexpr
+) -> tl.tensor:
+    """Pointers to pages [N] that come ``after`` that in a slot, at most ``slots`` of them."""
+    slot += after
+    return pages + tl.where(slot >= slots, slot - slots, slot).to(tl.int64) * PAGE
 
 
 @triton.jit

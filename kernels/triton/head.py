@@ -205,7 +205,7 @@ def rewind_head(
             index = start + tl.arange(0, BLOCK_N)
             there = (index < cut - left - sink_tokens) & (sink_tokens + index < rows)
             token = tl.minimum(left + index, packed - 1)
-            page, row = pages_of(pages, token, token, slots, P, PAGE), token % P
+            page, row = pages_of(pages, token // P % slots, 0, slots, PAGE), token % P
             target = (as_type(head + TAIL, DTYPE) + (sink_tokens + index) * DIM)[:, None]
             if QUANTIZED:
                 for part in tl.static_range(PART_COUNT):

@@ -143,7 +143,7 @@ def rewind(position: Tensor, side: Operand, spec: Spec) -> None:
     batch, heads = new.shape[:2]
     wrap_triton(rewind_head)[(batch * heads,)](
         position, heads, spec.sinks, *side.arguments, P=spec.window,
-        LARGEST=torch.finfo(new.dtype).max, BLOCK_N=16, **side.of(rewind_head), num_warps=4,
+        LARGEST=torch.finfo(new.dtype).max, BLOCK_N=4, **side.of(rewind_head), num_warps=4,
     )  # fmt: skip
 
 

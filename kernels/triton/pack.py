@@ -103,7 +103,7 @@ def pack_rows(
     source = dense_rows(tail, new + b * new_b + h * new_h, sink_tokens + index, filled, new_s, DIM)
     token = packed + index
     pages += b * pages_b + h * pages_h
-    page, place = pages_of(pages, token, token, slots, P, PAGE), token % P
+    page, place = pages_of(pages, token // P % slots, 0, slots, PAGE), token % P
     if QUANTIZED:
         encode_parts(
             source, valid, page, place, head, DIM, PARTS, PART_COUNT, SCALED, ROTATED, AMOUNT,

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 import triton
 import triton.language as tl
 
-from .codes import amplitudes, rotated, scale, shift, tiles
+from .codes import amplitudes, rotated, scale, shift, tile_channels, tiles
 from .fields import as_type
 
 PART_BITS = 44
@@ -89,12 +89,13 @@ def part_levels(
 
 @triton.jit
 def part_query(
-    rows: tl.tensor, real: tl.tensor, part: tl.constexpr, PARTS: tl.constexpr
+    rows: tl.tensor, real: tl.tensor, part: tl.constexpr, PARTS: tl.constexpr, WORDS: tl.constexpr
 ) -> tl.tensor:
-    """The channels of a part of the turned queries that pointers [M] begin, zeros after them."""
+    """The channels of a part of the queries that pointers [M] begin, in the order of its numbers;
+    zeros after them."""
     THIS: tl.constexpr = PARTS >> 44 * part
     CHANNELS: tl.constexpr = THIS & 0xFFF
-    channel = tl.arange(0, 1 << ((THIS >> 40) & 15))
+    channel = tile_channels(CHANNELS, (THIS >> 12) & 15, WORDS, 1 << ((THIS >> 40) & 15))
     inside = real[:, None] & (channel < CHANNELS)[None, :]
     place = rows[:, None] + ((THIS >> 16) & 0xFFF) + channel[None, :]
     return tl.load(place, mask=inside, other=0)

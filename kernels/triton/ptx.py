@@ -1,7 +1,9 @@
 """PTX that makes 16-bit floats of codes by permutations of bytes.
 
 Nothing else of an NVIDIA GPU looks up a table in less than an instruction per channel. A text takes
-a word of codes and gives its numbers, in order, in registers of 16 bits.
+two words of codes and gives two numbers in each of its outputs: of the first word, then the second.
+Of bytes, the outputs are those of the four bytes; of nibbles, the low halves of the four, then the
+high ones.
 """
 
 from __future__ import annotations
@@ -30,113 +32,114 @@ def _table(bits: int, dtype: torch.dtype) -> tuple[str, str, str, str]:
     return tuple(f"0x{word:08x}" for word in words)  # type: ignore[return-value]
 
 
-def _nibbles(dtype: torch.dtype) -> str:
-    """Eight codes of 4 bits: numbers of the low half of each byte, then of the high half.
+_Outputs = list[tuple[tuple[str, str], tuple[str, str]]]
+"""Registers and the bytes that they take of the low and the high ones of four numbers: two for each
+half of eight codes."""
+
+
+def _eight(table: tuple[str, str, str, str], outputs: _Outputs) -> str:
+    """The numbers of the eight codes, 0 to 15, in the nibbles of ``codes``.
 
     A permutation takes three bits of a nibble for a place in the table: those of a code of 8 or
     more, and their complement for any other, which is negative (``minus`` has its highest bit).
+    The fourth bit of a place makes eight bits of the highest bit of the byte.
     """
-    h0, h1, l0, l1 = _table(4, dtype)
-
-    def four_codes(first: int, signs: str) -> str:
-        return f"""
-    prmt.b32 high, {h0}, {h1}, index;
-    prmt.b32 low, {l0}, {l1}, index;
-    prmt.b32 sign, minus, 0, {signs};
-    prmt.b32 word, low, high, 0x7351;
-    and.b32 some, sign, 0x80008000;
-    or.b32 word, word, some;
-    mov.b32 {{${first + 4}, ${first + 5}}}, word;
-    prmt.b32 word, low, high, 0x6240;
-    shl.b32 some, sign, 4;
-    and.b32 some, some, 0x80008000;
-    or.b32 word, word, some;
-    mov.b32 {{${first}, ${first + 1}}}, word;"""
-
-    return f"""{{
-    .reg .b32 minus, index, high, low, sign, some, word;
-    not.b32 minus, $8;
+    h0, h1, l0, l1 = table
+    text = """
+    not.b32 minus, codes;
     and.b32 minus, minus, 0x88888888;
     shr.u32 some, minus, 3;
     sub.u32 some, minus, some;
-    xor.b32 index, $8, some;
-    and.b32 index, index, 0x77777777;{four_codes(0, "0x1404")}
-    shr.u32 index, index, 16;{four_codes(2, "0x3424")}
-}}"""
+    xor.b32 index, codes, some;
+    and.b32 index, index, 0x77777777;
+    shl.b32 some, minus, 4;"""
+    for half, (signs, (one, other)) in enumerate(zip(("0xd9c8", "0xfbea"), outputs, strict=True)):
+        if half:
+            text += "\n    shr.u32 index, index, 16;"
+        text += f"""
+    prmt.b32 high, {h0}, {h1}, index;
+    prmt.b32 low, {l0}, {l1}, index;
+    prmt.b32 sign, some, minus, {signs};
+    and.b32 sign, sign, 0x80808080;
+    or.b32 high, high, sign;
+    prmt.b32 {one[0]}, low, high, {one[1]};
+    prmt.b32 {other[0]}, low, high, {other[1]};"""
+    return text
+
+
+_REGISTERS = "    .reg .b32 codes, minus, index, high, low, sign, some;"
+
+
+def _nibbles(dtype: torch.dtype) -> str:
+    """Two words of eight codes: the low halves of the bytes, then the high halves."""
+    table, text = _table(4, dtype), "{\n" + _REGISTERS
+    for pair, bytes_ in enumerate(("0x5140", "0x7362")):
+        text += f"\n    prmt.b32 codes, $8, $9, {bytes_};"
+        first, second = 2 * pair, 2 * pair + 1
+        text += _eight(
+            table,
+            [((f"${n}", "0x6240"), (f"${n + 4}", "0x7351")) for n in (first, second)],
+        )
+    return text + "\n}"
 
 
 def _lookup(bits: int, dtype: torch.dtype) -> str:
-    """Four codes, a byte each, of at most 3 bits; see :func:`_nibbles`."""
-    h0, h1, l0, l1 = _table(bits, dtype)
+    """Two words of four codes, a byte each, of at most 3 bits: they are put into nibbles."""
     return f"""{{
-    .reg .b32 code, minus, index, high, low, sign, some, word;
-    add.u32 code, $4, 0x{0x01010101 * (8 - 2 ** (bits - 1)):08x};
-    not.b32 minus, code;
-    and.b32 minus, minus, 0x08080808;
-    shr.u32 some, minus, 3;
-    sub.u32 some, minus, some;
-    xor.b32 index, code, some;
-    and.b32 index, index, 0x07070707;
-    shr.u32 some, index, 4;
-    or.b32 index, index, some;
-    prmt.b32 index, index, 0, 0x4420;
-    prmt.b32 high, {h0}, {h1}, index;
-    prmt.b32 low, {l0}, {l1}, index;
-    prmt.b32 sign, minus, 0, 0x1404;
-    shl.b32 sign, sign, 4;
-    and.b32 sign, sign, 0x80008000;
-    prmt.b32 some, low, high, 0x5140;
-    or.b32 word, some, sign;
-    mov.b32 {{$0, $1}}, word;
-    prmt.b32 sign, minus, 0, 0x3424;
-    shl.b32 sign, sign, 4;
-    and.b32 sign, sign, 0x80008000;
-    prmt.b32 some, low, high, 0x7362;
-    or.b32 word, some, sign;
-    mov.b32 {{$2, $3}}, word;
+{_REGISTERS}
+    shl.b32 codes, $5, 4;
+    or.b32 codes, codes, $4;
+    add.u32 codes, codes, 0x{0x11111111 * (8 - 2 ** (bits - 1)):08x};{
+        _eight(
+            _table(bits, dtype),
+            [((f"${n}", "0x5140"), (f"${n + 1}", "0x7362")) for n in (0, 2)],
+        )
+    }
 }}"""
 
 
 def _even(dtype: torch.dtype) -> str:
-    """Four codes, a byte each: a byte below the high one of 128 (bfloat16) or 1024 adds to it."""
+    """Two words of four codes, a byte each: a byte below the high one of 128 (bfloat16) or 1024
+    adds to it."""
     base = "0x43434343" if dtype == torch.bfloat16 else "0x64646464"
     return f"""{{
-    .reg .b32 word;
-    prmt.b32 word, $4, {base}, 0x4140;
-    mov.b32 {{$0, $1}}, word;
-    prmt.b32 word, $4, {base}, 0x4342;
-    mov.b32 {{$2, $3}}, word;
+    .reg .b32 both;
+    prmt.b32 both, $4, $5, 0x5140;
+    prmt.b32 $0, both, {base}, 0x4140;
+    prmt.b32 $1, both, {base}, 0x4342;
+    prmt.b32 both, $4, $5, 0x7362;
+    prmt.b32 $2, both, {base}, 0x4140;
+    prmt.b32 $3, both, {base}, 0x4342;
 }}"""
 
 
 def _int8(dtype: torch.dtype) -> str:
-    """Four int8 levels: of bfloat16, 128 + the lower 7 bits, less 128 or, with a sign, 256."""
-    if dtype == torch.float16:
-        return """{
-    .reg .b32 byte, word, less;
-    mov.b32 less, 0x64806480;
-    xor.b32 byte, $4, 0x80808080;
-    prmt.b32 word, byte, 0x64646464, 0x4140;
-    sub.f16x2 word, word, less;
-    mov.b32 {$0, $1}, word;
-    prmt.b32 word, byte, 0x64646464, 0x4342;
-    sub.f16x2 word, word, less;
-    mov.b32 {$2, $3}, word;
-}"""
-    return """{
-    .reg .b32 low, sign, word, less, one;
-    mov.b32 one, 0xbf80bf80;
-    and.b32 low, $4, 0x7f7f7f7f;
-    and.b32 sign, $4, 0x80808080;
-    prmt.b32 word, low, 0x43434343, 0x4140;
-    prmt.b32 less, sign, 0x43434343, 0x4140;
-    fma.rn.bf16x2 word, less, one, word;
-    mov.b32 {$0, $1}, word;
-    prmt.b32 word, low, 0x43434343, 0x4342;
-    prmt.b32 less, sign, 0x43434343, 0x4342;
-    fma.rn.bf16x2 word, less, one, word;
-    mov.b32 {$2, $3}, word;
-}"""
+    """Two words of four int8 levels.
+
+    In float16 1024 + (level + 128), less that; in bfloat16 128 + the lower 7 bits, less 128 or,
+    with a sign, 256.
+    """
+    is_half = dtype == torch.float16
+    text = "{\n    .reg .b32 both, low, sign, less, minus_one;"
+    text += f"\n    mov.b32 {'less, 0x64806480' if is_half else 'minus_one, 0xbf80bf80'};"
+    for pair, bytes_ in enumerate(("0x5140", "0x7362")):
+        text += f"\n    prmt.b32 both, $4, $5, {bytes_};"
+        if is_half:
+            text += "\n    xor.b32 both, both, 0x80808080;"
+        else:
+            text += "\n    and.b32 low, both, 0x7f7f7f7f;\n    and.b32 sign, both, 0x80808080;"
+        for half, places in enumerate(("0x4140", "0x4342")):
+            output = f"${2 * pair + half}"
+            if is_half:
+                text += f"""
+    prmt.b32 {output}, both, 0x64646464, {places};
+    sub.f16x2 {output}, {output}, less;"""
+            else:
+                text += f"""
+    prmt.b32 {output}, low, 0x43434343, {places};
+    prmt.b32 less, sign, 0x43434343, {places};
+    fma.rn.bf16x2 {output}, less, minus_one, {output};"""
+    return text + "\n}"
 
 
 NIBBLES = tuple(map(_nibbles, _DTYPES))

@@ -31,10 +31,19 @@ from spark_compile.kernels.triton.ops import EAGER  # noqa: E402
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
     "gfx90a": GPUTarget("hip", "gfx90a", 64),
     "gfx942": GPUTarget("hip", "gfx942", 64),
+    "gfx950": GPUTarget("hip", "gfx950", 64),
 }
-SHARED_BYTES = {"sm_80": 163 << 10, "sm_90": 227 << 10, "gfx90a": 64 << 10, "gfx942": 64 << 10}
+SHARED_BYTES = {
+    "sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx90a": 64 << 10,
+    "gfx942": 64 << 10, "gfx950": 160 << 10,
+}  # fmt: skip
+SOME_ARE_SLOW = [
+    pytest.param(target, marks=[pytest.mark.slow] * (target not in ("sm_90", "gfx942")))
+    for target in TARGETS
+]
 TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int8: "i8",
     torch.uint8: "u8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64",
@@ -180,8 +189,17 @@ INT8 = ("spark(kept={0},stored=int8)", "pruned(kept={0},stored=int8)")
 FULL: dict[str, Any] = {
     "key": INT8[0], "value": INT8[1], "mask": torch.float32, "softcap": 5.0,
 }  # fmt: skip
-USUAL = (Step(), Step(**FULL), Step(**FULL, queries=9), Step(**FULL, dtype=torch.float32))
-FORMATS = (("dense", "dense"), ("int8", "int8"), ("spark(kept={0})", "pruned(kept={0})"), INT8)
+BITS = {"key": "quantized(bits=6,scaled=True)", "value": "quantized(bits=4)"}
+USUAL = (
+    Step(), Step(**FULL), Step(**FULL, queries=9), Step(**FULL, dtype=torch.float32),
+    Step(**BITS), Step(**BITS, queries=9, mask=torch.bool), Step("int8", "int8"),
+)  # fmt: skip
+FORMATS = (
+    ("dense", "dense"), ("int8", "int8"), ("spark(kept={0})", "pruned(kept={0})"), INT8,
+    ("quantized(bits=6,scaled=True)", "quantized(bits=6)"),
+    ("quantized(bits=4-2-2-1,scaled=True)", "quantized(bits=3)"),
+    ("quantized(bits=5-3,scaled=True)", "quantized(bits=4)"),
+)  # fmt: skip
 EVERY = tuple(
     Step(*formats, dim, dim, dtype, group, queries, torch.bool, 5.0)
     for dim, dtype, (group, queries), formats in itertools.product(
@@ -216,7 +234,7 @@ def on(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "hip", "7" if amd else None)
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", SOME_ARE_SLOW)
 def test_attention_spills_nothing(
     target: str, calls: list[Call], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -237,9 +255,12 @@ def test_no_configuration_of_attention_spills(
     check([call for call in calls if call.kernel is launch.attend_split], target)
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", SOME_ARE_SLOW)
 def test_the_other_kernels_spill_nothing(target: str, calls: list[Call]) -> None:
-    for configuration in (USUAL[1], Step("int8", "spark(kept={0})", dtype=torch.float32)):
+    for configuration in (
+        USUAL[1], Step("int8", "spark(kept={0})", dtype=torch.float32), Step(**BITS),
+        Step("quantized(bits=4-2-2-1,scaled=True)", "int8", dim=256),
+    ):  # fmt: skip
         configuration.start()
     USUAL[0]._replace(keep=None).start()
     check([call for call in calls if call.kernel is not launch.attend_split], target)
