@@ -3,7 +3,7 @@
     python -m benchmarks.gpu --out benchmarks/results
 
 Writes ``gpu-<device>.json``. Every time is the median of CUDA events with the cache flushed between
-calls; bytes are those that a call has to read, so that bytes / s over the bandwidth of a copy is
+calls; bytes are those that a call has to read, so that bytes / s over the bandwidth of reading is
 how near the attention is to the limit of the memory. The kernels are measured through CUDA graphs,
 as Inductor would run them: otherwise short contexts measure Python.
 """
@@ -11,12 +11,14 @@ as Inductor would run them: otherwise short contexts measure Python.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -26,6 +28,7 @@ from spark_compile import ops as _ops  # noqa: F401  (defines the operators)
 from spark_compile.kernels.formats import kept_channels, parse
 from spark_compile.kernels.reference.store import ALL
 from spark_compile.kernels.spec import Spec, parse_spec
+from spark_compile.kernels.triton import blocks
 
 WINDOW, RECENT, SINKS = 32, 96, 4
 BUDGET_S = 420.0
@@ -54,17 +57,16 @@ class Shape(NamedTuple):
 
 def sweep() -> Iterator[Shape]:
     """One typical decoder with one parameter changed at a time, most important first."""
-    spark, half = "spark(kept={0})", "spark(kept={1})"
-    int8 = "spark(kept={0},stored=int8)"
-    usual = Shape(1, 32768, 4, 128, torch.bfloat16, spark)
-    for tokens in (4096, 32768, 131072):
-        for key in (half, spark):
-            yield usual._replace(tokens=tokens, key=key)
-    for key, value in (
-        (int8, "int8"), (int8, "pruned(kept={1},stored=int8)"), (spark, "pruned(kept={1})"),
-        ("int8", "int8"), ("dense", "dense"),
-    ):  # fmt: skip
-        yield usual._replace(key=key, value=value)
+    six = ("quantized(bits=6,scaled=True)", "quantized(bits=6)")
+    four = ("quantized(bits=4,scaled=True)", "quantized(bits=4)")
+    least = ("quantized(bits=4-2-2-1,scaled=True)", "quantized(bits=3)")
+    pruned = ("spark(kept={0},stored=int8)", "int8")
+    usual = Shape(1, 32768, 4, 128, torch.bfloat16, *six)
+    for tokens in (32768, 131072, 4096):
+        for key, value in (six, four, least, ("int8", "int8"), ("dense", "dense"), pruned):
+            yield usual._replace(tokens=tokens, key=key, value=value)
+    yield usual._replace(key="spark(kept={1})", value="dense")
+    yield usual._replace(key="spark(kept={0})", value="pruned(kept={1},stored=int8)")
     for batch, tokens in ((8, 4096), (8, 32768), (32, 4096)):
         yield usual._replace(batch=batch, tokens=tokens)
     for group in (1, 7, 8):
@@ -73,6 +75,11 @@ def sweep() -> Iterator[Shape]:
         yield usual._replace(dim=dim)
     yield usual._replace(dtype=torch.float16)
     yield usual._replace(dtype=torch.float32)
+
+
+def block_shapes() -> Iterator[tuple[int, int, int]]:
+    """Tokens, warps and stages of ``attend_split`` that ``--tune`` tries."""
+    yield from itertools.product((16, 32, 64, 128), (2, 4, 8), (1, 2, 3))
 
 
 def median_ms(run: Callable[[], Any], flush: Tensor, graph: bool = True, calls: int = 20) -> float:
@@ -98,11 +105,10 @@ def median_ms(run: Callable[[], Any], flush: Tensor, graph: bool = True, calls: 
     return sorted(times)[len(times) // 2]
 
 
-def copy_bandwidth(flush: Tensor) -> float:
-    """Bytes / s of reading and writing in a large copy."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * source.numel() / median_ms(lambda: target.copy_(source), flush) * 1e3
+def read_bandwidth(flush: Tensor) -> float:
+    """Bytes / s of a large sum, which does nothing but read."""
+    source = torch.empty(1 << 27, dtype=torch.int64, device="cuda")
+    return source.nbytes / median_ms(source.sum, flush) * 1e3
 
 
 def arguments(shape: Shape) -> tuple[Any, ...]:
@@ -207,7 +213,7 @@ def measured(shape: Shape, flush: Tensor, bandwidth: float, baselines: bool) -> 
         "spark_ms": ms,
         "spark_step_ms": step_ms,
         "spark_bytes": size,
-        "of_copy_bandwidth": size / ms * 1e3 / bandwidth,
+        "of_read_bandwidth": size / ms * 1e3 / bandwidth,
         "dense_bytes": 2 * shape.batch * shape.kv_heads * shape.tokens * shape.dim
         * shape.dtype.itemsize,
     }  # fmt: skip
@@ -223,11 +229,29 @@ def measured(shape: Shape, flush: Tensor, bandwidth: float, baselines: bool) -> 
     return entry
 
 
+def tuned(shape: Shape, flush: Tensor) -> dict[str, float]:
+    """Times of the attention in ms by block shape, "tokens warps stages"; those that run."""
+    given, chosen, times = arguments(shape), blocks.attend_blocks, {}
+    for tokens, warps, stages in block_shapes():
+
+        def choose(*of: Any) -> blocks.Blocks:
+            own = chosen(*of)
+            return own._replace(tokens=tokens, warps=warps, stages=stages)  # noqa: B023
+
+        with mock.patch.object(blocks, "attend_blocks", choose):
+            try:
+                times[f"{tokens} {warps} {stages}"] = median_ms(attention(given), flush, calls=9)
+            except Exception as error:  # too much shared memory, say
+                print(tokens, warps, stages, str(error).splitlines()[0][:100], flush=True)
+    return dict(sorted(times.items(), key=lambda item: item[1]))
+
+
 def main() -> None:
     """Numerics, then as much of the sweep as the time allows."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--seconds", type=float, default=BUDGET_S)
+    parser.add_argument("--tune", action="store_true", help="try block shapes in place of others")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("no GPU: torch.cuda.is_available() is False")
@@ -235,9 +259,9 @@ def main() -> None:
 
     begin, device = time.monotonic(), torch.cuda.get_device_name()
     flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
-    bandwidth = copy_bandwidth(flush)
+    bandwidth = read_bandwidth(flush)
     result: dict[str, Any] = {
-        "device": device, "torch": torch.__version__, "copy_bytes_per_s": bandwidth,
+        "device": device, "torch": torch.__version__, "read_bytes_per_s": bandwidth,
         "numerics": [], "sweep": [], "left_out": 0,
     }  # fmt: skip
     shapes = list(sweep())
@@ -253,7 +277,9 @@ def main() -> None:
         if time.monotonic() - begin > options.seconds:
             result["left_out"] += 1
             continue
-        entry = measured(shape, flush, bandwidth, baselines=shape.value == "dense")
+        entry = measured(shape, flush, bandwidth, not options.tune and shape.value == "dense")
+        if options.tune:
+            entry["blocks_ms"] = tuned(shape, flush)
         result["sweep"].append(entry)
         print(json.dumps(entry), flush=True)
         torch.cuda.empty_cache()

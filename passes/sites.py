@@ -159,7 +159,7 @@ def formats(program: Program, site: CachedAttention) -> list[Format]:
         if stored.dtype not in DTYPES.values():
             raise Refused(f"{side}s of {stored.dtype} cannot be pruned", cached.operand)
         try:
-            format = program.config.format_for(side, *size, layer, other, stored.device.type)
+            format = program.config.format_for(side, *size, layer, other)
         except ValueError as error:
             raise Refused(str(error), site.attention) from error
         if format.uses_queries and stored.shape[3] != tensor(site.query).shape[3]:

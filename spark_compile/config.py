@@ -165,7 +165,6 @@ class SparkConfig:
         dtype: torch.dtype,
         layer: str = "",
         other: Size | None = None,
-        device: str = "cpu",
     ) -> Format:
         """The format of the keys or of the values of one attention site.
 
@@ -178,8 +177,6 @@ class SparkConfig:
             layer: module path of the attention.
             other: head size and dtype of the other side, which a budget is for too; None: the
                 same.
-            device: type of the device; where a budget's formats have no fast kernels, int8 is
-                what tokens are stored in by default.
 
         Raises:
             ValueError: a text names a format that has no such head size, or no formats fit into
@@ -195,7 +192,7 @@ class SparkConfig:
         if self._choosing() or any(text is not None for text in texts):
             chosen = self._chosen(side, head_dim, dtype)
         else:
-            chosen = self._default(side, own, other or own, layer, device)
+            chosen = self._default(side, own, other or own, layer)
         pages = [PageLayout(format, self.window).page_bytes for format in (chosen, dense)]
         if pages[0] < pages[1] or chosen == dense:
             return chosen
@@ -210,10 +207,8 @@ class SparkConfig:
         text = text_for(self.key_format if side == "key" else self.value_format, layer)
         return None if text is None else parse(text, head_dim, dtype)
 
-    def _default(self, side: Side, own: Size, other: Size, layer: str, device: str) -> Format:
+    def _default(self, side: Side, own: Size, other: Size, layer: str) -> Format:
         """The format of a side where no option chooses one."""
-        if device != "cpu":
-            return Int8(*own)
         for share in (SHARES["near-lossless"], 1.0):  # small heads have no rung below the first
             with contextlib.suppress(ValueError):
                 return self._budgeted(share, side, own, other, layer)

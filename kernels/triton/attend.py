@@ -163,7 +163,8 @@ def attend_split(
                 value_head, VALUE_DIM, VALUE_CONSTANT, VALUE_SQUARED, VALUE_BLOCK
             )
         biases = tl.zeros((BLOCK_M,), tl.float32)
-        parts, sums = (), ()
+        parts: tl.tuple = ()
+        sums: tl.tuple = ()
         if KEY_QUANTIZED:
             biases = tl.load(bias + query_row, mask=real, other=0)
             for part in tl.static_range(KEY_PART_COUNT):

@@ -5,7 +5,7 @@ a part of 8 bits, whose codes are the levels. ``tiles`` gives numbers that a mat
 with level = ``scale`` * number + ``shift``: that costs less per query or token than per channel.
 """
 
-# mypy: disable-error-code="import-untyped, untyped-decorator"
+# mypy: disable-error-code="import-untyped, no-redef, untyped-decorator"
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import functools
 from typing import Any, NamedTuple
 
 import torch
-import triton
+import triton  # type: ignore[import-untyped]
 from torch import Tensor
 
 from ..formats import Dense, Format, Int8, Pruned, Quantized, Spark
@@ -102,8 +102,9 @@ def _parts(format: Format) -> tuple[list[Part], int]:
         return [(format.head_dim, 8, 0, 0, blocks.padded(format.head_dim))], format.head_dim
     parts: list[Part] = []
     end, least = 0, 16  # channels that a matrix product takes
-    for part in format.parts if isinstance(format, Quantized) else ():
-        if len(format.parts) == 1:
+    of_format = format.parts if isinstance(format, Quantized) else ()
+    for part in of_format:
+        if len(of_format) == 1:
             least = blocks.padded(format.head_dim)  # as that of dense tokens
         block = max(least, 1 << (part.channels - 1).bit_length())
         parts.append((part.channels, part.bits, part.first, end, block))

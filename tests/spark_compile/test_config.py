@@ -194,14 +194,10 @@ def test_options_choose_the_formats(
 
 
 @pytest.mark.parametrize("dim", [4, 16, 64, 65, 128])
-def test_without_options_tokens_take_six_bits_and_on_gpus_eight(dim: int) -> None:
-    def texts(**options: Any) -> list[str]:
-        config, size = SparkConfig(), (dim, torch.float32)
-        return [config.format_for(side, *size, **options).text for side in SIDES]
-
+def test_without_options_tokens_take_six_bits(dim: int) -> None:
+    texts = [SparkConfig().format_for(side, dim, torch.float32).text for side in SIDES]
     bits = "quantized(bits=6,scaled={},rotated=True)"
-    assert texts() == [bits.format("True"), bits.format("False")]
-    assert texts(device="cuda") == ["int8", "int8"]
+    assert texts == [bits.format("True"), bits.format("False")]
 
 
 def test_first_tokens_stay_dense_beside_quantized_ones_where_a_cache_grows() -> None:
