@@ -16,106 +16,6 @@ inline bool can_quantized_tiles(const Problem& p) {
   return quantized_values || (keys.kind == Kind::quantized && values.kind == Kind::int8);
 }
 
-// The levels of codes whose bits are alone in their bytes.
-template <int BITS>
-inline __m512i level_bytes(__m512i codes) {
-  if constexpr (BITS >= 5) {
-    return _mm512_sub_epi8(_mm512_add_epi8(codes, codes), _mm512_set1_epi8((1 << BITS) - 1));
-  } else {
-    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(load<__m128i>(grid_of(BITS).bytes)), codes);
-  }
-}
-
-// Codes of 64 channels from `first` on, alone in their bytes, from a plane of WIDTH bits. CHANNELS: of the
-// part, a power of two; bytes behind the last one mean nothing, and nothing after the plane is read.
-template <int WIDTH, int CHANNELS>
-inline __m512i codes_of(const uint8_t* plane, int64_t first) {
-  constexpr int BYTES = CHANNELS * WIDTH / 8;  // which repeat, each time shifted by WIDTH more
-  __m512i codes;
-  if constexpr (BYTES >= 64) codes = _mm512_loadu_si512(plane + first % BYTES);
-  else if constexpr (BYTES == 32) codes = _mm512_broadcast_i64x4(load<__m256i>(plane));
-  else if constexpr (BYTES == 16) codes = _mm512_broadcast_i32x4(load<__m128i>(plane));
-  else if constexpr (BYTES == 8) codes = _mm512_set1_epi64(load<int64_t>(plane));
-  else if constexpr (BYTES == 4) codes = _mm512_set1_epi32(load<int32_t>(plane));
-  else codes = _mm512_set1_epi16(load<int16_t>(plane));
-  const __m512i shifts = [&]<size_t... W>(std::index_sequence<W...>) {
-    typedef int16_t Words __attribute__((vector_size(64)));
-    const Words repeated = {int16_t(2 * W / BYTES * WIDTH)...};
-    return _mm512_add_epi16((__m512i)repeated, _mm512_set1_epi16(int16_t(first / BYTES * WIDTH)));
-  }(std::make_index_sequence<32>{});
-  return _mm512_and_si512(_mm512_srlv_epi16(codes, shifts), _mm512_set1_epi8((1 << WIDTH) - 1));
-}
-
-// As each_code() in codes.h for 64 channels, whose parts of codes are alone in their bytes; nothing after
-// the plane is read.
-template <int WIDTH, class Function>
-inline void each_byte(const uint8_t* plane, int64_t channels, const Function& f) {
-  const int64_t bytes = plane_bytes(channels, WIDTH);
-  const __m512i ones = _mm512_set1_epi8((1 << WIDTH) - 1);
-  for (int s = 0; s < 8 / WIDTH; ++s) {
-    for (int64_t i = 0; i < bytes && s * bytes + i < channels; i += 64) {
-      const __m512i codes = some_bytes(reinterpret_cast<const int8_t*>(plane + i), bytes - i);
-      f(s * bytes + i, _mm512_and_si512(_mm512_srli_epi16(codes, WIDTH * s), ones));
-    }
-  }
-}
-
-// The levels of a part of any number of channels, and nothing after them.
-template <int BITS>
-inline void expand_levels(const uint8_t* codes, int64_t channels, int8_t* out) {
-  constexpr int LOW = low_width(BITS), HIGH = high_width(BITS);
-  uint8_t low[MAX_HEAD + 64];
-  const auto put = [&](int64_t j, __m512i code) {
-    _mm512_mask_storeu_epi8(out + j, _bzhi_u64(~uint64_t(0), unsigned(std::min<int64_t>(channels - j, 64))), level_bytes<BITS>(code));
-  };
-  each_byte<LOW>(codes, channels, [&](int64_t j, __m512i code) {
-    if constexpr (HIGH == 0) put(j, code);
-    else _mm512_storeu_si512(low + j, code);
-  });
-  if constexpr (HIGH > 0) {
-    each_byte<HIGH>(codes + plane_bytes(channels, LOW), channels, [&](int64_t j, __m512i code) {
-      put(j, _mm512_or_si512(_mm512_loadu_si512(low + j), _mm512_slli_epi16(code, LOW)));
-    });
-  }
-}
-
-// The levels of one part of `count` tokens, whose codes are `step` bytes apart, as rows of `width` bytes.
-// CHANNELS: of the part, whose row then has room for multiples of 64; or 0 for any number.
-template <int BITS, int CHANNELS>
-[[gnu::noinline]] void expand_tokens(const uint8_t* codes, int64_t step, int count, int64_t channels, int8_t* out, int64_t width,
-                                     const Requests* ahead) {
-  constexpr int LOW = low_width(BITS), HIGH = high_width(BITS);
-  for (int t = 0; t < count; ++t, codes += step, out += width) {
-    if (ahead) (*ahead)(t);
-    if constexpr (CHANNELS == 0) {
-      expand_levels<BITS>(codes, channels, out);
-      continue;
-    } else {
-      for (int j = 0; j < CHANNELS; j += 64) {
-        __m512i code = codes_of<LOW, CHANNELS>(codes, j);
-        if constexpr (HIGH > 0) {
-          const __m512i high = codes_of<HIGH, CHANNELS>(codes + CHANNELS * LOW / 8, j);
-          code = _mm512_or_si512(code, _mm512_slli_epi16(high, LOW));
-        }
-        _mm512_storeu_si512(out + j, level_bytes<BITS>(code));
-      }
-    }
-  }
-}
-
-inline void expand_part(const Part& part, const Tokens& rows, int count, int8_t* out, int64_t width, const Requests* ahead) {
-  const uint8_t* codes = reinterpret_cast<const uint8_t*>(rows.data + part.codes);
-  with_bits(part.bits, [&](auto bits) {
-    switch (part.channels) {
-      case 16: return expand_tokens<bits, 16>(codes, rows.step, count, 16, out, width, ahead);
-      case 32: return expand_tokens<bits, 32>(codes, rows.step, count, 32, out, width, ahead);
-      case 64: return expand_tokens<bits, 64>(codes, rows.step, count, 64, out, width, ahead);
-      case 128: return expand_tokens<bits, 128>(codes, rows.step, count, 128, out, width, ahead);
-      default: expand_tokens<bits, 0>(codes, rows.step, count, part.channels, out, width, ahead);
-    }
-  });
-}
-
 template <int N>
 class AmxQuantizedEngine : public AmxInt8Engine<N> {
   using Base = AmxInt8Engine<N>;
@@ -153,7 +53,7 @@ class AmxQuantizedEngine : public AmxInt8Engine<N> {
       const Requests ahead{Ahead(f), Ahead(*p_.values.format), run.keys, run.values};
       each_part([&](const Part& part, int64_t at) {
         int8_t* out = &kept_[run.first * key_width_ + at];
-        expand_part(part, run.keys.rows(f.channels), run.count, out, key_width_, at ? nullptr : &ahead);
+        expand_part<0>(part, run.keys.rows(f.channels), run.count, out, key_width_, at ? nullptr : &ahead);
       });
       for (int p = 0; p < f.part_count; ++p) {
         read_amplitudes(run.keys.at<uint8_t>(f.scale) + p, f.part_count, run.count, part_amplitudes_[p] + run.first);
@@ -173,7 +73,7 @@ class AmxQuantizedEngine : public AmxInt8Engine<N> {
     std::fill_n(steps_, BLOCK, 0.0f);
     p_.each_run(block, [&](const Run& run) {
       read_amplitudes(run.values.at<uint8_t>(f.scale), 1, run.count, steps_ + run.first);
-      expand_part(f.parts[0], run.values.rows(f.channels), run.count, &levels_[run.first * width], width, nullptr);
+      expand_part<0>(f.parts[0], run.values.rows(f.channels), run.count, &levels_[run.first * width], width, nullptr);
     });
     // What is left of earlier blocks meets weights of 0.
     for (int t = 0; t < BLOCK; t += 4) {

@@ -3,7 +3,7 @@
 
 #include <immintrin.h>
 
-#include "problem.h"
+#include "levels.h"
 
 namespace spark {
 
@@ -73,20 +73,6 @@ struct PrunedValue {
   int left = 0;  // stored channels; more bits may be set than there are
 };
 
-// The first `count` of 64 bytes, then zeros; nothing after them is read.
-inline __m512i some_bytes(const int8_t* p, int64_t count) {
-  return _mm512_maskz_loadu_epi8(_bzhi_u64(~uint64_t(0), unsigned(std::min<int64_t>(count, 64))), p);
-}
-
-// 64 bits of a plane of `bytes` bytes from channel `first` on.
-inline uint64_t plane_bytes(const uint8_t* plane, int64_t first, int64_t bytes) {
-  uint64_t bits = 0;
-  for (int64_t i = 0; i < std::min<int64_t>(8, bytes - first / 8); ++i) {
-    bits |= uint64_t(plane[first / 8 + i]) << (8 * i);
-  }
-  return bits;
-}
-
 // `count` bfloat16 numbers as floats; nothing after them is read or written.
 inline void read_column(const bf16* from, int count, float* numbers) {
   for (int t = 0; t < count; t += 16) {
@@ -102,17 +88,6 @@ inline void put_pair(bf16* tile, __m512i even, __m512i odd) {
   _mm512_store_si512(tile + 16 * 32, _mm512_unpackhi_epi16(even, odd));
 }
 
-// 64 channels of four tokens, in tiles of 16 channels whose rows are four tokens; with 32 tokens half of
-// the rows stay zero.
-inline void put_four(const __m512i* rows, int8_t* tile) {
-  const __m512i a = _mm512_unpacklo_epi8(rows[0], rows[1]), b = _mm512_unpackhi_epi8(rows[0], rows[1]);
-  const __m512i c = _mm512_unpacklo_epi8(rows[2], rows[3]), d = _mm512_unpackhi_epi8(rows[2], rows[3]);
-  _mm512_store_si512(tile, _mm512_unpacklo_epi16(a, c));
-  _mm512_store_si512(tile + 1024, _mm512_unpackhi_epi16(a, c));
-  _mm512_store_si512(tile + 2048, _mm512_unpacklo_epi16(b, d));
-  _mm512_store_si512(tile + 3072, _mm512_unpackhi_epi16(b, d));
-}
-
 // Whole numbers of two digits each as the digits.
 inline void split(F x, int8_t* high, int8_t* low) {
   const __m512i whole = _mm512_cvtps_epi32(x);
@@ -121,9 +96,4 @@ inline void split(F x, int8_t* high, int8_t* low) {
   _mm_storeu_si128((__m128i*)high, _mm512_cvtepi32_epi8(tens));
   _mm_storeu_si128((__m128i*)low, _mm512_cvtepi32_epi8(ones));
 }
-// Products with the high digits and with the low ones, put together again.
-inline F joined(__m512i high, __m512i low) {
-  return F(_mm512_cvtepi32_ps(high)) * 128.0f + F(_mm512_cvtepi32_ps(low));
-}
-
 }  // namespace spark

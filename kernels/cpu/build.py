@@ -23,7 +23,7 @@ from ..cache_dir import check_private, private_folder
 
 _SOURCES = Path(__file__).resolve().parent
 _VECTORS = ("avx2", "f16c", "fma", "bmi", "bmi2", "popcnt")
-_WIDE = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vbmi2")
+_WIDE = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vbmi2", "avx512vnni")
 _TILES = ("avx512bf16", "amx-tile", "amx-bf16", "amx-int8")
 _EMULATED_TILES = "-DSPARK_EMULATED_TILES"
 """In $SPARK_COMPILE_CXXFLAGS: plain C++ stands in for the tile registers, for tests alone."""
@@ -37,7 +37,8 @@ LEVELS: dict[str, tuple[str, ...]] = {
 
 _CAPABILITIES = {
     "fma": "fma3", "avx512f": "avx512_f", "avx512bw": "avx512_bw", "avx512dq": "avx512_dq",
-    "avx512vl": "avx512_vl", "avx512vbmi2": "avx512_vbmi2", "avx512bf16": "avx512_bf16",
+    "avx512vl": "avx512_vl", "avx512vbmi2": "avx512_vbmi2", "avx512vnni": "avx512_vnni",
+    "avx512bf16": "avx512_bf16",
     "amx-tile": "amx_tile", "amx-bf16": "amx_bf16", "amx-int8": "amx_int8",
 }  # fmt: skip
 

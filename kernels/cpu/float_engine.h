@@ -162,9 +162,9 @@ class FloatEngine {
   static int64_t padded_rows(int64_t rows) { return rows; }
 
   explicit FloatEngine(const Problem& p)
-      : p_(p), keys_(p.keys, BLOCK), values_(p.values, BLOCK), key_width_(keys_.width()), value_width_(values_.width()),
+      : keys_(p.keys, BLOCK), values_(p.values, BLOCK), key_width_(keys_.width()), value_width_(values_.width()),
         queries_(scratch<float>(p.query_rows() * key_width_)), key_head_(*p.keys.format), value_head_(*p.values.format),
-        turned_(scratch<float>(p.keys.format->kind == Kind::quantized ? p.query_rows() * key_width_ : 0)),
+        turned_(scratch<float>(p.keys.format->kind == Kind::quantized ? p.query_rows() * key_width_ : 0)), p_(p),
         biases_(scratch<float>(p.query_rows())) {}
 
   void start(int64_t b, int64_t h) {
@@ -274,13 +274,22 @@ class FloatEngine {
     }
   }
 
-  const Problem& p_;
   FloatRows<T> keys_, values_;
   const int64_t key_width_, value_width_;
   Scratch<float> queries_;
   // Of quantized sides: queries and sums of values in the space of their codes.
   QuantizedHead key_head_, value_head_;
-  Scratch<float> turned_, biases_;
+  Scratch<float> turned_;
+
+ protected:
+  // What packed keys meet in place of a row of queries.
+  const float* packed_query(int64_t row) const {
+    const bool turns = p_.keys.format->kind == Kind::quantized;
+    return turns ? &turned_[row * key_width_] : &queries_[row * key_width_];
+  }
+
+  const Problem& p_;
+  Scratch<float> biases_;
 };
 
 }  // namespace spark

@@ -3,6 +3,9 @@
 
 #include "float_engine.h"
 #include "operands.h"
+#if defined(__AVX512VNNI__)
+#include "vnni_engine.h"
+#endif
 #if defined(SPARK_AMX)
 #include "amx_quantized_engine.h"
 #endif
@@ -156,6 +159,11 @@ void run(const Problem& p) {
     if (tiles && values != Kind::spark && values != Kind::quantized) {
       return is_short ? attend<T, AmxEngine<64>>(p) : attend<T, AmxEngine<32>>(p);
     }
+  }
+#endif
+#if defined(__AVX512VNNI__)
+  if constexpr (sizeof(T) == 2) {
+    if (can_vnni(p)) return attend<T, VnniEngine<T>>(p);
   }
 #endif
   attend<T, FloatEngine<T>>(p);

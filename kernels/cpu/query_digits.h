@@ -1,0 +1,83 @@
+// Queries as two digits for integer products with levels that are stored as level + 128.
+#pragma once
+
+#include <cmath>
+#include <vector>
+
+#include "problem.h"
+
+namespace spark {
+
+// Channels of the keys by rank, and where they begin in a row of levels; or the signs of pruned ones.
+struct Columns {
+int64_t first, channels, column;
+bool signs = false;
+};
+
+inline std::vector<Columns> columns_of(const Format& f) {
+  if (f.kind == Kind::spark && f.recovers) return {{0, f.dim, 0}, {0, f.dim, round_up(f.dim, 64), true}};
+  if (f.kind != Kind::quantized) return {{0, f.dim, 0}};
+  std::vector<Columns> parts;
+  int64_t column = 0;
+  for (int p = 0; p < f.part_count; ++p) {
+    parts.push_back({f.parts[p].first, f.parts[p].channels, column});
+    column += round_up(f.parts[p].channels, 64);
+  }
+  return parts;
+}
+
+// x = unit * (128 * high + low) for each part of each query, 15 bits of the largest one.
+class QueryDigits {
+  static constexpr float DIGITS = 127 * 128 + 63;  // low digits are -64 to 63
+
+ public:
+  // width: channels of a row of levels.
+  QueryDigits(int64_t rows, size_t parts, int64_t width)
+      : rows_(rows), width_(width), parts_(parts), digits_(scratch<int8_t>((rows + 7) / 8 * 16 * width)),
+        corrections_(scratch<int32_t>((rows + 7) / 8 * int64_t(parts) * 16)), units_(scratch<float>((rows + 7) / 8 * 8 * int64_t(parts))) {}
+
+  // How many of eight rows of queries from a multiple of eight on a product has columns for, high digits and
+  // then low ones: 2, 4 or 8. What is left of 16 columns is for further words of four channels.
+  int columns(int64_t row) const {
+    const int64_t count = rows_ - row / 8 * 8;
+    return count <= 2 ? 2 : count <= 4 ? 4 : 8;
+  }
+  // 64 bytes for 8 / columns() words.
+  const int8_t* at(int64_t row) const { return &digits_[row / 8 * 16 * width_]; }
+  float unit(int64_t row, size_t part) const { return units_[place(row, part)]; }
+  // 128 * (sum of the high digits), and of the low ones.
+  int32_t correction(int64_t row, size_t part, int digit) const { return corrections_[2 * place(row, part) + digit]; }
+
+  // query: the channels of a part, whose first one is in a column.
+  void split(int64_t row, size_t part, const Columns& own, const float* query) {
+    float largest = 0;
+    bool nan = false;  // no digits are worth it
+    for (int64_t j = 0; j < own.channels; ++j) largest = std::max(largest, std::fabs(query[j])), nan |= std::isnan(query[j]);
+    const float inverse = largest > 0 && !nan ? DIGITS / largest : 0.0f;
+    units_[place(row, part)] = nan ? NAN : largest / DIGITS;
+    const int rows = columns(row), span = 8 / rows, r = int(row % 8);
+    int8_t* digits = &digits_[row / 8 * 16 * width_];
+    int32_t total[2] = {};
+    for (int64_t j = 0; j < own.channels; ++j) {
+      const int whole = nan ? 0 : int(std::lrint(query[j] * inverse)), high = (whole + 64) >> 7;
+      const int8_t both[2] = {int8_t(high), int8_t(whole - 128 * high)};
+      const int64_t word = (own.column + j) / 4;
+      for (int d = 0; d < 2; ++d) {
+        digits[word / span * 64 + ((d * rows + r) * span + word % span) * 4 + j % 4] = both[d];
+        total[d] += both[d];
+      }
+    }
+    for (int d = 0; d < 2; ++d) corrections_[2 * place(row, part) + d] = 128 * total[d];
+  }
+
+ private:
+  int64_t place(int64_t row, size_t part) const { return (row / 8 * int64_t(parts_) + int64_t(part)) * 8 + row % 8; }
+
+  const int64_t rows_, width_;
+  const size_t parts_;
+  Scratch<int8_t> digits_;
+  Scratch<int32_t> corrections_;
+  Scratch<float> units_;
+};
+
+}  // namespace spark
