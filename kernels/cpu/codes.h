@@ -111,17 +111,44 @@ class Table {
   F parts_[COUNT];
 };
 
-// The codes of the levels next to some numbers, of two that are as near the higher; `middles` are those
-// of a grid. A NaN has the last code.
+// Finds the codes of the levels, times a unit, next to some numbers; a NaN has the last one.
 template <int BITS>
-inline I nearest(F x, const Table<BITS>& middles) {
-  I code{};
-  for (int bit = 1 << (BITS - 1); bit; bit /= 2) {
-    const I next = code | bit;
-    code = bit_cast<I>(select(x < middles[next], bit_cast<F>(code), bit_cast<F>(next)));
+class Nearest {
+  static constexpr int HALF = 1 << (BITS - 1);
+
+ public:
+  explicit Nearest(float unit) : inverse_(0.5f / unit) {
+    // Of few levels, the middles between them take the unit, so that no number has to be divided.
+    for (int c = 0; BITS < 5 && c < 16; ++c) middles_[c] = grid_of(BITS).middles[HALF + c % HALF] * unit;
   }
-  return code;
-}
+
+  I code(F x) const {
+    if constexpr (BITS >= 5) {
+      // Between two of the equal distances is an even number of units.
+      const F place = x * inverse_ + float(HALF), most = splat(2.0f * HALF - 1);
+      return __builtin_convertvector(select(place < most, spark::max(place, F{}), most), I);
+    } else {
+      const I index = rank(x);
+      return bit_cast<I>(select(x < F{}, bit_cast<F>(index ^ (HALF - 1)), bit_cast<F>(index | HALF)));
+    }
+  }
+  // Which of the positive levels of few bits is next to a magnitude; of two that are as near the one whose
+  // level is the higher.
+  I rank(F x) const {
+    const Table<BITS> middles(middles_);
+    const F magnitude = bit_cast<F>(bit_cast<I>(spark::abs(x)) + bit_cast<I>(x < F{}));  // a bit less if negative
+    I index{};
+    for (int bit = HALF / 2; bit; bit /= 2) {
+      const I next = index | bit;
+      index = bit_cast<I>(select(magnitude < middles[next], bit_cast<F>(index), bit_cast<F>(next)));
+    }
+    return index;
+  }
+
+ private:
+  float inverse_;
+  alignas(64) float middles_[16] = {};
+};
 
 inline I load_codes(const uint8_t* p) {
 #if defined(__AVX512F__)

@@ -1,11 +1,34 @@
 // Encoding tokens in the format quantized, and the constants of a head: kernels/formats/quantized.py.
 #pragma once
 
+#if defined(__AVX512BW__)
+#include <immintrin.h>
+#endif
+
 #include <numeric>
 
 #include "quantized.h"
 
 namespace spark {
+
+#if defined(__AVX512BW__)
+// Rows of 16-bit numbers by rank.
+inline void by_rank(const void* row, const uint16_t* order, int64_t channels, void* ranked) {
+  const auto source = [&](int64_t j) {
+    const uint32_t some = _bzhi_u32(~0u, unsigned(std::clamp<int64_t>(channels - j, 0, 32)));
+    return _mm512_maskz_loadu_epi16(some, static_cast<const uint16_t*>(row) + j);
+  };
+  for (int64_t first = 0; first < channels; first += 32) {
+    const __m512i rank = _mm512_loadu_si512(order + first), pair = _mm512_srli_epi16(rank, 6);
+    __m512i found{};
+    for (int64_t j = 0; j < channels; j += 64) {
+      const __mmask32 here = _mm512_cmpeq_epi16_mask(pair, _mm512_set1_epi16(int16_t(j / 64)));
+      found = _mm512_mask_mov_epi16(found, here, _mm512_permutex2var_epi16(source(j), rank, source(j + 32)));
+    }
+    _mm512_storeu_si512(static_cast<uint16_t*>(ranked) + first, found);
+  }
+}
+#endif
 
 // Encodes the tokens of one head after the other.
 template <class T>
@@ -14,35 +37,54 @@ class QuantizedEncoder {
 
  public:
   explicit QuantizedEncoder(const Format& f)
-      : f_(f), head_(f), row_(scratch<float>(f.dim + LANES)), numbers_(scratch<float>(f.dim + LANES)),
-        codes_(scratch<uint8_t>(f.dim + LANES + 8)) {}
+      : f_(f), head_(f), center_(scratch<float>(f.dim + LANES)), factor_(scratch<float>(f.dim + LANES)),
+        row_(scratch<float>(f.dim + LANES)), numbers_(scratch<float>(f.dim + LANES)), order_(scratch<uint16_t>(f.dim + 32)),
+        ranked_(scratch<T>(f.dim + 32)), codes_(scratch<uint8_t>(f.dim + LANES + 8)) {}
 
-  void start(const Side& side, int64_t b, int64_t h) { head_.read(side, b, h); }
+  void start(const Side& side, int64_t b, int64_t h) {
+    head_.read(side, b, h);
+    for (int64_t r = 0; f_.scaled && r < f_.dim; ++r) {
+      const int64_t j = head_.order()[r];
+      order_[r] = uint16_t(j), center_[r] = head_.center()[j], factor_[r] = head_.factor()[j];
+    }
+  }
 
   void encode(const T* row, const Place& place) {
-    for (int64_t j = 0; j < f_.dim; j += LANES) {
-      F x = load_floats(row + j, f_.dim - j);
-      if (f_.scaled) x = (x - load(head_.center() + j)) * load(head_.factor() + j);
-      store(&row_[j], x);
+    if (f_.scaled) {
+      rank(row);
+      for (int64_t r = 0; r < f_.dim; r += LANES) {
+        store(&row_[r], (load_floats(&ranked_[r], f_.dim - r) - load(&center_[r])) * load(&factor_[r]));
+      }
+    } else {
+      for (int64_t j = 0; j < f_.dim; j += LANES) store(&row_[j], load_floats(row + j, f_.dim - j));
     }
     uint8_t *amplitudes = place.at<uint8_t>(f_.scale), *codes = place.at<uint8_t>(f_.channels);
     for (int p = 0; p < f_.part_count; ++p) {
       const Part& part = f_.parts[p];
-      head_.gather(part, row_.get(), numbers_.get());
-      for (int64_t j = 0; j < part.channels; j += LANES) store(&numbers_[j], load(&numbers_[j]) / head_.gain(p));
+      const float inverse = 1.0f / head_.gain(p);
+      std::copy_n(&row_[part.first], part.channels, numbers_.get());
+      std::fill(&numbers_[part.channels], &numbers_[round_up(part.channels, LANES)], 0.0f);
+      if (f_.rotated) rotate(numbers_.get(), part.channels);
+      for (int64_t j = 0; j < part.channels; j += LANES) store(&numbers_[j], load(&numbers_[j]) * inverse);
       with_bits(part.bits, [&](auto bits) { amplitudes[p] = encode_part<bits>(part.channels, codes + part.codes); });
     }
   }
 
  private:
+  void rank(const T* row) {
+#if defined(__AVX512BW__)
+    if constexpr (sizeof(T) == 2) return by_rank(row, order_.get(), f_.dim, ranked_.get());
+#endif
+    for (int64_t r = 0; r < f_.dim; ++r) ranked_[r] = row[order_[r]];
+  }
+
   // Writes the codes of a part's numbers; returns the one of their amplitude.
   template <int BITS>
   uint8_t encode_part(int64_t channels, uint8_t* packed) {
-    const Table<BITS> middles(grid_of(BITS).middles);
-    const float amplitude = BITS >= 5 ? largest(channels) / float((1 << BITS) - 1) : refitted<BITS>(channels, middles);
+    const float amplitude = BITS >= 5 ? largest(channels) / float((1 << BITS) - 1) : refitted<BITS>(channels);
     const uint8_t code = amplitude_code(amplitude, BITS >= 5);
-    const float unit = positive(amplitudes()[code]);
-    for (int64_t j = 0; j < channels; j += LANES) store_codes(&codes_[j], nearest<BITS>(load(&numbers_[j]) / unit, middles));
+    const Nearest<BITS> nearest(positive(amplitudes()[code]));
+    for (int64_t j = 0; j < channels; j += LANES) store_codes(&codes_[j], nearest.code(load(&numbers_[j])));
     std::fill_n(&codes_[channels], 8, uint8_t(0));
     pack_codes<BITS>(codes_.get(), channels, packed);
     return code;
@@ -62,18 +104,19 @@ class QuantizedEncoder {
 
   // The amplitude of normal numbers, then the least squares for the levels that it has led to.
   template <int BITS>
-  float refitted(int64_t channels, const Table<BITS>& middles) const {
-    const Table<BITS> levels(grid_of(BITS).levels);
+  float refitted(int64_t channels) const {
+    const Table<BITS> levels(grid_of(BITS).levels + (1 << (BITS - 1)));  // the positive ones
     F energy{};
     for (int64_t j = 0; j < channels; j += LANES) energy += load(&numbers_[j]) * load(&numbers_[j]);
     float amplitude = std::sqrt(sum(energy) / float(channels)) / DEVIATION[BITS - 1];
     for (int i = 0; i < REFITS; ++i) {
-      const float unit = positive(amplitude);
+      const Nearest<BITS> nearest(positive(amplitude));
       F with_level{}, with_itself{};
       for (int64_t j = 0; j < channels; j += LANES) {
+        // A number and its level have the same sign.
         const F x = load(&numbers_[j]);
-        const F level = select(lanes() < int32_t(channels - j), levels[nearest<BITS>(x / unit, middles)], F{});
-        with_level += x * level, with_itself += level * level;
+        const F level = select(lanes() < int32_t(channels - j), levels[nearest.rank(x)], F{});
+        with_level += spark::abs(x) * level, with_itself += level * level;
       }
       amplitude = sum(with_level) / sum(with_itself);
     }
@@ -82,7 +125,9 @@ class QuantizedEncoder {
 
   const Format& f_;
   QuantizedHead head_;
-  Scratch<float> row_, numbers_;
+  Scratch<float> center_, factor_, row_, numbers_;  // all but the last one by rank
+  Scratch<uint16_t> order_;
+  Scratch<T> ranked_;
   Scratch<uint8_t> codes_;
 };
 

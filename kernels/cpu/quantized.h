@@ -32,6 +32,7 @@ class QuantizedHead {
   float gain(int part) const { return gain_[part]; }
   const float* center() const { return center_.get(); }
   const float* factor() const { return factor_.get(); }
+  const int32_t* order() const { return order_.get(); }
 
   // Writes the channels of a part, rotated, with zeros after them up to a multiple of LANES.
   void gather(const Part& part, const float* from, float* to) const {

@@ -237,7 +237,13 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+SLOW_CASES = ("parts of three kinds", "parts of bytes", "three bits")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW_CASES else []) for n in CASES],
+)
 def test_shapes(name: str) -> None:
     case = dict(CASES[name])
     steps = case.pop("steps", (1, 4, 1))
