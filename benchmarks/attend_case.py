@@ -73,6 +73,7 @@ STORED = (
     Stored("spark 0.8 + int8 values", 0.8, int8_values=True),
     Stored("spark 0.8 + int8", 0.8, int8_keys=True, int8_values=True),
     Stored("spark int8", int8_keys=True, int8_values=True),
+    Stored("spark 6 bits", bits=6),
     Stored("spark 4 bits", bits=4),
 )
 EXPANDED, GQA, PACKED = "HF: expanded heads + mask", "SDPA enable_gqa", "SDPA packed queries"

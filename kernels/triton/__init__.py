@@ -1,6 +1,7 @@
 """Triton kernels for NVIDIA and AMD GPUs, from one source.
 
-``bits`` and ``records`` read what is stored, for the kernels of ``attend``, ``pack`` and ``head``.
+``fields``, ``bits``, ``codes`` and ``parts`` read what is stored, for the kernels of ``attend``,
+``pack`` and ``head``; ``merge`` puts shares of an attention together, ``quantize`` encodes.
 ``sides`` checks a side of a cache and says where its fields lie, ``blocks`` chooses block shapes,
 ``launch`` starts the kernels, and ``ops`` makes operators of them:
 ``torch.ops.spark_triton.<name>``, which Inductor and functionalization see through, and the CUDA

@@ -50,10 +50,17 @@ def operand(pages: Tensor, head: Tensor, new: Tensor, spec: Spec, side: Side) ->
         *new.stride()[:3],
     )  # fmt: skip
     constants = _constants(spec.pages(side), layout)
-    # What codes are made of numbers with: written out where the device is known to run it.
-    nvidia = torch.version.hip is None and not triton.knobs.runtime.interpret
-    ptx = constants["WORDS"] and nvidia and spec.key.dtype.itemsize == 2
+    ptx = constants["WORDS"] and _runs_ptx(pages.device, spec.key.dtype)
     return Operand(arguments, {**constants, "PTX": ptx}, rows)
+
+
+def _runs_ptx(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether numbers of a dtype may be made of codes by PTX: floats of 16 bits, on NVIDIA."""
+    if torch.version.hip is not None or triton.knobs.runtime.interpret:
+        return False
+    # Before Ampere there is no arithmetic in bfloat16.
+    old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
+    return dtype == torch.float16 or (dtype == torch.bfloat16 and not old)
 
 
 @functools.cache
