@@ -179,8 +179,13 @@ def test_every_pair_of_formats(key: str, value: str) -> None:
         cache.step(tokens)
 
 
-@pytest.mark.parametrize("sinks", [0, 2])
-@pytest.mark.parametrize("key", ["spark(kept=5,stored=int8)", "quantized(bits=4-2,scaled=True)"])
+@pytest.mark.parametrize(
+    ("key", "sinks"),
+    some_are_slow(
+        ("spark(kept=5,stored=int8)", 0), ("spark(kept=5,stored=int8)", 2),
+        ("quantized(bits=4-2,scaled=True)", 2), ("quantized(bits=4-2,scaled=True)", 0), every=2,
+    ),
+)  # fmt: skip
 def test_the_first_page_is_packed(key: str, sinks: int) -> None:
     """With it, the constants are fixed."""
     cache = Cache(spec_of(key, "quantized(bits=5)", sinks=sinks), tokens=7 + sinks)
@@ -237,7 +242,9 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-SLOW_CASES = ("parts of three kinds", "parts of bytes", "three bits")
+SLOW_CASES = (
+    "parts of three kinds", "parts of bytes", "three bits", "one group of 20", "wide window",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -253,7 +260,9 @@ def test_shapes(name: str) -> None:
         cache.step(tokens)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize(
     ("key", "value"),
     [
@@ -268,7 +277,7 @@ def test_half_precision(key: str, value: str, dtype: torch.dtype) -> None:
         cache.step(tokens)
 
 
-@pytest.mark.parametrize("sinks", [0, 3])
+@pytest.mark.parametrize("sinks", [pytest.param(0, marks=pytest.mark.slow), 3])
 def test_a_chunk_that_is_longer_than_the_tail(sinks: int) -> None:
     cache = Cache(spec_of(sinks=sinks), tokens=10)
     for tokens in (19, 2):
@@ -283,7 +292,7 @@ def test_evicted_tokens_are_not_seen_and_their_pages_used_again() -> None:
     cache.step(7, keep=18, causal_offset=cache.visible)
 
 
-@pytest.mark.parametrize("spread", [False, True])
+@pytest.mark.parametrize("spread", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_masks_offsets_caps_and_sinks(spread: bool) -> None:
     hows: tuple[tuple[dict[str, Any], Any], ...] = (
         ({"softcap": 3.0}, lambda n: {"mask": torch.rand(2, 1, 3, n) < 0.7}),
