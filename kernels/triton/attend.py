@@ -165,18 +165,17 @@ def attend_split(
         biases = tl.zeros((BLOCK_M,), tl.float32)
         parts: tl.tuple = ()
         sums: tl.tuple = ()
-        if KEY_QUANTIZED:
-            biases = tl.load(bias + query_row, mask=real, other=0)
+        if KEY_CODED:
+            coded = query_at
+            if KEY_QUANTIZED:
+                coded = turned + query_row * KEY_DIM
+                biases = tl.load(bias + query_row, mask=real, other=0)
             for part in tl.static_range(KEY_PART_COUNT):
-                own = part_query(turned + query_row * KEY_DIM, real, part, KEY_PARTS, KEY_WORDS)
+                own = part_query(coded, real, part, KEY_PARTS, KEY_WORDS)
                 parts += (own,)
                 sums += (tl.sum(own.to(tl.float32), axis=1),)
-        elif KEY_CODED:
-            parts += (part_query(query_at, real, 0, KEY_PARTS, KEY_WORDS),)
-            sums += (total,)
         else:
             parts += (query_rows(query_at, real, KEY_DIM, KEY_BLOCK),)
-            sums += (total,)
         share = tl.cdiv(tl.cdiv(packed - stale, packed_splits), BLOCK_N) * BLOCK_N
         first, end = stale + split * share, tl.minimum(stale + (split + 1) * share, packed)
         key_slot, value_slot = first // P % key_slots, first // P % value_slots
@@ -194,19 +193,10 @@ def attend_split(
                     )  # fmt: skip
                     dots = tl.dot(parts[part], tl.trans(numbers), input_precision=PRECISION)
                     dots = part_levels(dots, sums[part], part, KEY_PARTS, KEY_PTX, DTYPE)
-                    scores += (
-                        dots
-                        * part_amplitudes(
-                            page,
-                            row,
-                            part,
-                            KEY_PART_COUNT,
-                            KEY_QUANTIZED,
-                            KEY_AMOUNT,
-                            KEY_STEP,
-                            DTYPE,
-                        )[None, :]
+                    worth = part_amplitudes(
+                        page, row, part, KEY_PART_COUNT, KEY_QUANTIZED, KEY_AMOUNT, KEY_STEP, DTYPE
                     )
+                    scores += dots * worth[None, :]
             else:
                 key = decoded(
                     page, row, key_weight, KEY_DIM, KEY_COUNT, DTYPE, LARGEST, KEY_PRUNED, KEY_INT8,

@@ -2,7 +2,7 @@
 
 A *part* is what ``quantized`` calls one: CHANNELS channels whose codes have BITS bits. ``int8`` is
 a part of 8 bits, whose codes are the levels. ``tiles`` gives numbers that a matrix product takes,
-with level = ``scale`` * number + ``shift``: that costs less per query or token than per channel.
+and ``levels_of`` what levels would have given: that costs less per query or token than per channel.
 """
 
 # mypy: disable-error-code="import-untyped, no-redef, untyped-decorator"
@@ -38,16 +38,17 @@ _INT8_BF16, _INT8_FP16 = map(tl.constexpr, ptx.INT8)
 
 
 @triton.jit
-def scale(BITS: tl.constexpr) -> tl.constexpr:
-    """SCALE of the module's formula."""
-    return 2.0 if BITS == 5 or BITS == 6 else 1.0
+def levels_of(
+    sums: tl.tensor, total: tl.tensor, BITS: tl.constexpr, PTX: tl.constexpr, DTYPE: tl.constexpr
+) -> tl.tensor:
+    """Sums [M, X] of factors times levels, of those of factors times numbers and of factors [M].
 
-
-@triton.jit
-def shift(BITS: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr) -> tl.constexpr:
-    """SHIFT of the module's formula."""
-    base: tl.constexpr = 0 if not PTX else (1024 if DTYPE == tl.float16 else 128)  # noqa: SIM300
-    return 1.0 - 2**BITS - 2.0 * base if BITS == 5 or BITS == 6 else 0.0
+    Codes of even levels are numbers as they are, or in PTX as what makes a float of them.
+    """
+    if BITS == 5 or BITS == 6:
+        base: tl.constexpr = 0 if not PTX else (1024 if DTYPE == tl.float16 else 128)  # noqa: SIM300
+        sums = sums * 2.0 + total[:, None] * (1.0 - 2**BITS - 2.0 * base)
+    return sums
 
 
 @triton.jit

@@ -50,6 +50,15 @@ def pages_due(
 
 
 @triton.jit
+def rounded(numbers: tl.tensor) -> tl.tensor:
+    """The nearest whole numbers, of two as near the even one, as torch rounds: float32.
+
+    1.5 * 2^23 has no fraction bits: adding it rounds.
+    """
+    return (numbers + 12582912.0) - 12582912.0
+
+
+@triton.jit
 def floored(
     numbers: tl.tensor, inside: tl.tensor, COUNT: tl.constexpr, SHARE: tl.constexpr
 ) -> tl.tensor:

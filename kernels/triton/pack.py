@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .bits import store_plane
-from .fields import as_type, dense_rows, floored_power, load_counters, pages_due, pages_of
+from .fields import as_type, dense_rows, floored_power, load_counters, pages_due, pages_of, rounded
 from .quantize import encode_parts
 
 
@@ -65,8 +65,7 @@ def _quantized(row: tl.tensor, keep: tl.tensor, DTYPE: tl.constexpr) -> tl.tuple
     divisor = tl.where(step.to(tl.float32) > 0, step.to(tl.float32), 1.0)
     level = tl.div_rn(row, tl.broadcast_to(divisor[:, None], row.shape))
     level = tl.minimum(tl.maximum(level, -127.0), 127.0)
-    # 1.5 * 2^23 has no fraction bits: adding it rounds to the nearest even, as torch does.
-    return ((level + 12582912.0) - 12582912.0).to(tl.int8), step
+    return rounded(level).to(tl.int8), step
 
 
 @triton.jit(do_not_specialize=["new_tokens"])

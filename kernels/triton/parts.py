@@ -16,7 +16,7 @@ from collections.abc import Iterable
 import triton
 import triton.language as tl
 
-from .codes import amplitudes, rotated, scale, shift, tile_channels, tiles
+from .codes import amplitudes, levels_of, rotated, tile_channels, tiles
 from .fields import as_type
 
 PART_BITS = 44
@@ -80,11 +80,8 @@ def part_levels(
     sums: tl.tensor, total: tl.tensor, part: tl.constexpr, PARTS: tl.constexpr,
     PTX: tl.constexpr, DTYPE: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """Sums [M, X] of factors times levels, of those of factors times numbers and of factors [M]."""
-    BITS: tl.constexpr = (PARTS >> (44 * part + 12)) & 15
-    if BITS == 5 or BITS == 6:
-        sums = sums * scale(BITS) + total[:, None] * shift(BITS, DTYPE, PTX)
-    return sums
+    """``codes.levels_of`` a part."""
+    return levels_of(sums, total, (PARTS >> (44 * part + 12)) & 15, PTX, DTYPE)
 
 
 @triton.jit

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from ..formats.quantized import FLOOR, NOT_FINITE, OCTAVE, REFITS, UNIT_CODE
 from .codes import amplitudes, deviation, looked_up, nearest, rotated
-from .fields import as_type, dense_rows, floored
+from .fields import as_type, dense_rows, floored, rounded
 from .parts import part_gain, ranked_channels
 
 _REFITS, _FLOOR = tl.constexpr(REFITS), tl.constexpr(FLOOR)
@@ -51,8 +51,7 @@ def _amplitude_codes(
             level = tl.where(inside[None, :], level.to(tl.float32), 0.0)
             fit = tl.sum(numbers * level, axis=1)
             amplitude = tl.div_rn(fit, tl.sum(level * level, axis=1))
-        # 1.5 * 2^23 has no fraction bits: adding it rounds to the nearest even, as torch does.
-        steps = (tl.log2(amplitude) * _OCTAVE + _UNIT_CODE + 12582912.0) - 12582912.0
+        steps = rounded(tl.log2(amplitude) * _OCTAVE + _UNIT_CODE)
     code = tl.minimum(tl.maximum(steps, 1.0), _NOT_FINITE - 1.0)
     # A maximum passes over NaN, a sum does not.
     spoiled = tl.sum(tl.where(_finite(numbers), 0, 1), axis=1) > 0

@@ -49,22 +49,25 @@ def operand(pages: Tensor, head: Tensor, new: Tensor, spec: Spec, side: Side) ->
         pages, head, new, pages.shape[2], rows, *pages.stride()[:2], *head.stride()[:2],
         *new.stride()[:3],
     )  # fmt: skip
-    constants = _constants(spec.pages(side), layout)
-    ptx = constants["WORDS"] and _runs_ptx(pages.device, spec.key.dtype)
-    return Operand(arguments, {**constants, "PTX": ptx}, rows)
+    ptx = _runs_ptx(pages.device, spec.key.dtype)
+    return Operand(arguments, _constants(spec.pages(side), layout, ptx), rows)
 
 
 def _runs_ptx(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether numbers of a dtype may be made of codes by PTX: floats of 16 bits, on NVIDIA."""
     if torch.version.hip is not None or triton.knobs.runtime.interpret:
         return False
-    # Before Ampere there is no arithmetic in bfloat16.
-    old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
-    return dtype == torch.float16 or (dtype == torch.bfloat16 and not old)
+    return dtype == torch.float16 or (dtype == torch.bfloat16 and _has_bfloat16(device))
 
 
 @functools.cache
-def _constants(pages: PageLayout, head: HeadLayout) -> dict[str, Any]:
+def _has_bfloat16(device: torch.device) -> bool:
+    """Whether a device computes in bfloat16, as NVIDIA's do from Ampere on."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@functools.cache
+def _constants(pages: PageLayout, head: HeadLayout, ptx: bool) -> dict[str, Any]:
     format, at = pages.format, {**pages.offsets, **head.offsets}
     planes = [at[name] for name in ("keep", "negative") if name in at]
     plane = plane_bytes(format.head_dim)
@@ -80,13 +83,13 @@ def _constants(pages: PageLayout, head: HeadLayout) -> dict[str, Any]:
     names = ("channels", "levels", "codes", "rows")
     channels = next(at[name] for name in names if name in at)
     words = [code_row, channels, pages.page_bytes, *(part[3] for part in parts)]
+    in_words = all(n % 4 == 0 for n in words) and all(_sliced(part) for part in parts)
     return {
         "DIM": format.head_dim,
         "COUNT": getattr(format, "kept", format.head_dim), "PART_COUNT": len(parts),
         "PAGE": pages.page_bytes, "CODED": bool(parts), "QUANTIZED": is_quantized,
         "PARTS": packed_parts(parts), "CODE_BYTES": code_row,
-        "WORDS": all(n % 4 == 0 for n in words)
-        and all(_sliced(part) for part in parts),
+        "WORDS": in_words, "PTX": in_words and ptx,
         "SCALED": getattr(format, "scaled", False), "ROTATED": getattr(format, "rotated", False),
         "SPARK": isinstance(format, Spark), "PRUNED": isinstance(format, Spark | Pruned),
         "NOTES": format.uses_queries, "EACH": format.EACH_QUERY, "INT8": "step" in at,
