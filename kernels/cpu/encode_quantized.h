@@ -63,8 +63,7 @@ class QuantizedEncoder {
       const Part& part = f_.parts[p];
       const float inverse = 1.0f / head_.gain(p);
       std::copy_n(&row_[part.first], part.channels, numbers_.get());
-      std::fill(&numbers_[part.channels], &numbers_[round_up(part.channels, LANES)], 0.0f);
-      if (f_.rotated) rotate(numbers_.get(), part.channels);
+      head_.turn(part, numbers_.get());
       for (int64_t j = 0; j < part.channels; j += LANES) store(&numbers_[j], load(&numbers_[j]) * inverse);
       with_bits(part.bits, [&](auto bits) { amplitudes[p] = encode_part<bits>(part.channels, codes + part.codes); });
     }

@@ -48,6 +48,7 @@ class FloatRows {
   }
 
   int64_t width() const { return width_; }
+  const float* weights() const { return weights_.get(); }  // of recovery_weights()
   const float* operator[](int64_t t) const { return &rows_[t * width_]; }
   void clear_from(int t, int block) {
     std::fill(&rows_[t * width_], &rows_[block * width_], 0.0f);
@@ -287,6 +288,8 @@ class FloatEngine {
     const bool turns = p_.keys.format->kind == Kind::quantized;
     return turns ? &turned_[row * key_width_] : &queries_[row * key_width_];
   }
+
+  const float* key_weights() const { return keys_.weights(); }
 
   const Problem& p_;
   Scratch<float> biases_;

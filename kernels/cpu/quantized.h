@@ -37,8 +37,12 @@ class QuantizedHead {
   // Writes the channels of a part, rotated, with zeros after them up to a multiple of LANES.
   void gather(const Part& part, const float* from, float* to) const {
     for (int64_t i = 0; i < part.channels; ++i) to[i] = from[f_.scaled ? order_[part.first + i] : part.first + i];
-    std::fill(to + part.channels, to + round_up(part.channels, LANES), 0.0f);
-    if (f_.rotated) rotate(to, part.channels);
+    turn(part, to);
+  }
+  // Rotates the channels of a part, if that is wanted; zeros follow them.
+  void turn(const Part& part, float* numbers) const {
+    std::fill(numbers + part.channels, numbers + round_up(part.channels, LANES), 0.0f);
+    if (f_.rotated) rotate(numbers, part.channels);
   }
 
   // What meets levels in a score in place of a query [D]; adds what its score has beside them to `bias`.
@@ -60,8 +64,7 @@ class QuantizedHead {
     for (int p = 0; p < f_.part_count; ++p) {
       const Part& part = f_.parts[p];
       std::copy_n(sums + part.first, part.channels, part_.get());
-      std::fill(&part_[part.channels], &part_[round_up(part.channels, LANES)], 0.0f);
-      if (f_.rotated) rotate(part_.get(), part.channels);
+      turn(part, part_.get());
       for (int64_t i = 0; i < part.channels; ++i) ranked[part.first + i] = part_[i] * gain_[p];
     }
     if (!f_.scaled) return (void)std::copy_n(ranked.get(), f_.dim, sums);

@@ -39,14 +39,13 @@ class VnniEngine : public FloatEngine<T> {
   void start(int64_t b, int64_t h) {
     Base::start(b, h);
     if (!p_.packed) return;
-    const Scratch<float> query = scratch<float>(width_), weights = scratch<float>(p_.key_dim);
-    recovery_weights(p_.keys, b, h, weights.get());
+    const Scratch<float> query = scratch<float>(width_);
     for (int64_t row = 0; row < p_.query_rows(); ++row) {
       const float* from = this->packed_query(row);
       for (size_t p = 0; p < parts_.size(); ++p) {
         float* to = &query[parts_[p].column];
         std::copy_n(from + parts_[p].first, parts_[p].channels, to);
-        for (int64_t j = 0; parts_[p].signs && j < parts_[p].channels; ++j) to[j] *= weights[j];
+        for (int64_t j = 0; parts_[p].signs && j < parts_[p].channels; ++j) to[j] *= this->key_weights()[j];
         digits_.split(row, p, parts_[p], to);
       }
     }
