@@ -1,0 +1,1 @@
+"""Exported graphs: a decoder as two programs that run without its Python code."""

@@ -1,0 +1,209 @@
+"""A decoder's graphs: traced by torch.export, rewritten by the backend's passes, and traced again.
+
+The second trace makes a program of the rewritten graph that torch can save, whose inputs are weights,
+states and what changes from call to call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind
+
+from ..config import SparkConfig
+from ..passes.lower import lower
+from ..passes.pipeline import run_passes
+from ..passes.program import PassFailed, Program, StateInput
+from ..report import GraphReport
+from ..storage import STORED
+from .decoder import Decoder, ExportError, Phase
+
+PHASES: tuple[Phase, ...] = ("prefill", "decode")
+Stored = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One phase of a decoder."""
+
+    phase: Phase
+    module: fx.GraphModule
+    """The rewritten graph; its placeholders are those of ``sources``."""
+    sources: tuple[tuple[str, str], ...]
+    """Of each placeholder: "weight", "state" or "input", and the name."""
+    weights: Mapping[str, Tensor]
+    """Parameters and constants by name, those that are the same tensor once."""
+    states: Mapping[str, Tensor]
+    """Fake tensors of the states' shapes and dtypes, zero before the first token."""
+    report: GraphReport
+    inputs: tuple[Any, ...]
+    """Example values of what changes from call to call."""
+    dynamic: Mapping[str, Any]
+    """Which sizes of those change, as torch.export wants it."""
+
+    def program(self, *, with_weights: bool = False) -> ExportedProgram:
+        """The graph as a program of torch.
+
+        It is called with ``(weights, states, *inputs)``, the first two as dictionaries in the order
+        of ``self.weights`` and ``self.states``; it returns logits and changes the states.
+
+        Args:
+            with_weights: keep the weights in the program, which is then called without them.
+        """
+        zeros = {name: torch.zeros(s.shape, dtype=s.dtype) for name, s in self.states.items()}
+        states = dict.fromkeys(zeros)
+        if with_weights:
+            module: nn.Module = _WithWeights(self)
+            args: tuple[Any, ...] = (zeros, *self.inputs)
+            dynamic: dict[str, Any] = {"states": states}
+        else:
+            module, args = _Flat(self), (dict(self.weights), zeros, *self.inputs)
+            dynamic = {"weights": dict.fromkeys(self.weights), "states": states}
+        dynamic["inputs"] = tuple(self.dynamic.values())
+        with torch.no_grad():
+            program = torch.export.export(module, args, dynamic_shapes=dynamic, strict=False)
+        program.example_inputs = None  # type: ignore[assignment]  # weights and caches are in it
+        return program
+
+
+class _Flat(nn.Module):
+    """A graph called with dictionaries and inputs in place of a list of tensors."""
+
+    def __init__(self, graph: Graph) -> None:
+        super().__init__()
+        self._graph, self._sources = graph.module, graph.sources
+        self._names = tuple(graph.dynamic)
+
+    def forward(self, weights: Stored, states: Stored, *inputs: Tensor) -> Tensor:
+        given = {"weight": weights, "state": states, "input": dict(zip(self._names, inputs, strict=True))}
+        return self._graph(*(given[kind][name] for kind, name in self._sources))[0]  # type: ignore[no-any-return]
+
+
+class _WithWeights(nn.Module):
+    """The same with the weights inside, as AOTInductor wants them."""
+
+    def __init__(self, graph: Graph) -> None:
+        super().__init__()
+        self._flat = _Flat(graph)
+        self._keys = {name: f"w{index}" for index, name in enumerate(graph.weights)}
+        for name, key in self._keys.items():
+            self.register_buffer(key, graph.weights[name])
+
+    def forward(self, states: Stored, *inputs: Tensor) -> Tensor:
+        weights = {name: getattr(self, key) for name, key in self._keys.items()}
+        return self._flat(weights, states, *inputs)  # type: ignore[no-any-return]
+
+
+def trace(decoder: Decoder, phase: Phase, config: SparkConfig | None, max_tokens: int, batch: int) -> Graph:
+    """Trace and rewrite one phase.
+
+    Args:
+        config: None leaves the graph as the model wrote it.
+
+    Raises:
+        ExportError: torch cannot trace the model, or a pass failed; the message says why.
+    """
+    decoder.phase = phase
+    inputs, dynamic = _inputs(decoder, phase, max_tokens, batch)
+    try:
+        with torch.no_grad():
+            exported = torch.export.export(
+                decoder, tuple(inputs.values()), dynamic_shapes=dynamic, strict=False
+            )
+    except Exception as error:  # whatever the model's code, or torch's tracing of it, raises
+        first = str(error).strip().partition("\n")[0]
+        raise ExportError(f"torch cannot export the {phase}: {type(error).__name__}: {first}") from error
+    graph = exported.graph_module
+    fakes = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
+    mode = torch._guards.detect_fake_mode(fakes)
+    assert mode is not None
+    try:
+        program = lower(graph, mode, fakes, config or SparkConfig())
+        matches = run_passes(program) if config is not None else {}
+    except PassFailed as error:
+        raise ExportError(f"the {phase} cannot be rewritten: {error}") from error
+    if config is None:
+        program.module.recompile()
+    report = GraphReport(phase, tuple(program.sites), None, matches)
+    return _graph(exported, program, phase, report, inputs, dynamic)
+
+
+def _inputs(
+    decoder: Decoder, phase: Phase, max_tokens: int, batch: int
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Example inputs by name and their sizes that change."""
+    count = 1 if phase == "decode" else max(2, min(max_tokens // 2, 100))
+    rows = count if phase == "prefill" else 1
+    inputs = {
+        "input_ids": torch.zeros(batch, count, dtype=torch.int64),
+        "position": torch.zeros(1, dtype=torch.int64),
+        "rows": torch.arange(rows),
+    }
+    dynamic: dict[str, Any] = dict.fromkeys(inputs)
+    if phase == "prefill":
+        # The last token that fits comes from a decode.
+        dynamic["input_ids"] = {1: Dim("tokens", min=2, max=max_tokens - 1)}
+        dynamic["rows"] = {0: Dim("rows", min=1, max=max_tokens - 1)}
+    if decoder.masked:
+        inputs["attention_mask"] = torch.ones(batch, max_tokens, dtype=torch.int64)
+        dynamic["attention_mask"] = None
+    return inputs, dynamic
+
+
+def _graph(
+    exported: ExportedProgram, program: Program, phase: Phase, report: GraphReport,
+    inputs: Mapping[str, Tensor], dynamic: Mapping[str, Any],
+) -> Graph:  # fmt: skip
+    """The rewritten graph with the names of what its placeholders stand for."""
+    tensors: dict[str, Any] = {**exported.state_dict, **exported.constants}
+    written = _written(program)
+    placeholders = iter(program.graph.find_nodes(op="placeholder"))
+    weights: dict[str, Tensor] = {}
+    states: dict[str, Tensor] = {}
+    sources: list[tuple[str, str]] = []
+    same: dict[tuple[Any, ...], str] = {}
+    plans = program.inputs or [None] * len(program.arguments)
+    for spec, plan in zip(exported.graph_signature.input_specs, plans, strict=True):
+        name = _name(spec.target or "")
+        if isinstance(plan, StateInput):
+            for part in STORED:
+                states[f"{name}.{part}"] = next(placeholders).meta["val"]
+                sources.append(("state", f"{name}.{part}"))
+            continue
+        node = next(placeholders)
+        if spec.kind is InputKind.USER_INPUT:
+            sources.append(("input", spec.arg.name))
+        elif node in written:
+            if bool(tensors[spec.target].count_nonzero()):
+                raise ExportError(
+                    f"buffer {name} is written by the model and is not zero at first: allowed is zero"
+                )
+            states[name] = node.meta["val"]
+            sources.append(("state", name))
+        else:
+            value = tensors[spec.target].detach()
+            key = (value.data_ptr(), value.shape, value.stride(), value.dtype)
+            name = same.setdefault(key, name) if value.numel() else name
+            weights[name] = value
+            sources.append(("weight", name))
+    order = tuple(inputs)
+    return Graph(
+        phase, program.module, tuple(sources), weights, states, report, tuple(inputs.values()),
+        {name: dynamic[name] for name in order},
+    )  # fmt: skip
+
+
+def _written(program: Program) -> set[fx.Node]:
+    """The placeholders that the graph copies to."""
+    copies = program.graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default)
+    return {copy.args[0] for copy in copies if copy.args[0].op == "placeholder"}
+
+
+def _name(target: str) -> str:
+    """What the model itself calls a tensor of the decoder around it."""
+    return target.removeprefix("model.")
