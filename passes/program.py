@@ -124,6 +124,8 @@ class Program:
     traced: dict[Any, fx.Graph] = field(default_factory=dict)
     """What ``dataflow.inline`` has traced."""
     sites: list[Site] = field(default_factory=list)
+    rolls: bool = True
+    """Whether a full buffer of a static cache may drop its first tokens in another graph."""
     continues: bool = False
     """Whether the graph adds tokens to a cache that it gets, dense or compressed."""
     inputs: list[PlainInput | StateInput] = field(default_factory=list)

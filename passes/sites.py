@@ -177,7 +177,8 @@ def wanted(program: Program, site: CachedAttention, slides: bool) -> Spec:
     """
     key, value = formats(program, site)
     try:
-        layer, static = layer_name(site.attention), site.is_static
+        layer = layer_name(site.attention)
+        static = site.is_static and program.rolls
         return program.config.spec(key, value, slides=slides, static=static, layer=layer)
     except ValueError as error:
         raise Refused(str(error), site.attention) from error

@@ -1,4 +1,4 @@
-"""How an exported graph calls a decoder: tokens and a position in, logits out, the cache in buffers.
+"""How exported graphs call a decoder: tokens and a position in, logits out, caches in buffers.
 
 torch.export sees one signature for every model, and every cache as buffers that are written at a
 position. What the passes make of those buffers does not depend on whose they are.
@@ -26,8 +26,9 @@ class Decoder(nn.Module):
     """A decoder as it is exported.
 
     ``forward(input_ids [B, L], position [1], rows [K], attention_mask [B, max_tokens] or None)``
-    returns logits [B, K, V]. ``position`` (int64) is that of the first token, 0 in a prefill; ``rows``
-    (int64) says of which of the L tokens logits are wanted. ``attention_mask`` is 0 at padding.
+    returns logits [B, K, V]. ``position`` (int64) is that of the first token, 0 in a prefill;
+    ``rows`` (int64) says of which of the L tokens logits are wanted. ``attention_mask`` is 0 at
+    padding.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -38,6 +39,10 @@ class Decoder(nn.Module):
 
     masked = False
     """Whether there is an ``attention_mask``."""
+
+    def reference(self, ids: Tensor) -> Tensor:
+        """Logits [B, S, V] of the model itself for tokens [B, S]; it is left as it was."""
+        raise NotImplementedError
 
 
 class HandwrittenDecoder(Decoder):
@@ -54,6 +59,15 @@ class HandwrittenDecoder(Decoder):
         output = self.model(input_ids, positions)
         logits = getattr(output, "logits", output)
         return logits.index_select(1, rows)  # type: ignore[no-any-return]
+
+    def reference(self, ids: Tensor) -> Tensor:
+        """As the class says."""
+        before = [(buffer, buffer.clone()) for buffer in self.buffers()]
+        zero = torch.zeros(1, dtype=torch.int64, device=ids.device)
+        logits: Tensor = self(ids, zero, torch.arange(ids.shape[1], device=ids.device))
+        for buffer, value in before:
+            buffer.copy_(value)
+        return logits
 
 
 class TransformersDecoder(Decoder):
@@ -86,7 +100,11 @@ class TransformersDecoder(Decoder):
         return [(index, layer) for index, layer in layers if _stores(layer)]
 
     def forward(
-        self, input_ids: Tensor, position: Tensor, rows: Tensor, attention_mask: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        position: Tensor,
+        rows: Tensor,
+        attention_mask: Tensor | None = None,
     ) -> Tensor:
         """Logits at ``rows``, as the class says."""
         count = input_ids.shape[1]
@@ -110,6 +128,10 @@ class TransformersDecoder(Decoder):
         cache = {self._named: self._cache}
         logits = self.model(input_ids=input_ids, use_cache=True, **cache, **keywords).logits
         return logits if takes_rows else logits.index_select(1, rows)  # type: ignore[no-any-return]
+
+    def reference(self, ids: Tensor) -> Tensor:
+        """As the class says."""
+        return self.model(input_ids=ids, use_cache=False).logits  # type: ignore[no-any-return]
 
 
 def decoder_of(model: nn.Module, max_tokens: int, batch: int) -> Decoder:
@@ -141,7 +163,9 @@ def _static_cache(config: Any, max_tokens: int) -> Any:
 
         phase: Phase = "decode"
 
-        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        def update(
+            self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+        ) -> Any:
             keys, values = super().update(key_states, value_states, *args, **kwargs)
             if self.phase == "decode":
                 return keys, values
@@ -160,7 +184,7 @@ def _static_cache(config: Any, max_tokens: int) -> Any:
             cache.layers[index] = Layer(max_tokens)
         elif type(layer).__name__ != "DummyLayer":  # of a layer that borrows another one's cache
             raise ExportError(
-                f"layer {index} of the cache is a {type(layer).__name__}: allowed is one that stores "
-                "keys and values"
+                f"layer {index} of the cache is a {type(layer).__name__}: allowed is one that "
+                "stores keys and values"
             )
     return cache

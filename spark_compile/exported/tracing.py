@@ -1,7 +1,7 @@
 """A decoder's graphs: traced by torch.export, rewritten by the backend's passes, and traced again.
 
-The second trace makes a program of the rewritten graph that torch can save, whose inputs are weights,
-states and what changes from call to call.
+The second trace makes a program of the rewritten graph that torch can save, whose inputs are
+weights, states and what changes from call to call.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from ..config import SparkConfig
+from ..kernels.spec import Side, Spec
 from ..passes.lower import lower
 from ..passes.pipeline import run_passes
-from ..passes.program import PassFailed, Program, StateInput
+from ..passes.program import PassFailed, PlainInput, Program, StateInput
 from ..report import GraphReport
 from ..storage import STORED
 from .decoder import Decoder, ExportError, Phase
@@ -40,11 +41,25 @@ class Graph:
     """Parameters and constants by name, those that are the same tensor once."""
     states: Mapping[str, Tensor]
     """Fake tensors of the states' shapes and dtypes, zero before the first token."""
+    specs: Mapping[str, tuple[Spec, Side]]
+    """How the tokens of a state are stored, of those that are compressed."""
+    max_tokens: int
     report: GraphReport
     inputs: tuple[Any, ...]
     """Example values of what changes from call to call."""
     dynamic: Mapping[str, Any]
     """Which sizes of those change, as torch.export wants it."""
+
+    def run(self, states: Mapping[str, Tensor], ids: Tensor, position: int, row: int) -> Tensor:
+        """Run the graph operator by operator, without padding: logits [B, 1, V] of one token."""
+        given = [ids, torch.tensor([position]), torch.tensor([row]), *self.inputs[3:]]
+        values = {
+            "weight": self.weights,
+            "state": states,
+            "input": dict(zip(self.dynamic, given, strict=True)),
+        }
+        flat = [values[kind][name] for kind, name in self.sources]
+        return self.module(*flat)[0]  # type: ignore[no-any-return]
 
     def program(self, *, with_weights: bool = False) -> ExportedProgram:
         """The graph as a program of torch.
@@ -67,7 +82,7 @@ class Graph:
         dynamic["inputs"] = tuple(self.dynamic.values())
         with torch.no_grad():
             program = torch.export.export(module, args, dynamic_shapes=dynamic, strict=False)
-        program.example_inputs = None  # type: ignore[assignment]  # weights and caches are in it
+        program.example_inputs = None
         return program
 
 
@@ -80,7 +95,11 @@ class _Flat(nn.Module):
         self._names = tuple(graph.dynamic)
 
     def forward(self, weights: Stored, states: Stored, *inputs: Tensor) -> Tensor:
-        given = {"weight": weights, "state": states, "input": dict(zip(self._names, inputs, strict=True))}
+        given = {
+            "weight": weights,
+            "state": states,
+            "input": dict(zip(self._names, inputs, strict=True)),
+        }
         return self._graph(*(given[kind][name] for kind, name in self._sources))[0]  # type: ignore[no-any-return]
 
 
@@ -99,7 +118,9 @@ class _WithWeights(nn.Module):
         return self._flat(weights, states, *inputs)  # type: ignore[no-any-return]
 
 
-def trace(decoder: Decoder, phase: Phase, config: SparkConfig | None, max_tokens: int, batch: int) -> Graph:
+def trace(
+    decoder: Decoder, phase: Phase, config: SparkConfig | None, max_tokens: int, batch: int
+) -> Graph:
     """Trace and rewrite one phase.
 
     Args:
@@ -117,20 +138,23 @@ def trace(decoder: Decoder, phase: Phase, config: SparkConfig | None, max_tokens
             )
     except Exception as error:  # whatever the model's code, or torch's tracing of it, raises
         first = str(error).strip().partition("\n")[0]
-        raise ExportError(f"torch cannot export the {phase}: {type(error).__name__}: {first}") from error
+        raise ExportError(
+            f"torch cannot export the {phase}: {type(error).__name__}: {first}"
+        ) from error
     graph = exported.graph_module
     fakes = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
     mode = torch._guards.detect_fake_mode(fakes)
     assert mode is not None
     try:
         program = lower(graph, mode, fakes, config or SparkConfig())
+        program.rolls = False
         matches = run_passes(program) if config is not None else {}
     except PassFailed as error:
         raise ExportError(f"the {phase} cannot be rewritten: {error}") from error
     if config is None:
         program.module.recompile()
     report = GraphReport(phase, tuple(program.sites), None, matches)
-    return _graph(exported, program, phase, report, inputs, dynamic)
+    return _graph(exported, program, phase, max_tokens, report, inputs, dynamic)
 
 
 def _inputs(
@@ -156,8 +180,8 @@ def _inputs(
 
 
 def _graph(
-    exported: ExportedProgram, program: Program, phase: Phase, report: GraphReport,
-    inputs: Mapping[str, Tensor], dynamic: Mapping[str, Any],
+    exported: ExportedProgram, program: Program, phase: Phase, max_tokens: int,
+    report: GraphReport, inputs: Mapping[str, Tensor], dynamic: Mapping[str, Any],
 ) -> Graph:  # fmt: skip
     """The rewritten graph with the names of what its placeholders stand for."""
     tensors: dict[str, Any] = {**exported.state_dict, **exported.constants}
@@ -165,14 +189,17 @@ def _graph(
     placeholders = iter(program.graph.find_nodes(op="placeholder"))
     weights: dict[str, Tensor] = {}
     states: dict[str, Tensor] = {}
+    specs: dict[str, tuple[Spec, Side]] = {}
     sources: list[tuple[str, str]] = []
     same: dict[tuple[Any, ...], str] = {}
-    plans = program.inputs or [None] * len(program.arguments)
+    plans = program.inputs or [PlainInput()] * len(program.arguments)
     for spec, plan in zip(exported.graph_signature.input_specs, plans, strict=True):
         name = _name(spec.target or "")
         if isinstance(plan, StateInput):
+            assert plan.adopted is not None
             for part in STORED:
                 states[f"{name}.{part}"] = next(placeholders).meta["val"]
+                specs[f"{name}.{part}"] = plan.adopted.form.spec, plan.adopted.side
                 sources.append(("state", f"{name}.{part}"))
             continue
         node = next(placeholders)
@@ -181,7 +208,7 @@ def _graph(
         elif node in written:
             if bool(tensors[spec.target].count_nonzero()):
                 raise ExportError(
-                    f"buffer {name} is written by the model and is not zero at first: allowed is zero"
+                    f"buffer {name} is written by the model and not zero at first: allowed is zero"
                 )
             states[name] = node.meta["val"]
             sources.append(("state", name))
@@ -191,10 +218,9 @@ def _graph(
             name = same.setdefault(key, name) if value.numel() else name
             weights[name] = value
             sources.append(("weight", name))
-    order = tuple(inputs)
     return Graph(
-        phase, program.module, tuple(sources), weights, states, report, tuple(inputs.values()),
-        {name: dynamic[name] for name in order},
+        phase, program.module, tuple(sources), weights, states, specs, max_tokens, report,
+        tuple(inputs.values()), {name: dynamic[name] for name in inputs},
     )  # fmt: skip
 
 

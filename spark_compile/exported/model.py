@@ -1,0 +1,251 @@
+"""``load``: an exported folder as an object that generates, like a model of transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from ..kernels.spec import DTYPES
+from ..report import warn_once
+from ..transformers_names import cache_argument
+from .decoder import ExportError, Phase
+from .folder import WEIGHTS, Manifest, check_files, read_manifest
+from .running import Runner, runner
+
+
+class ExportedCache:
+    """The states of one generation, and how many tokens are in them.
+
+    It belongs to the model that made it. ``generate(..., cache=cache)`` goes on with it.
+    """
+
+    is_compileable = False
+    is_linear = (False,)
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.states = [state.empty() for state in manifest.states]
+        self._tokens = 0
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """The number of tokens."""
+        return self._tokens
+
+    def crop(self, max_length: int) -> None:
+        """Forget the tokens from ``max_length`` on; a negative number forgets that many.
+
+        Raises:
+            ValueError: there are no so many tokens.
+        """
+        kept = max_length if max_length >= 0 else self._tokens + max_length
+        if not 0 <= kept <= self._tokens:
+            raise ValueError(f"max_length is {max_length}: allowed is up to {self._tokens}")
+        self._tokens = kept  # the next step rewinds to its position
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self.crop(0)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Let batch entry i be what entry ``beam_idx[i]`` is, for beam search."""
+        self.states = [state.index_select(0, beam_idx) for state in self.states]
+
+
+class ExportedModel(PreTrainedModel, GenerationMixin):
+    """A decoder whose graphs come from a folder; ``generate`` and ``forward`` as transformers has
+    them, for the batch size that was exported.
+    """
+
+    main_input_name = "input_ids"
+    _is_stateful = True  # assisted and contrastive decoding step back and forth
+
+    def __init__(self, folder: Path, manifest: Manifest, inner: str) -> None:
+        super().__init__(_config(folder))
+        self.folder, self.manifest, self._inner = folder, manifest, inner
+        has_own = (folder / "generation_config.json").is_file()
+        self.generation_config = (
+            GenerationConfig.from_pretrained(folder)
+            if has_own
+            else GenerationConfig.from_model_config(self.config)
+        )
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            self._weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        self._runners: dict[Phase, Runner] = {}
+        self._cache_name = cache_argument(GenerationMixin.prepare_inputs_for_generation)
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        """Where the graphs run."""
+        return torch.device("cpu")
+
+    @property
+    def _masked(self) -> bool:
+        """Whether the graphs take a mask."""
+        return "attention_mask" in self.manifest.programs["decode"].inputs
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
+        return DTYPES[self.manifest.dtype]
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        """Always."""
+        return True
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # ``forward`` makes the cache
+
+    def tie_weights(self, *_args: Any, **_kwargs: Any) -> None:
+        """Nothing to do: what was tied is stored once."""
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, next_sequence_length: int | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """What ``forward`` gets: the tokens that the cache has not, and the mask."""
+        cache = kwargs.get(self._cache_name)
+        if cache is not None and input_ids.shape[1] > cache.get_seq_length():
+            new = input_ids[:, cache.get_seq_length() :]
+        else:
+            new = (
+                input_ids if next_sequence_length is None else input_ids[:, -next_sequence_length:]
+            )
+        mask = kwargs.get("attention_mask")
+        return {"input_ids": new, "attention_mask": mask, self._cache_name: cache, "last": True}
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        last: bool = False,
+        use_cache: bool = True,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits after the tokens, and the cache with them.
+
+        Args:
+            input_ids: [B, L] of the exported batch size; the tokens that the cache has not.
+            attention_mask: [B, tokens in all], 0 at padding, which is on the left.
+            last: logits of the last token alone, [B, 1, V], in place of [B, L, V].
+            kwargs: ``cache`` (``past_key_values`` before transformers 5.24), of an earlier call;
+                others are ignored, as transformers' own models do.
+
+        Raises:
+            ValueError: the tokens do not fit the exported batch size or capacity, or there is
+                padding and the graphs take no mask.
+        """
+        cache = kwargs.get(self._cache_name)
+        if cache is None:
+            cache = ExportedCache(self.manifest)
+        count, past = input_ids.shape[1], cache.get_seq_length()
+        self._check(input_ids, past, attention_mask)
+        mask = self._mask(attention_mask, past + count)
+        if past == 0 and 1 < count < self.manifest.max_tokens:
+            rows = torch.arange(count - 1 if last else 0, count)
+            logits = self._run("prefill", cache, input_ids, 0, rows, mask)
+            cache._tokens = count
+        else:
+            if count > 1:
+                warn_once(
+                    "tokens are added to an exported cache that is not empty: one at a time, since "
+                    "the prefill is for empty ones"
+                )
+            steps = []
+            for index in range(count):
+                token, row = input_ids[:, index : index + 1], torch.zeros(1, dtype=torch.int64)
+                steps.append(self._run("decode", cache, token, past + index, row, mask))
+                cache._tokens = past + index + 1
+            logits = steps[-1] if last else torch.cat(steps, 1)
+        kept: dict[str, Any] = {self._cache_name: cache if use_cache else None}
+        return CausalLMOutputWithPast(logits=logits, **kept)
+
+    def _run(
+        self, phase: Phase, cache: ExportedCache, ids: Tensor, position: int, rows: Tensor,
+        mask: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        if phase not in self._runners:
+            self._runners[phase] = runner(
+                self.folder, self.manifest, phase, self._weights, self._inner
+            )
+        inputs = [ids, torch.tensor([position]), rows, *([] if mask is None else [mask])]
+        return self._runners[phase](cache.states, inputs)
+
+    def _check(self, input_ids: Tensor, past: int, mask: Tensor | None) -> None:
+        batch, most = self.manifest.batch, self.manifest.max_tokens
+        if input_ids.dim() != 2 or input_ids.shape[0] != batch or input_ids.shape[1] == 0:
+            raise ValueError(
+                f"input_ids are {list(input_ids.shape)}: allowed is [{batch}, tokens], the batch "
+                "size that was exported"
+            )
+        if past + input_ids.shape[1] > most:
+            raise ValueError(
+                f"{past + input_ids.shape[1]} tokens do not fit: allowed are {most}, the capacity "
+                "that was exported"
+            )
+        if mask is not None and not self._masked and (mask.dim() != 2 or not bool(mask.all())):
+            raise ValueError(
+                "attention_mask has zeros: allowed is none of them with graphs for a batch of 1"
+            )
+
+    def _mask(self, mask: Tensor | None, count: int) -> Tensor | None:
+        """The mask [B, max_tokens] that the graphs take, if they take one."""
+        if not self._masked:
+            return None
+        whole = torch.ones(self.manifest.batch, self.manifest.max_tokens, dtype=torch.int64)
+        if mask is not None:
+            allowed = (self.manifest.batch, count)
+            if mask.shape != allowed:
+                raise ValueError(f"attention_mask is {tuple(mask.shape)}: allowed is {allowed}")
+            whole[:, :count] = mask
+        return whole
+
+    def stored_bytes(self) -> int:
+        """Bytes of the states of one generation."""
+        return self.manifest.state_bytes
+
+    def eval(self) -> Self:
+        """The model itself."""
+        return self
+
+
+def load(folder: str | Path, *, inner: str = "inductor") -> ExportedModel:
+    """Load what ``export`` wrote.
+
+    No code of the model is run, and nothing is unpickled; but graphs and packages are programs:
+    load folders of people whom you trust.
+
+    Args:
+        folder: that of the manifest.
+        inner: "inductor" compiles the graphs at their first call, unless there is a package of
+            AOTInductor beside them, which is then run; "eager" runs them operator by operator.
+
+    Raises:
+        ExportError: the folder is of another version, or a file in it is missing, altered or not
+            what an export writes.
+    """
+    if inner not in ("inductor", "eager"):
+        raise ExportError(f"inner is {inner!r}: allowed is 'inductor' or 'eager'")
+    path = Path(folder)
+    manifest = read_manifest(path)
+    check_files(path, manifest)
+    return ExportedModel(path, manifest, inner).eval()
+
+
+def _config(folder: Path) -> PreTrainedConfig:
+    """The model's config; a bare one for a model that has none."""
+    if (folder / "config.json").is_file():
+        return AutoConfig.from_pretrained(folder)  # type: ignore[no-any-return]
+    return PreTrainedConfig()

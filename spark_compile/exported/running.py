@@ -1,0 +1,49 @@
+"""Running a program of an exported folder, compiled or not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch._dynamo.backends.registry import lookup_backend
+
+from .decoder import Phase
+from .folder import Manifest
+
+Runner = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
+"""Takes the states, which it changes, and the inputs; returns logits [B, K, V]."""
+
+
+def runner(
+    folder: Path, manifest: Manifest, phase: Phase, weights: Mapping[str, Tensor], inner: str
+) -> Runner:
+    """What runs a phase; see ``load``."""
+    file = manifest.programs[phase]
+    program = torch.export.load(folder / file.file)
+    module = program.graph_module
+    fixed = [weights[name] for name in file.weights]
+    call: Callable[..., Sequence[Tensor]] = module
+    if inner != "eager":
+        values = [node.meta["val"] for node in module.graph.find_nodes(op="placeholder")]
+        _drop_false_symbols(values)
+        with torch.no_grad():
+            call = lookup_backend(inner)(module, values)
+
+    def run(states: Sequence[Tensor], inputs: Sequence[Tensor]) -> Tensor:
+        with torch.no_grad():
+            return call(*fixed, *states, *inputs)[0]
+
+    return run
+
+
+def _drop_false_symbols(values: Sequence[object]) -> None:
+    """Let a loaded program's sizes be what Inductor expects.
+
+    torch 2.13 notes the value of every product of sizes that it reads as if that were a symbol.
+    """
+    mode = torch._guards.detect_fake_mode(values)
+    known = getattr(getattr(mode, "shape_env", None), "backed_var_to_val", {})
+    for name in [name for name in known if not name.is_symbol]:
+        del known[name]
