@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
 
 from .calibrate import calibrate
+from .cli_models import pretrained
 from .kernels.spec import DTYPES
 from .plan import Plan
 from .report import OptionError
@@ -34,20 +34,14 @@ def plan_for(
     import torch
     import transformers
 
-    transformers.utils.logging.disable_progress_bar()
     try:
         written = text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise OptionError(f"text {text} cannot be read: {error}") from error
-    load: dict[str, Any] = {**keywords, "dtype": torch.float32}
-    if "gguf_file" in keywords and hasattr(transformers, "GgufConfig"):
-        load["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    try:
-        config = transformers.AutoConfig.from_pretrained(place, **keywords)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(place, **keywords)
-        model = transformers.AutoModelForCausalLM.from_pretrained(place, **load).eval()
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise OptionError(f"model {place!r} cannot be loaded with tokenizer: {error}") from error
+    model, tokenizer = pretrained(place, keywords, torch.float32)
+    if isinstance(tokenizer, Exception):
+        raise OptionError(f"model {place!r} has no tokenizer: {tokenizer}") from tokenizer
+    config = transformers.AutoConfig.from_pretrained(place, **keywords)
     tokens = tokenizer(written, return_tensors="pt", verbose=False).input_ids
     kept = (config.dtype or torch.float32) if dtype == "auto" else DTYPES[dtype]
     return calibrate(model, tokens, budget=budget, dtype=kept, context=context, windows=windows)

@@ -1,0 +1,242 @@
+"""``spark-optimize`` for exported graphs: export, which is the default, run and inspect."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from typer.core import TyperGroup
+
+from ..cli_models import MODEL_KINDS, handwritten, locate, pretrained
+from ..cli_options import check, fail, first_line, with_spark_options
+from ..kernels.spec import DTYPES
+from ..report import SparkError, SparkWarning
+
+if TYPE_CHECKING:
+    from .folder import Manifest
+
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="What `export` has written.")]
+
+
+class ExportIsDefault(TyperGroup):
+    """`spark-optimize MODEL -o DIR` is `spark-optimize export MODEL -o DIR`."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Take a first word that is no command for a model, if an output folder is named."""
+        if args[0] not in self.commands and any(a.startswith(("-o", "--output")) for a in args):
+            args = ["export", *args]
+        return super().resolve_command(ctx, args)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the command line."""
+    for command in (export, run, inspect):
+        app.command()(command)
+
+
+@with_spark_options
+def export(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help=f"What to export: {MODEL_KINDS}, or module:factory, a function that makes a "
+            "module which is called with tokens and positions and has its caches in buffers."
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write.")],
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(help="Capacity of the caches; if not given, 8192, or what the model allows."),
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Number of sequences.")] = 1,
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16, float16, or auto: that of the weights.")
+    ] = "auto",
+    plan: Annotated[Path | None, typer.Option(help="Plan that `tune` has written.")] = None,
+    check_graphs: Annotated[
+        bool,
+        typer.Option("--verify/--no-verify", help="Compare the graphs with the model on a text."),
+    ] = True,
+    overwrite: Annotated[bool, typer.Option(help="Replace an exported folder.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest alone.")] = False,
+    *,
+    options: dict[str, Any],
+) -> None:
+    """Write MODEL as graphs that run without its code, with the cache compressed.
+
+    DIR gets prefill.pt2 and decode.pt2 (programs of torch.export), the weights once, a manifest,
+    and config and tokenizer as the model has them. `spark-optimize run DIR` generates with it, and
+    so does spark_compile.load(DIR).
+    """
+    if dtype not in ("auto", *DTYPES):
+        fail(f"option 'dtype' is {dtype!r}: allowed is one of 'auto', {', '.join(DTYPES)}")
+    check(options)
+    is_factory = ":" in model and not Path(model).exists()
+    place, keywords = ("", {}) if is_factory else locate(model)
+    from .export import export as write
+
+    try:
+        with _progress(quiet=as_json) as told, _warnings(as_json):
+            told("loading the model")
+            made, tokenizer = _loaded(model if is_factory else "", place, keywords, dtype)
+            manifest = write(
+                made, output, max_tokens=max_tokens, batch=batch, plan=plan, tokenizer=tokenizer,
+                check=check_graphs, overwrite=overwrite, told=told, **options,
+            )  # fmt: skip
+    except (SparkError, OSError) as error:
+        fail(first_line(error, 600), code=1)
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(manifest), indent=2))
+        return
+    _describe(Console(), output, manifest)
+
+
+def _loaded(factory: str, place: str, keywords: Mapping[str, str], dtype: str) -> tuple[Any, Any]:
+    """The model and its tokenizer, None if it has none."""
+    kind = "auto" if dtype == "auto" else DTYPES[dtype]
+    if factory:
+        made = handwritten(factory)
+        return (made if dtype == "auto" else made.to(kind)), None
+    model, tokenizer = pretrained(place, keywords, kind)
+    return model, None if isinstance(tokenizer, Exception) else tokenizer
+
+
+def inspect(
+    folder: Folder,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest alone.")] = False,
+) -> None:
+    """Say what is in an exported folder, after checking that it is what was written."""
+    from .folder import check_files, read_manifest
+
+    try:
+        manifest = read_manifest(folder)
+        check_files(folder, manifest)
+    except SparkError as error:
+        fail(first_line(error, 600))
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(manifest), indent=2))
+        return
+    console = Console()
+    console.print(manifest.reported().table())
+    _describe(console, folder, manifest)
+
+
+def run(
+    folder: Folder,
+    prompt: Annotated[str, typer.Option(help="What the model gets; - reads the standard input.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 256,
+    raw: Annotated[
+        bool, typer.Option(help="Give the prompt as it is, without the model's chat template.")
+    ] = False,
+    greedy: Annotated[
+        bool,
+        typer.Option(help="Take the most probable token, whatever the config says."),
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
+    inner: Annotated[
+        str, typer.Option(help="inductor compiles first, eager runs operator by operator.")
+    ] = "inductor",
+) -> None:
+    """Generate text with an exported folder, as its generation config says."""
+    text = sys.stdin.read() if prompt == "-" else prompt
+    from .model import load
+    from .streaming import TimedStreamer, prompt_tokens
+
+    try:
+        with _warnings(quiet=False):
+            model = load(folder, inner=inner)
+            tokenizer, ids = prompt_tokens(model, text, raw=raw)
+            import torch
+
+            torch.manual_seed(seed)
+            streamer = TimedStreamer(tokenizer)
+            sampling: dict[str, Any] = {"do_sample": False} if greedy else {}
+            room = model.manifest.max_tokens - ids.shape[1]
+            model.generate(
+                ids, max_new_tokens=min(max_new_tokens, room), streamer=streamer, **sampling
+            )
+    except (SparkError, ValueError, OSError) as error:
+        fail(first_line(error, 600))
+    share = model.manifest.state_bytes / model.manifest.dense_bytes
+    Console(stderr=True).print(
+        f"{ids.shape[1]} tokens in, {streamer.tokens} out: first token after "
+        f"{streamer.first_s:.2f} s with loading the graphs, then {streamer.rate:.1f} tokens/s; the "
+        f"cache takes {_size(model.manifest.state_bytes)}, {share:.0%} of a dense one",
+        markup=False, highlight=False,
+    )  # fmt: skip
+
+
+def _describe(console: Console, folder: Path, manifest: Manifest) -> None:
+    """A table of what a user wants to know."""
+    table = Table(show_header=False, title=str(folder))
+    rows = {
+        "model": f"{manifest.model}, {manifest.dtype}",
+        "cache": f"{manifest.max_tokens:,} tokens, batch {manifest.batch}",
+        "bytes per token": f"{manifest.dense_token_bytes:,} dense, {manifest.stored_token_bytes:,} "
+        "in a page",
+        "cache in all": f"{_size(manifest.state_bytes)}, dense {_size(manifest.dense_bytes)}",
+        "files": ", ".join(
+            f"{name} {_size((folder / name).stat().st_size)}"
+            for name in manifest.files
+            if name.endswith((".pt2", ".safetensors", ".so"))
+        ),
+    }
+    if (found := manifest.verified) is not None:
+        rows["every bit stored"] = (
+            f"{found['equal']} of {found['scored']} tokens as the model, KL {found['kl_exact']:.1e}"
+        )
+        rows["as exported"] = (
+            f"KL {found['kl']:.1e} nats after a prompt of {found['prompt']} tokens"
+        )
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console.print(table)
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB"
+
+
+@contextmanager
+def _progress(*, quiet: bool) -> Iterator[Callable[[str], None]]:
+    """A line that says what is being done, and for how long."""
+    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True), disable=quiet) as progress:
+        task = None
+
+        def told(step: str) -> None:
+            nonlocal task
+            if task is not None:
+                progress.update(task, completed=1)
+            task = progress.add_task(step, total=1)
+
+        yield told
+        if task is not None:
+            progress.update(task, completed=1)
+
+
+@contextmanager
+def _warnings(quiet: bool) -> Iterator[None]:
+    """Print our warnings as lines, at once."""
+    show = warnings.showwarning
+
+    def line(message: Any, category: type[Warning], *rest: Any, **keywords: Any) -> None:
+        if issubclass(category, SparkWarning):
+            typer.echo(f"warning: {message}", err=True)
+        else:
+            show(message, category, *rest, **keywords)
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore" if quiet else "always", category=SparkWarning)
+        warnings.showwarning = line
+        yield

@@ -1,0 +1,65 @@
+"""Text in and out of an exported folder."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, cast
+
+from torch import Tensor
+from transformers import AutoTokenizer, TextStreamer
+
+from .decoder import ExportError
+from .model import ExportedModel
+
+
+class TimedStreamer(TextStreamer):
+    """Prints text as it comes, and notes how fast."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.tokens = 0
+        self.first_s = 0.0
+        """Seconds until the first token."""
+        self._start_s = time.perf_counter()
+        self._last_s = 0.0
+
+    def put(self, value: Tensor) -> None:
+        """Take the prompt, or a token."""
+        is_prompt = self.next_tokens_are_prompt
+        super().put(value)
+        if is_prompt:
+            return
+        self._last_s = time.perf_counter() - self._start_s
+        self.first_s = self.first_s or self._last_s
+        self.tokens += 1
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second after the first one."""
+        return (self.tokens - 1) / max(self._last_s - self.first_s, 1e-9)
+
+
+def prompt_tokens(model: ExportedModel, text: str, *, raw: bool) -> tuple[Any, Tensor]:
+    """The tokenizer of an exported folder, and a prompt as ids [1, S].
+
+    Args:
+        raw: leave out the chat template, if there is one.
+
+    Raises:
+        ExportError: there is no tokenizer, or the prompt leaves no room for an answer.
+    """
+    try:
+        tokenizer = cast(Any, AutoTokenizer).from_pretrained(model.folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ExportError(f"{model.folder} has no tokenizer: text needs one") from error
+    if tokenizer.chat_template and not raw:
+        message = [{"role": "user", "content": text}]
+        ids = tokenizer.apply_chat_template(
+            message, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )["input_ids"]
+    else:
+        ids = tokenizer(text, return_tensors="pt").input_ids
+    most = model.manifest.max_tokens
+    if not 0 < ids.shape[1] < most:
+        raise ExportError(f"the prompt has {ids.shape[1]} tokens: allowed are 1 to {most - 1}")
+    return tokenizer, ids
