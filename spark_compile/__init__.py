@@ -11,6 +11,8 @@ from .backend import optimize, spark
 from .calibrate import calibrate
 from .config import SparkConfig
 from .explain import explain
+from .exported.export import export
+from .exported.load import load
 from .plan import Plan
 from .report import OptionError, Report, SparkError, SparkWarning
 from .state import PrunedKeys, StoredValues
@@ -26,7 +28,9 @@ __all__ = [
     "StoredValues",
     "calibrate",
     "explain",
+    "export",
     "kv_bytes",
+    "load",
     "optimize",
     "spark",
 ]

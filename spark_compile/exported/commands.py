@@ -40,7 +40,7 @@ class ExportIsDefault(TyperGroup):
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
-    for command in (export, run, inspect):
+    for command in (export, run, serve, inspect):
         app.command()(command)
 
 
@@ -149,7 +149,7 @@ def run(
 ) -> None:
     """Generate text with an exported folder, as its generation config says."""
     text = sys.stdin.read() if prompt == "-" else prompt
-    from .model import load
+    from .load import load
     from .streaming import TimedStreamer, prompt_tokens
 
     try:
@@ -174,6 +174,35 @@ def run(
         f"cache takes {_size(model.manifest.state_bytes)}, {share:.0%} of a dense one",
         markup=False, highlight=False,
     )  # fmt: skip
+
+
+def serve(
+    folder: Folder,
+    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    inner: Annotated[
+        str, typer.Option(help="inductor compiles first, eager runs operator by operator.")
+    ] = "inductor",
+) -> None:
+    """Answer OpenAI's /v1/completions and /v1/chat/completions with an exported folder."""
+    try:
+        import uvicorn
+
+        from .serve import app_for
+    except ImportError as error:
+        fail(f"{error}: install it by pip install 'spark-compile[serve]'")
+    from .load import load
+    from .streaming import tokenizer_of
+
+    try:
+        with _warnings(quiet=False):
+            model = load(folder, inner=inner)
+            if model.manifest.batch != 1:
+                fail(f"{folder} is of batch {model.manifest.batch}: allowed is 1")
+            app = app_for(model, tokenizer_of(model), folder.resolve().name)
+    except SparkError as error:
+        fail(first_line(error, 600))
+    uvicorn.run(app, host=host, port=port, log_level="info", timeout_graceful_shutdown=5)
 
 
 def _describe(console: Console, folder: Path, manifest: Manifest) -> None:

@@ -77,7 +77,7 @@ def export(
         verified = None
         if check:
             told("checking the graphs against the model")
-            text = _text(decoder, tokenizer) if tokens is None else tokens
+            text = _text(decoder, tokenizer, batch) if tokens is None else tokens
             verified = verify(decoder, graphs, text, max_tokens)
         for phase, graph in graphs.items():
             told(f"writing the {phase}")
@@ -85,6 +85,7 @@ def export(
         told("writing the weights")
         weights = {name: w for graph in graphs.values() for name, w in graph.weights.items()}
         save_file({name: _own(weight) for name, weight in weights.items()}, beside / WEIGHTS)
+        (beside / WEIGHTS).chmod(0o644)  # as the other files
         _save_beside(model, tokenizer, beside)
         manifest = _manifest(model, graphs, config, options, max_tokens, batch, verified, beside)
         manifest.save(beside)
@@ -141,11 +142,11 @@ def _graphs(
     return graphs
 
 
-def _text(decoder: Decoder, tokenizer: Any) -> Tensor:
+def _text(decoder: Decoder, tokenizer: Any, batch: int) -> Tensor:
     """Tokens to check the graphs with, [1, S]."""
     if tokenizer is not None:
         return tokenizer(TEXT, return_tensors="pt").input_ids  # type: ignore[no-any-return]
-    vocabulary = decoder.reference(torch.zeros(1, 1, dtype=torch.int64)).shape[-1]
+    vocabulary = decoder.reference(torch.zeros(batch, 1, dtype=torch.int64)).shape[-1]
     return torch.randint(0, vocabulary, (1, 160), generator=torch.Generator().manual_seed(0))
 
 

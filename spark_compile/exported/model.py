@@ -1,4 +1,4 @@
-"""``load``: an exported folder as an object that generates, like a model of transformers."""
+"""An exported folder as an object that generates, like a model of transformers."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ..kernels.spec import DTYPES
 from ..report import warn_once
 from ..transformers_names import cache_argument
-from .decoder import ExportError, Phase
-from .folder import WEIGHTS, Manifest, check_files, read_manifest
+from .decoder import Phase
+from .folder import WEIGHTS, Manifest
 from .running import Runner, runner
 
 
@@ -82,10 +82,10 @@ class ExportedModel(PreTrainedModel, GenerationMixin):
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             self._weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         self._runners: dict[Phase, Runner] = {}
-        self._cache_name = cache_argument(GenerationMixin.prepare_inputs_for_generation)
+        self.cache_name: str = cache_argument(GenerationMixin.prepare_inputs_for_generation)
 
     @property
-    def device(self) -> torch.device:  # type: ignore[override]
+    def device(self) -> torch.device:
         """Where the graphs run."""
         return torch.device("cpu")
 
@@ -115,7 +115,7 @@ class ExportedModel(PreTrainedModel, GenerationMixin):
         self, input_ids: Tensor, next_sequence_length: int | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         """What ``forward`` gets: the tokens that the cache has not, and the mask."""
-        cache = kwargs.get(self._cache_name)
+        cache = kwargs.get(self.cache_name)
         if cache is not None and input_ids.shape[1] > cache.get_seq_length():
             new = input_ids[:, cache.get_seq_length() :]
         else:
@@ -123,7 +123,7 @@ class ExportedModel(PreTrainedModel, GenerationMixin):
                 input_ids if next_sequence_length is None else input_ids[:, -next_sequence_length:]
             )
         mask = kwargs.get("attention_mask")
-        return {"input_ids": new, "attention_mask": mask, self._cache_name: cache, "last": True}
+        return {"input_ids": new, "attention_mask": mask, self.cache_name: cache, "last": True}
 
     def forward(
         self,
@@ -132,7 +132,9 @@ class ExportedModel(PreTrainedModel, GenerationMixin):
         *,
         last: bool = False,
         use_cache: bool = True,
-        **kwargs: Any,
+        cache: ExportedCache | None = None,
+        past_key_values: ExportedCache | None = None,
+        **_kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits after the tokens, and the cache with them.
 
@@ -140,16 +142,14 @@ class ExportedModel(PreTrainedModel, GenerationMixin):
             input_ids: [B, L] of the exported batch size; the tokens that the cache has not.
             attention_mask: [B, tokens in all], 0 at padding, which is on the left.
             last: logits of the last token alone, [B, 1, V], in place of [B, L, V].
-            kwargs: ``cache`` (``past_key_values`` before transformers 5.24), of an earlier call;
-                others are ignored, as transformers' own models do.
+            cache: of an earlier call; before transformers 5.24 it is ``past_key_values``. Other
+                arguments are ignored, as transformers' own models do.
 
         Raises:
             ValueError: the tokens do not fit the exported batch size or capacity, or there is
                 padding and the graphs take no mask.
         """
-        cache = kwargs.get(self._cache_name)
-        if cache is None:
-            cache = ExportedCache(self.manifest)
+        cache = cache or past_key_values or ExportedCache(self.manifest)
         count, past = input_ids.shape[1], cache.get_seq_length()
         self._check(input_ids, past, attention_mask)
         mask = self._mask(attention_mask, past + count)
@@ -169,7 +169,7 @@ class ExportedModel(PreTrainedModel, GenerationMixin):
                 steps.append(self._run("decode", cache, token, past + index, row, mask))
                 cache._tokens = past + index + 1
             logits = steps[-1] if last else torch.cat(steps, 1)
-        kept: dict[str, Any] = {self._cache_name: cache if use_cache else None}
+        kept: dict[str, Any] = {self.cache_name: cache if use_cache else None}
         return CausalLMOutputWithPast(logits=logits, **kept)
 
     def _run(
@@ -219,29 +219,6 @@ class ExportedModel(PreTrainedModel, GenerationMixin):
     def eval(self) -> Self:
         """The model itself."""
         return self
-
-
-def load(folder: str | Path, *, inner: str = "inductor") -> ExportedModel:
-    """Load what ``export`` wrote.
-
-    No code of the model is run, and nothing is unpickled; but graphs and packages are programs:
-    load folders of people whom you trust.
-
-    Args:
-        folder: that of the manifest.
-        inner: "inductor" compiles the graphs at their first call, unless there is a package of
-            AOTInductor beside them, which is then run; "eager" runs them operator by operator.
-
-    Raises:
-        ExportError: the folder is of another version, or a file in it is missing, altered or not
-            what an export writes.
-    """
-    if inner not in ("inductor", "eager"):
-        raise ExportError(f"inner is {inner!r}: allowed is 'inductor' or 'eager'")
-    path = Path(folder)
-    manifest = read_manifest(path)
-    check_files(path, manifest)
-    return ExportedModel(path, manifest, inner).eval()
 
 
 def _config(folder: Path) -> PreTrainedConfig:

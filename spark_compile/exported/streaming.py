@@ -26,7 +26,7 @@ class TimedStreamer(TextStreamer):
     def put(self, value: Tensor) -> None:
         """Take the prompt, or a token."""
         is_prompt = self.next_tokens_are_prompt
-        super().put(value)
+        super().put(value)  # type: ignore[no-untyped-call]
         if is_prompt:
             return
         self._last_s = time.perf_counter() - self._start_s
@@ -40,7 +40,7 @@ class TimedStreamer(TextStreamer):
 
 
 def prompt_tokens(model: ExportedModel, text: str, *, raw: bool) -> tuple[Any, Tensor]:
-    """The tokenizer of an exported folder, and a prompt as ids [1, S].
+    """The tokenizer, and a prompt as ids [1, S].
 
     Args:
         raw: leave out the chat template, if there is one.
@@ -48,18 +48,32 @@ def prompt_tokens(model: ExportedModel, text: str, *, raw: bool) -> tuple[Any, T
     Raises:
         ExportError: there is no tokenizer, or the prompt leaves no room for an answer.
     """
-    try:
-        tokenizer = cast(Any, AutoTokenizer).from_pretrained(model.folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise ExportError(f"{model.folder} has no tokenizer: text needs one") from error
-    if tokenizer.chat_template and not raw:
-        message = [{"role": "user", "content": text}]
-        ids = tokenizer.apply_chat_template(
-            message, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )["input_ids"]
-    else:
-        ids = tokenizer(text, return_tensors="pt").input_ids
+    tokenizer = tokenizer_of(model)
+    chat = tokenizer.chat_template and not raw
+    ids = encoded(tokenizer, [{"role": "user", "content": text}] if chat else text)
     most = model.manifest.max_tokens
     if not 0 < ids.shape[1] < most:
         raise ExportError(f"the prompt has {ids.shape[1]} tokens: allowed are 1 to {most - 1}")
     return tokenizer, ids
+
+
+def tokenizer_of(model: ExportedModel) -> Any:
+    """The tokenizer of an exported folder.
+
+    Raises:
+        ExportError: there is none.
+    """
+    try:
+        return cast(Any, AutoTokenizer).from_pretrained(model.folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ExportError(f"{model.folder} has no tokenizer: text needs one") from error
+
+
+def encoded(tokenizer: Any, what: str | list[dict[str, str]]) -> Tensor:
+    """A text, or the messages of a chat before the answer, as ids [1, S]."""
+    if isinstance(what, str):
+        return tokenizer(what, return_tensors="pt").input_ids  # type: ignore[no-any-return]
+    filled = tokenizer.apply_chat_template(
+        what, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    return filled["input_ids"]  # type: ignore[no-any-return]

@@ -1,0 +1,335 @@
+"""An exported folder as an endpoint that clients of OpenAI's API talk to."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import queue
+import threading
+import time
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from typing import Any, Literal
+
+import torch
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+from transformers import StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
+
+from .model import ExportedModel
+from .streaming import encoded
+
+MOST_BODY_BYTES = 1 << 20
+MOST_WAITING = 16
+"""Requests that wait for their turn; the graphs do one at a time."""
+_END = object()
+
+
+class _Asked(BaseModel):
+    """What both kinds of request may say; other fields are ignored, unless they change the result
+    in a way that is not done here.
+    """
+
+    model_config = ConfigDict(extra="allow")
+    model: str = ""
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    seed: int | None = Field(None, ge=0, lt=1 << 63)
+    stop: str | list[str] | None = None
+    stream: bool = False
+    n: Literal[1, None] = None
+
+
+class CompletionRequest(_Asked):
+    """Of ``/v1/completions``."""
+
+    prompt: str
+
+
+class Message(BaseModel):
+    """One of a chat."""
+
+    role: str
+    content: str
+
+
+class ChatRequest(_Asked):
+    """Of ``/v1/chat/completions``."""
+
+    messages: list[Message] = Field(min_length=1)
+
+
+class RequestError(ValueError):
+    """A request that cannot be answered."""
+
+
+UNKNOWN = (
+    "best_of", "echo", "functions", "logit_bias", "logprobs", "suffix", "tools", "top_logprobs",
+)  # fmt: skip
+
+
+def app_for(model: ExportedModel, tokenizer: Any, name: str) -> FastAPI:
+    """The endpoint's application.
+
+    Args:
+        model: of a batch of 1.
+        name: of the model, as clients see it.
+    """
+    app = FastAPI(title=name, docs_url=None, redoc_url=None, openapi_url=None)
+    engine = _Engine(model, tokenizer, name)
+
+    @app.middleware("http")
+    async def limit_body(request: Request, call_next: Any) -> Any:
+        length = request.headers.get("content-length", "")
+        if request.method == "POST" and not (length.isdigit() and int(length) <= MOST_BODY_BYTES):
+            size = f"{length} bytes" if length else "of unknown size"
+            return _error(413, f"the body is {size}: allowed are {MOST_BODY_BYTES} bytes")
+        return await call_next(request)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"][1:])
+        return _error(400, f"{where}: {first['msg']}")
+
+    @app.exception_handler(RequestError)
+    async def refused(_request: Request, error: RequestError) -> JSONResponse:
+        return _error(400, str(error))
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        entry = {
+            "id": name,
+            "object": "model",
+            "created": engine.since,
+            "owned_by": "spark-compile",
+        }
+        return {"object": "list", "data": [entry]}
+
+    @app.post("/v1/completions")
+    async def completions(asked: CompletionRequest) -> Any:
+        ids = encoded(tokenizer, asked.prompt)
+        return await engine.answer(asked, ids, "text_completion")
+
+    @app.post("/v1/chat/completions")
+    async def chat(asked: ChatRequest) -> Any:
+        if not tokenizer.chat_template:
+            raise RequestError("the model has no chat template: allowed is /v1/completions")
+        messages = [message.model_dump() for message in asked.messages]
+        try:
+            ids = encoded(tokenizer, messages)
+        except Exception as error:  # whatever the template raises about roles and their order
+            raise RequestError(f"messages: {error}") from error
+        return await engine.answer(asked, ids, "chat.completion")
+
+    return app
+
+
+def _error(status: int, message: str) -> JSONResponse:
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return JSONResponse({"error": {"message": message, "type": kind, "code": None}}, status)
+
+
+class _Engine:
+    """Generates for one request after another."""
+
+    def __init__(self, model: ExportedModel, tokenizer: Any, name: str) -> None:
+        self._model, self._tokenizer, self._name = model, tokenizer, name
+        self._turn = asyncio.Lock()
+        self._waiting = 0
+        self.since = int(time.time())
+
+    async def answer(self, asked: _Asked, ids: Tensor, kind: str) -> Any:
+        """The response to a request with a prompt of ids [1, S]."""
+        keywords = self._keywords(asked, ids)
+        if self._waiting >= MOST_WAITING:
+            return _error(503, f"{self._waiting} requests wait already: try again later")
+        head = {
+            "id": f"cmpl-{uuid.uuid4().hex}",
+            "object": kind,
+            "created": int(time.time()),
+            "model": self._name,
+        }
+        job = _Job(self._model, self._tokenizer, ids, asked, keywords)
+        if asked.stream:
+            return StreamingResponse(self._events(job, head), media_type="text/event-stream")
+        pieces = [piece async for piece in self._pieces(job)]
+        choice: dict[str, Any] = {"index": 0, "finish_reason": job.reason, "logprobs": None}
+        if kind == "chat.completion":
+            choice["message"] = {"role": "assistant", "content": "".join(pieces)}
+        else:
+            choice["text"] = "".join(pieces)
+        usage = {"prompt_tokens": ids.shape[1], "completion_tokens": job.count}
+        usage["total_tokens"] = sum(usage.values())
+        return {**head, "choices": [choice], "usage": usage}
+
+    def _keywords(self, asked: _Asked, ids: Tensor) -> dict[str, Any]:
+        """Arguments of ``generate``."""
+        for field in UNKNOWN:
+            if (asked.model_extra or {}).get(field):
+                raise RequestError(f"{field} is set: allowed is to leave it out")
+        room = self._model.manifest.max_tokens - ids.shape[1]
+        if ids.shape[1] == 0 or room < 1:
+            most = self._model.manifest.max_tokens - 1
+            raise RequestError(f"the prompt has {ids.shape[1]} tokens: allowed are 1 to {most}")
+        wanted = asked.max_completion_tokens or asked.max_tokens or room
+        keywords: dict[str, Any] = {"max_new_tokens": min(wanted, room)}
+        if asked.temperature == 0:
+            keywords["do_sample"] = False
+        elif asked.temperature is not None or asked.top_p is not None:
+            keywords["do_sample"] = True
+            keywords["temperature"] = 1.0 if asked.temperature is None else asked.temperature
+            keywords["top_p"] = 1.0 if asked.top_p is None else asked.top_p
+        return keywords
+
+    async def _pieces(self, job: _Job) -> AsyncIterator[str]:
+        """The text as it comes; whoever stops asking ends the generation."""
+        self._waiting += 1
+        try:
+            await self._turn.acquire()
+        finally:
+            self._waiting -= 1
+        try:
+            job.start()
+            while (piece := await asyncio.to_thread(job.next_piece)) is not _END:
+                yield piece
+        finally:
+            job.cancelled.set()
+            await asyncio.shield(asyncio.to_thread(job.join))
+            self._turn.release()
+
+    async def _events(self, job: _Job, head: dict[str, Any]) -> AsyncIterator[str]:
+        """Server-sent events of a streamed response."""
+        is_chat = head["object"] == "chat.completion"
+        head = {**head, "object": "chat.completion.chunk" if is_chat else "text_completion"}
+
+        def event(text: str | None, reason: str | None) -> str:
+            choice: dict[str, Any] = {"index": 0, "finish_reason": reason, "logprobs": None}
+            if is_chat:
+                choice["delta"] = {} if text is None else {"role": "assistant", "content": text}
+            else:
+                choice["text"] = text or ""
+            return f"data: {json.dumps({**head, 'choices': [choice]})}\n\n"
+
+        async for piece in self._pieces(job):
+            yield event(piece, None)
+        yield event(None, job.reason)
+        yield "data: [DONE]\n\n"
+
+
+class _Job(BaseStreamer, StoppingCriteria):
+    """One generation in a thread of its own; tokens go in on its side, text comes out on ours."""
+
+    def __init__(
+        self, model: ExportedModel, tokenizer: Any, ids: Tensor, asked: _Asked, keywords: Any
+    ) -> None:
+        self._model, self._tokenizer, self._ids, self._keywords = model, tokenizer, ids, keywords
+        self._seed = asked.seed
+        stops = [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
+        self._text = _Text(tokenizer, [stop for stop in stops if stop])
+        self._tokens: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._is_prompt = True
+        self._pieces: Iterator[str] = self._decoded()
+        self.cancelled = threading.Event()
+        self.count = 0
+        self.reason = "length"
+        self._thread = threading.Thread(target=self._generate, daemon=True)
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def join(self) -> None:
+        """Wait for the end; it comes soon after ``cancelled`` is set."""
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def next_piece(self) -> Any:
+        """The next text, or ``_END``."""
+        return next(self._pieces, _END)
+
+    def put(self, value: Tensor) -> None:
+        """Take the prompt, or a token."""
+        if not self._is_prompt:
+            self._tokens.put(int(value.flatten()[0]))
+        self._is_prompt = False
+
+    def end(self) -> None:
+        """Nothing: ``_generate`` tells the end, of a failure, too."""
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_kwargs: Any) -> Any:
+        """Whether to stop."""
+        return torch.full((input_ids.shape[0],), self.cancelled.is_set())
+
+    def _generate(self) -> None:
+        try:
+            if self._seed is not None:
+                torch.manual_seed(self._seed)
+            self._model.generate(
+                self._ids, streamer=self, stopping_criteria=[self], **self._keywords
+            )
+        except BaseException as error:
+            self._tokens.put(error)
+        finally:
+            self._tokens.put(_END)
+
+    def _decoded(self) -> Iterator[str]:
+        ends = self._model.generation_config.eos_token_id
+        ends = set(ends if isinstance(ends, list) else [ends])
+        while (token := self._tokens.get()) is not _END:
+            if isinstance(token, BaseException):
+                raise token
+            self.count += 1
+            if token in ends:
+                self.reason = "stop"
+                continue
+            if piece := self._text.add(token):
+                yield piece
+            if self._text.stopped:
+                self.reason = "stop"
+                self.cancelled.set()
+                return
+        if piece := self._text.rest():
+            yield piece
+
+
+class _Text:
+    """Text of tokens that come one by one, up to the first of some stop texts."""
+
+    def __init__(self, tokenizer: Any, stops: list[str]) -> None:
+        self._tokenizer, self._stops = tokenizer, stops
+        self._tokens: list[int] = []
+        self._told = 0
+        self.stopped = False
+
+    def add(self, token: int) -> str:
+        """What is certain after one token more."""
+        self._tokens.append(token)
+        text = self._whole()
+        found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
+        if found:
+            self.stopped = True
+            return self._upto(text, min(found))
+        # A character, or a stop text, may have begun.
+        begun = (n for stop in self._stops for n in range(len(stop)) if text.endswith(stop[:n]))
+        held = max(begun, default=0)
+        return self._upto(text, len(text) - max(held, int(text.endswith("\ufffd"))))
+
+    def rest(self) -> str:
+        """What was held back."""
+        text = self._whole()
+        return self._upto(text, len(text))
+
+    def _whole(self) -> str:
+        return self._tokenizer.decode(self._tokens, skip_special_tokens=True)  # type: ignore[no-any-return]
+
+    def _upto(self, text: str, end: int) -> str:
+        piece = text[self._told : end]
+        self._told = max(self._told, end)
+        return piece

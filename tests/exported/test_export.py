@@ -1,0 +1,213 @@
+"""Exported folders: the same tokens as the model, and nothing half done."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from handwritten import BATCH, LONGEST
+from handwritten_caches import GptFast, LitGpt, PositionDecoder
+from transformers import AutoModelForCausalLM
+from zoo import tiny
+
+import spark_compile
+from spark_compile import SparkError, SparkWarning
+from spark_compile.exported.decoder import ExportError
+from spark_compile.exported.folder import Manifest
+from spark_compile.passes.program import PassFailed
+
+CAPACITY = 200
+PROMPT, NEW = 70, 50
+Exported = tuple[Any, Path, Manifest]
+
+
+@pytest.fixture(scope="module")
+def exact(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """A Llama with caches that store every bit."""
+    return _exported("llama", tmp_path_factory.mktemp("exact"), key_ratio=0)
+
+
+def _exported(name: str, folder: Path, **options: Any) -> Exported:
+    model = tiny(name, "sdpa")
+    manifest = spark_compile.export(model, folder / "out", max_tokens=CAPACITY, **options)
+    return model, folder / "out", manifest
+
+
+def _prompt(batch: int = 1, length: int = PROMPT) -> torch.Tensor:
+    return torch.randint(2, 90, (batch, length), generator=torch.Generator().manual_seed(3))
+
+
+def _generated(model: Any, ids: torch.Tensor, new: int = NEW, **options: Any) -> Any:
+    options = {"do_sample": False, "min_new_tokens": new, "max_new_tokens": new, **options}
+    return model.generate(ids, **options)
+
+
+def test_it_generates_what_the_model_does(exact: Exported) -> None:
+    model, folder, manifest = exact
+    loaded, ids = spark_compile.load(folder, inner="eager"), _prompt()
+    assert torch.equal(_generated(loaded, ids), _generated(model, ids))
+    assert manifest.verified is not None
+    assert manifest.verified["equal"] == manifest.verified["scored"]
+    assert manifest.verified["kl"] < 1e-6
+    sites = [site for graph in manifest.reported().graphs for site in graph.sites]
+    assert [site.refusal for site in sites] == [None] * 4
+
+
+def test_logits_of_every_token_are_there(exact: Exported) -> None:
+    model, folder, _ = exact
+    ids, loaded = _prompt(), spark_compile.load(folder, inner="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("length", [1, 2, 31, 64, CAPACITY - 1])
+def test_prompts_of_any_length(exact: Exported, length: int) -> None:
+    model, folder, _ = exact
+    ids, new = _prompt(length=length), min(3, CAPACITY - length)
+    loaded = spark_compile.load(folder, inner="eager")
+    assert torch.equal(_generated(loaded, ids, new), _generated(model, ids, new))
+
+
+def test_a_cache_goes_on_and_steps_back(exact: Exported) -> None:
+    model, folder, _ = exact
+    loaded = spark_compile.load(folder, inner="eager")
+    first = _generated(loaded, _prompt(), 8, return_dict_in_generate=True)
+    cache = getattr(first, loaded.cache_name)
+    longer = torch.cat([first.sequences, _prompt(length=5)], 1)
+    with pytest.warns(SparkWarning, match="one at a time"):
+        again = _generated(loaded, longer, 8, **{loaded.cache_name: cache})
+    assert torch.equal(again, _generated(model, longer, 8))
+    cache.crop(PROMPT)
+    ids = torch.cat([_prompt(), _prompt(length=2)], 1)
+    back = _generated(loaded, ids, 8, **{loaded.cache_name: cache})
+    assert torch.equal(back, _generated(model, ids, 8))
+    with pytest.raises(ValueError, match="max_length is 999: allowed is up to"):
+        cache.crop(999)
+
+
+def test_the_folder_is_a_model_folder_too(exact: Exported) -> None:
+    model, folder, _ = exact
+    again = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        torch.testing.assert_close(again(_prompt()).logits, model(_prompt()).logits)
+
+
+def test_pruned_caches_are_smaller_and_as_the_backend_has_them(tmp_path: Path) -> None:
+    options = {"key_ratio": 0.5, "sink_tokens": 0}
+    model, folder, manifest = _exported("llama", tmp_path, **options)
+    assert manifest.stored_token_bytes < manifest.dense_token_bytes
+    found = _generated(spark_compile.load(folder, inner="eager"), _prompt())
+    compiled = spark_compile.optimize(model, inner="eager", **options)
+    assert torch.equal(found, _generated(compiled, _prompt()))
+    assert manifest.verified is not None
+    assert 1e-6 < manifest.verified["kl"] < 1
+
+
+def test_a_batch_with_padding_and_beams(tmp_path: Path) -> None:
+    model = tiny("llama", "sdpa")
+    spark_compile.export(model, tmp_path / "out", max_tokens=CAPACITY, batch=2, key_ratio=0)
+    loaded = spark_compile.load(tmp_path / "out", inner="eager")
+    ids, mask = _prompt(2), torch.ones(2, PROMPT, dtype=torch.int64)
+    ids[0, :9], mask[0, :9] = 0, 0
+    wanted = _generated(model, ids, attention_mask=mask)
+    assert torch.equal(_generated(loaded, ids, attention_mask=mask), wanted)
+    one, beams = ids[1:], {"num_beams": 2}
+    assert torch.equal(_generated(loaded, one, 12, **beams), _generated(model, one, 12, **beams))
+    with pytest.raises(ValueError, match=r"input_ids are \[1, 70\]: allowed is \[2, tokens\]"):
+        loaded(one)
+
+
+def test_what_does_not_fit_is_refused(exact: Exported) -> None:
+    _, folder, _ = exact
+    loaded = spark_compile.load(folder, inner="eager")
+    with pytest.raises(ValueError, match=f"{CAPACITY + 1} tokens do not fit: allowed are"):
+        loaded(_prompt(length=CAPACITY + 1))
+    with pytest.raises(ValueError, match="attention_mask has zeros"):
+        loaded(_prompt(), attention_mask=torch.zeros(1, PROMPT))
+    with pytest.raises(ExportError, match="inner is 'fast': allowed is"):
+        spark_compile.load(folder, inner="fast")
+
+
+@pytest.mark.parametrize("attention", [GptFast, pytest.param(LitGpt, marks=pytest.mark.slow)])
+def test_handwritten_decoders(attention: type[GptFast], tmp_path: Path) -> None:
+    model = PositionDecoder(attention, 2).eval()
+    for module in model.attentions:
+        module.reset()
+    manifest = spark_compile.export(
+        model, tmp_path / "out", max_tokens=LONGEST, batch=BATCH, key_ratio=0
+    )
+    assert manifest.verified is not None
+    assert manifest.verified["equal"] == manifest.verified["scored"]
+    assert all(graph.rewritten for graph in manifest.reported().graphs)
+    ids = torch.randint(0, 16, (BATCH, 20))
+    wanted, _ = model.feed([ids])
+    torch.testing.assert_close(
+        spark_compile.load(tmp_path / "out", inner="eager")(ids).logits, wanted
+    )
+
+
+def test_a_model_that_cannot_be_rewritten_is_dense(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("spark_compile.exported.tracing.run_passes", _fails)
+    with pytest.warns(SparkWarning, match="the exported graphs are dense: .*no reason"):
+        model, folder, manifest = _exported("llama", tmp_path)
+    assert [s.dtype for s in manifest.states] == ["float32"] * 4
+    loaded, ids = spark_compile.load(folder, inner="eager"), _prompt()
+    assert torch.equal(_generated(loaded, ids), _generated(model, ids))
+    with pytest.raises(ExportError, match="no reason"):
+        _exported("llama", tmp_path / "strict", strict=True)
+    assert not list((tmp_path / "strict").iterdir())
+
+
+def _fails(*_args: Any) -> None:
+    raise PassFailed("no reason")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_tokens": 1}, "max_tokens is 1: allowed is 4 to 256"),
+        ({"max_tokens": 257}, "max_tokens is 257: allowed is 4 to 256"),
+        ({"batch": 0}, "batch is 0: allowed is"),
+        ({"key_ratio": 2}, "option 'key_ratio' is 2"),
+        ({"budgets": 2}, "option 'budgets' is 2"),
+    ],
+)
+def test_wrong_arguments(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(SparkError, match=message):
+        spark_compile.export(tiny("llama", "sdpa"), tmp_path / "out", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_check_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spark_compile.exported.verify.MOST_KL", -1.0)
+    with pytest.raises(ExportError, match="do not predict what the model does"):
+        _exported("llama", tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError])
+def test_an_interrupted_export_leaves_what_was_there(
+    stop: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_args: Any) -> None:
+        raise stop
+
+    monkeypatch.setattr("spark_compile.exported.export.decoder_of", interrupted)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(stop):
+        _exported("llama", tmp_path, check=False)
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_nothing_but_an_export_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(ExportError, match="exists and is not empty"):
+            _exported("llama", tmp_path, overwrite=overwrite)
+    assert (tmp_path / "out" / "mine.txt").read_text() == "mine"
