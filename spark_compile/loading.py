@@ -1,7 +1,8 @@
 """What a saved state must be: a file may be damaged, of another version, or anybody's.
 
 Nothing that a file says is believed before it is checked, and what is checked is what the kernels
-rely on: the sizes of pages and heads, and counters that do not lead out of them.
+rely on: the sizes of pages and heads, counters that do not lead out of them, and masks of as many
+channels as are stored.
 """
 
 from __future__ import annotations
@@ -116,6 +117,7 @@ def _check_state(shape: Any, form: StateForm, side: Side, stored: dict[str, Tens
     elif store.packed > pages.shape[2] * spec.window:
         most = pages.shape[2] * spec.window
         _refuse("PACKED", store.packed, f"up to {most}, the tokens of all pages")
+    store.check_pages()
     if POSITION.name in store.fields:
         positions = store.positions()
         first, last = spec.sinks if store.packed else 0, store.dropped + store.packed + spec.sinks

@@ -103,6 +103,13 @@ class Format(ABC):
         """
         return {}
 
+    def check(self, stored: Stored) -> None:  # noqa: B027 - most formats make any bytes
+        """Raise ValueError where stored pages hold what ``encode`` never makes.
+
+        For files alone, see ``spark_compile/loading.py``: of such pages kernels may make other
+        keys and values than ``decode``.
+        """
+
     def scores(self, query: Tensor, stored: Stored, constants: Stored, first: int = 0) -> Tensor:
         """Dot products [B, Hkv, M, N * P] float32 of queries [B, Hkv, M, D] with stored keys."""
         return query.float() @ self.decode(stored, constants, first).flatten(2, 3).mT

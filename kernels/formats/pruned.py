@@ -15,7 +15,15 @@ from torch import Tensor
 
 from .base import Field, Format, Stored, check_choice, per_head
 from .int8 import dequantize, quantize
-from .selection import check_kept, expand, pack_bits, plane_bytes, select, unpack_bits
+from .selection import (
+    check_kept,
+    check_marked,
+    expand,
+    pack_bits,
+    plane_bytes,
+    select,
+    unpack_bits,
+)
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,9 @@ class Pruned(Format):
         if self.stored == "int8":
             channels, stored["step"] = quantize(channels)
         return stored | {"channels": channels}
+
+    def check(self, stored: Stored) -> None:
+        check_marked(self, stored["keep"], self.kept)
 
     def decode(self, stored: Stored, constants: Stored, first: int = 0) -> Tensor:
         channels = stored["channels"]

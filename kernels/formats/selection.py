@@ -42,6 +42,20 @@ def select(rows: Tensor, salient: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return rows.gather(-1, chosen), keep
 
 
+def check_marked(format: Format, keep: Tensor, kept: int) -> None:
+    """Raise ValueError unless each mask of packed tokens, uint8 [..., bytes], has ``kept`` bits.
+
+    Those of a plane of D channels; where it has more, kernels differ in what they repeat.
+    """
+    marked = unpack_bits(keep, 8 * keep.shape[-1]).sum(-1)
+    wrong = marked[marked != kept]
+    if wrong.numel():
+        raise ValueError(
+            f"mask 'keep' of format {format.NAME!r} marks {int(wrong[0])} channels: allowed is "
+            f"{kept}"
+        )
+
+
 def expand(channels: Tensor, keep: Tensor) -> Tensor:
     """Put chosen channels [..., T] where ``keep`` [..., D] has them; other entries are arbitrary.
 

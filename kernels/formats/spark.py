@@ -17,7 +17,15 @@ from torch import Tensor
 
 from .base import Field, Format, Stored, bounded, check_choice, per_head
 from .int8 import dequantize, quantize
-from .selection import check_kept, expand, pack_bits, plane_bytes, select, unpack_bits
+from .selection import (
+    check_kept,
+    check_marked,
+    expand,
+    pack_bits,
+    plane_bytes,
+    select,
+    unpack_bits,
+)
 
 RECOVERIES = ("degenerate", "none", "exponential", "gaussian")
 SALIENCIES = ("squared", "absolute")
@@ -92,6 +100,9 @@ class Spark(Format):
         if self.recovery != "gaussian":
             return mean
         return torch.cat((mean, mean_of_pruned((saliency - mean).square(), keep).sqrt()), dim=-1)
+
+    def check(self, stored: Stored) -> None:
+        check_marked(self, stored["keep"], self.kept)
 
     def decode(self, stored: Stored, constants: Stored, first: int = 0) -> Tensor:
         channels, dim = stored["channels"], self.head_dim

@@ -82,6 +82,14 @@ class Store:
                     f"{allowed}"
                 )
 
+    def check_pages(self) -> None:
+        """Raise ValueError unless the format can have made what is packed."""
+        pages = self._stored(*self._live)
+        try:
+            self.format.check(pages)
+        except ValueError as error:
+            raise ValueError(f"the {self.side}s of the cache are damaged: {error}") from error
+
     @property
     def visible(self) -> int:
         """Number of tokens that are stored and part of the cache."""
@@ -108,18 +116,27 @@ class Store:
 
     def rows(self) -> Tensor:
         """The dense tokens [B, Hkv, S, D] float32 in their order, evicted ones left out."""
-        sinks, stale = self.spec.sinks, min(self.first, self.packed) // self.spec.window
-        count = self.packed // self.spec.window
-        packed = self._decoded(stale, count)
+        sinks, stale = self.spec.sinks, self._live[0]
+        packed = self._decoded(*self._live)
         tail = self.tail[:, :, : self.length - self.packed].float()
         tokens = torch.cat((tail[:, :, :sinks], packed, tail[:, :, sinks:]), dim=2)
         return tokens[:, :, self.first - stale * self.spec.window :]
 
+    @property
+    def _live(self) -> tuple[int, int]:
+        """The first page with a token that is not evicted, and the one after the last."""
+        window = self.spec.window
+        return min(self.first, self.packed) // window, self.packed // window
+
+    def _stored(self, first: int, last: int) -> dict[str, Tensor]:
+        """The fields of pages first to last, in their order."""
+        slots = torch.arange(first, last, device=self.pages.device) % max(self.pages.shape[2], 1)
+        return {name: field.index_select(2, slots) for name, field in self.fields.items()}
+
     def _decoded(self, first: int, last: int) -> Tensor:
         """The tokens [B, Hkv, n, D] float32 of pages first to last."""
-        slots = torch.arange(first, last, device=self.pages.device) % max(self.pages.shape[2], 1)
-        stored = {name: field.index_select(2, slots) for name, field in self.fields.items()}
-        return self.format.decode(stored, self.constants, first * self.spec.window).flatten(2, 3)
+        stored, before = self._stored(first, last), first * self.spec.window
+        return self.format.decode(stored, self.constants, before).flatten(2, 3)
 
     def due(self, new_tokens: int, start: int | None = None, keep: int = ALL) -> int:
         """Number of pages to pack when ``new_tokens`` tokens are appended.

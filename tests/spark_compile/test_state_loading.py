@@ -16,6 +16,7 @@ from torch._tensor import _rebuild_from_type_v2
 
 from spark_compile import SparkConfig, StoredValues
 from spark_compile.kernels.layout import FIRST, LENGTH, PACKED, STEP, counters
+from spark_compile.kernels.spec import parse_spec
 from spark_compile.state import PrunedKeys, SparkTensor, rebuild
 
 CONFIG = SparkConfig(key_ratio=0.6, window=4, sink_tokens=2)
@@ -62,6 +63,16 @@ def put(part: str, value: Any, at: Any = None) -> Callable[[Parts], None]:
 def count(counter: int, value: int, head: Any = ...) -> Callable[[Parts], None]:
     """Puts a number into a counter, of all heads or of one."""
     return lambda parts: counters(parts["stored"]["head"])[head].select(-1, counter).fill_(value)
+
+
+def mark(head: int, byte: int) -> Callable[[Parts], None]:
+    """Puts a byte into the mask of kept channels of one token of the third page."""
+
+    def change(parts: Parts) -> None:
+        layout = parse_spec(parts["form"][0]).pages("key")
+        layout.views(parts["stored"]["pages"])["keep"][1, head, 2, 3, 0] = byte
+
+    return change
 
 
 def spec(old: str, new: str) -> Callable[[Parts], None]:
@@ -140,6 +151,8 @@ WRONG: list[tuple[Callable[[Parts], None], str]] = [
     (count(FIRST, 1), "FIRST is 1, allowed is 0"),
     (count(STEP, -1), "STEP is -1, allowed is 0 to"),
     (count(STEP, 2**63 - 1), "STEP is"),
+    (mark(2, 0xFF), "keys of the cache are damaged: mask 'keep' of format 'spark' marks"),
+    (mark(0, 0), "channels: allowed is 5"),
     (count(LENGTH, 20, (1, 2)), "counters of the head is several, allowed is the same for all"),
 ]  # fmt: skip
 
@@ -208,7 +221,11 @@ def test_random_counters_are_refused_or_harmless(tmp_path: Path) -> None:
     for number in range(100):
         state = (static(CONFIG, 21, 40) if number % 2 else prefill(CONFIG)).keys
         parts = parts_of(state)
-        parts["stored"]["pages"].random_(0, 256)
+        pages = parts["stored"]["pages"]
+        masks = parse_spec(parts["form"][0]).pages("key").views(pages)["keep"]
+        marked = masks.clone()
+        pages.random_(0, 256)
+        masks.copy_(marked)  # those are checked
         head = parts["stored"]["head"]
         kept = counters(head).clone()
         head.random_(0, 256)
