@@ -7,6 +7,8 @@ their logical shape, because the patterns match what the model's code computes w
 
 from __future__ import annotations
 
+import copy
+import inspect
 from collections.abc import Sequence
 from operator import attrgetter
 from typing import Any
@@ -75,7 +77,7 @@ def lower(
     transforms = torch._C._functorch.get_dynamic_layer_stack_depth()
     try:
         with torch.fx.traceback.preserve_node_meta(), torch.no_grad():
-            module = without_subclasses(without_vmaps(module), wrapped)
+            module = without_subclasses(without_vmaps(_without_dropout(module)), wrapped)
             exported = aot_export_module(module, dense, trace_joint=False, pre_dispatch=True)
     except Exception as error:
         # A transform that was entered and not exited would stay on the caller's stack.
@@ -93,6 +95,30 @@ def lower(
         if isinstance(fake, SparkTensor)
     }
     return Program(lowered, mode, config, list(placeholders), states, wrapped)
+
+
+def _without_dropout(module: fx.GraphModule) -> fx.GraphModule:
+    """The module itself, or a copy without dropout that is off, which returns its very input.
+
+    What it returns is written to by some models (transformers' XLM), and of a dropout, on or off,
+    the export forbids that.
+    """
+    dropout = torch.nn.functional.dropout
+    if not any(map(_is_off, module.graph.find_nodes(op="call_function", target=dropout))):
+        return module
+    module = fx.GraphModule(module, copy.deepcopy(module.graph))
+    for node in module.graph.find_nodes(op="call_function", target=dropout):
+        if _is_off(node):
+            node.replace_all_uses_with(node.all_input_nodes[0])
+            module.graph.erase_node(node)
+    module.recompile()
+    return module
+
+
+def _is_off(dropout: fx.Node) -> bool:
+    given = inspect.signature(torch.nn.functional.dropout).bind(*dropout.args, **dropout.kwargs)
+    given.apply_defaults()
+    return not given.arguments["training"] or given.arguments["p"] == 0
 
 
 def _write_back_mutations(graph: fx.Graph, signature: Any) -> None:

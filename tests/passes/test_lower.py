@@ -170,3 +170,22 @@ def test_a_transform_that_cannot_be_lowered_leaves_nothing_behind() -> None:
         actual = torch.compile(forward, backend="spark", options=options)(x)
     torch.testing.assert_close(actual, 2 * x + 1)
     assert torch._C._functorch.get_dynamic_layer_stack_depth() == 0
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_what_dropout_that_is_off_returns_may_be_written_to(
+    capture: Any, count: Any, p: float
+) -> None:
+    """It is its input, which changes too."""
+
+    def scaled(x: Tensor) -> tuple[Tensor, Tensor]:
+        inside = x + 1
+        written = nn.functional.dropout(inside, p, training=p == 0)
+        written *= 2
+        return inside, written
+
+    x = torch.randn(2, 3)
+    program = capture(scaled, x)
+    assert not count(program, "aten.dropout")
+    for actual, expected in zip(program.module(*program.examples), scaled(x), strict=True):
+        torch.testing.assert_close(actual, expected)
