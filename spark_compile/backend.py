@@ -66,6 +66,7 @@ def _reset() -> None:
 
 
 spark.reset = _reset  # type: ignore[attr-defined]
+dynamo.watch(spark, lambda options: partial(_complain, config=SparkConfig.from_options(options)))
 
 
 def compile_graph(

@@ -8,11 +8,15 @@ compiled one by one need two or three each: the graph of a layer reads its own p
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from types import CodeType
+import re
+import sys
+from collections.abc import Callable, Mapping
+from types import CodeType, FrameType
+from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 from torch import nn
+from torch._dynamo.eval_frame import innermost_backend
 from torch._dynamo.guards import GuardBuilder
 from torch._dynamo.source import LocalSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
@@ -21,22 +25,35 @@ from torch._guards import TracingContext
 Complain = Callable[[str], None]
 _log = logging.getLogger("torch._dynamo.convert_frame")
 _modules: WeakKeyDictionary[CodeType, WeakSet[nn.Module]] = WeakKeyDictionary()
-_complaints: dict[str, Complain] = {}
+_complaints: WeakKeyDictionary[object, Complain] = WeakKeyDictionary()
+"""By what Dynamo calls to compile graphs, one for each call of ``torch.compile``."""
+_by_options: dict[object, Callable[[Mapping[str, Any] | None], Complain]] = {}
+
+
+def watch(backend: object, by_options: Callable[[Mapping[str, Any] | None], Complain]) -> None:
+    """Look out for limits that are met by frames which a backend compiles.
+
+    Args:
+        by_options: gives who is told where ``torch.compile`` got such options. A frame may meet a
+            limit before the backend has seen a graph: a hook that breaks each one, a decorator.
+    """
+    _by_options[backend] = by_options
+    _log.addHandler(_watch)
 
 
 def compiling(complain: Complain) -> None:
     """Called by the backend for each graph, while Dynamo traces the frame that it is from.
 
     Args:
-        complain: is told when Dynamo refuses to compile the frame's code again.
+        complain: is told when Dynamo refuses to compile a frame again for the same call of
+            ``torch.compile``.
     """
     context = TracingContext.try_get()
     if context is None:
         return  # somebody calls the backend without Dynamo
     root = InstructionTranslator.current_tx().output.root_tx
     _count_by_module(root.f_code, root.f_locals, context)
-    code = root.f_code
-    _complaints[f"'{code.co_name}' ({code.co_filename}:{code.co_firstlineno})"] = complain
+    _complaints[_compiler()] = complain
     if _watch not in _log.handlers:
         _log.addHandler(_watch)
 
@@ -62,6 +79,24 @@ def _count_by_module(code: CodeType, f_locals: dict[str, object], context: Traci
     known.update(here.values())
 
 
+def _compiler() -> object:
+    """What Dynamo calls to compile graphs of the frame that it is at; nothing else tells whose."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__") == _log.name and "compiler_fn" in frame.f_locals:
+            return frame.f_locals["compiler_fn"]
+        frame = frame.f_back
+    return _compiler
+
+
+def _complain_of(compiler: object) -> Complain | None:
+    if compiler in _complaints:
+        return _complaints[compiler]
+    given: Any = innermost_backend(compiler)  # type: ignore[arg-type]
+    by_options = _by_options.get(getattr(given, "compiler_fn", given))
+    return None if by_options is None else by_options(getattr(given, "kwargs", {}).get("options"))
+
+
 class _Watch(logging.Handler):
     """Reads what Dynamo logs: there is no other sign of a limit that is met."""
 
@@ -69,15 +104,16 @@ class _Watch(logging.Handler):
         text = record.getMessage()
         if "recompile_limit" not in text:
             return
-        for place, complain in _complaints.items():
-            if place in text:
-                complain(
-                    f"Dynamo compiles no more graphs of {place}: a limit of torch._dynamo.config, "
-                    "recompile_limit or accumulated_recompile_limit, is met. What it has not "
-                    "compiled runs as written, and the caches of layers it meets first now stay "
-                    "dense. Raise the limit; spark_compile.optimize(model, regional=True) gives "
-                    "each layer one of its own"
-                )
+        complain = _complain_of(_compiler())
+        place = re.search(r"'[^']*' \(.*:\d+\)", text)
+        if complain is not None and place is not None:
+            complain(
+                f"Dynamo compiles no more graphs of {place[0]}: a limit of torch._dynamo.config, "
+                "recompile_limit or accumulated_recompile_limit, is met. What it has not compiled "
+                "runs as written, and the caches of layers it meets first now stay dense. Raise "
+                "the limit; spark_compile.optimize(model, regional=True) gives each layer one of "
+                "its own"
+            )
 
 
 _watch = _Watch()

@@ -137,6 +137,23 @@ def test_inductor_compiles_no_more_for_more_layers() -> None:
     assert compiled == [2, 2]
 
 
+def test_a_limit_is_said_of_a_frame_that_gave_no_graph() -> None:
+    """As accelerate's hooks are, which break the graph before the module that they are of."""
+
+    def hooked(number: int, x: torch.Tensor) -> torch.Tensor:
+        before = list(range(number))  # what is guarded on
+        torch._dynamo.graph_break()
+        return x + len(before)
+
+    compiled = torch.compile(hooked, backend="spark", options=EXACT, dynamic=False)
+    with (
+        torch._dynamo.config.patch(recompile_limit=1),
+        pytest.warns(SparkWarning, match="Dynamo compiles no more graphs of 'hooked'"),
+    ):
+        for number in range(2):
+            compiled(number, torch.zeros(3))
+
+
 LIMITS = [("recompile_limit", 1), ("accumulated_recompile_limit", 3)]
 
 
