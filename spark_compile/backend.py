@@ -90,6 +90,7 @@ def compile_graph(
         found = None if described is None else described.find()
         if found is not None:
             compiled, report = found
+            report = replace(report, graph_break=dynamo.graph_break(module))
             record(report)
             _complain_about_refusals(report, config)
             return compiled
@@ -107,7 +108,10 @@ def compile_graph(
         _complain(f"spark left a graph alone: {reason}", config)
         return _unrewritten(module, example_inputs, fake_mode, fakes, inner)
     sites = tuple(program.sites)
-    report = GraphReport(program.phase, sites, None, matches, lower_ms, passes_ms)
+    report = GraphReport(
+        program.phase, sites, None, matches, lower_ms, passes_ms,
+        graph_break=dynamo.graph_break(module),
+    )  # fmt: skip
     try:
         _complain_about_refusals(report, config)
         start = time.perf_counter()
@@ -245,7 +249,9 @@ def _unrewritten(
 
 def _complain_about_refusals(report: GraphReport, config: SparkConfig) -> None:
     if not report.sites:
-        _complain("spark found no attention in the graph: nothing was rewritten", config)
+        broken = report.graph_break and f", which ends at a graph break, {report.graph_break}"
+        found = f"spark found no attention in the graph{broken or ''}"
+        _complain(f"{found}: nothing was rewritten", config)
     elif not report.rewritten:
         _complain(f"spark rewrote nothing: {report.refusals()}", config)
     elif len(report.rewritten) < len(report.sites):

@@ -15,7 +15,7 @@ from types import CodeType, FrameType
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
-from torch import nn
+from torch import fx, nn
 from torch._dynamo.eval_frame import innermost_backend
 from torch._dynamo.guards import GuardBuilder
 from torch._dynamo.source import LocalSource
@@ -56,6 +56,16 @@ def compiling(complain: Complain) -> None:
     _complaints[_compiler()] = complain
     if _watch not in _log.handlers:
         _log.addHandler(_watch)
+
+
+def graph_break(module: fx.GraphModule) -> str | None:
+    """Why and where Dynamo ended a graph in the middle of a function, if it did."""
+    reason = getattr(module, "compile_subgraph_reason", None)
+    if reason is None or not reason.graph_break:
+        return None
+    what = str(reason.reason).strip().partition("\n")[0]
+    place = [f"{frame.filename}:{frame.lineno}" for frame in reason.user_stack[-1:]]
+    return " at ".join((what, *place))
 
 
 def forget() -> None:

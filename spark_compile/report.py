@@ -119,6 +119,9 @@ class GraphReport:
     """Time of the passes on the lowered graph."""
     compile_ms: float | None = None
     """Time of the inner compiler on the rewritten graph; None if nothing was compiled."""
+    graph_break: str | None = None
+    """Why and where Dynamo ended the graph in the middle of the model's code, if it did: an
+    attention that goes on in the next graph is in neither of them."""
 
     @property
     def rewritten(self) -> tuple[Site, ...]:
@@ -193,6 +196,8 @@ def _summary(graph: GraphReport) -> str:
         scorers = dict.fromkeys(site.evict for site in graph.rewritten if site.evict)
         text += f"; prompts are evicted by {', '.join(scorers)}" if scorers else ""
     text += f"; refused: {graph.refusals()}" if graph.refusals() else ""
+    if graph.graph_break and not graph.sites:
+        text += f"; the graph ends at a graph break: {graph.graph_break}"
     if graph.passes_ms:
         text += f"; passes {graph.passes_ms:,.0f} ms after {graph.lower_ms:,.0f} ms of tracing"
     if graph.compile_ms:

@@ -40,6 +40,22 @@ def test_a_model_without_attention_runs_with_one_warning() -> None:
     assert messages == ["spark found no attention in the graph: nothing was rewritten"]
 
 
+def test_an_attention_that_a_graph_break_cuts_says_where() -> None:
+    def attention(x: Tensor) -> Tensor:
+        scores = x @ x.mT
+        torch._dynamo.graph_break()
+        return scores.softmax(-1) @ x
+
+    x = torch.randn(1, 2, 5, 4)
+    with (
+        collect_report() as report,
+        pytest.warns(SparkWarning, match=rf"at a graph break, .* at {__file__}:\d+: nothing"),
+    ):
+        torch.testing.assert_close(compiled(attention)(x), attention(x))
+    assert [bool(graph.graph_break) for graph in report.graphs] == [True, False]
+    assert "the graph ends at a graph break" in report.summary()
+
+
 def test_training_is_left_alone() -> None:
     model, tokens = decoder(layers=1).requires_grad_(True), prompt(13)
     model(tokens)[0].square().mean().backward()
