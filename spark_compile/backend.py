@@ -23,7 +23,7 @@ from .passes.pipeline import run_passes
 from .passes.program import PassFailed, Program
 from .plan import Plan, loaded
 from .regional import compile_blocks
-from .report import GraphReport, OptionError, SparkError, record, warn_once
+from .report import GraphReport, OptionError, SparkError, note_activity, record, warn_once
 from .runtime import SparkGraph
 from .state import SparkTensor
 
@@ -116,7 +116,7 @@ def compile_graph(
         _complain_about_refusals(report, config)
         start = time.perf_counter()
         if wrapper is None:  # nothing was rewritten
-            compiled = inner(module, list(example_inputs))
+            compiled = _noted(inner(module, list(example_inputs)))
         else:
             placeholders = program.graph.find_nodes(op="placeholder")
             values = [node.meta["val"] for node in placeholders]
@@ -232,10 +232,11 @@ def _unrewritten(
 ) -> Compiled:
     """The untouched graph under the inner compiler; its states are recovered before each call."""
     if not any(isinstance(value, SparkTensor) for value in example_inputs):
-        return inner(module, list(example_inputs))
+        return _noted(inner(module, list(example_inputs)))
     compiled = inner(module, [as_dense(fake_mode, fake) for fake in fakes])
 
     def densely(*args: Any) -> Any:
+        note_activity()
         recovered = {i: a.dense() for i, a in enumerate(args) if isinstance(a, SparkTensor)}
         before = {i: dense._version for i, dense in recovered.items()}
         results = compiled(*(recovered.get(i, a) for i, a in enumerate(args)))
@@ -245,6 +246,16 @@ def _unrewritten(
         return results
 
     return densely
+
+
+def _noted(compiled: Compiled) -> Compiled:
+    """The same code; that it runs is noted, as of a rewritten graph, for ``generate``'s sake."""
+
+    def run(*args: Any) -> Any:
+        note_activity()
+        return compiled(*args)
+
+    return run
 
 
 def _complain_about_refusals(report: GraphReport, config: SparkConfig) -> None:

@@ -232,7 +232,7 @@ _activity = 0
 
 
 def note_activity() -> None:
-    """Called when the backend compiles a graph and when one that it has rewritten runs."""
+    """Called when the backend compiles a graph and when one that it has compiled runs."""
     global _activity
     _activity += 1
 

@@ -156,6 +156,14 @@ def test_another_model_that_runs_what_is_compiled_is_no_reason_to_complain() -> 
         optimize(Speaker(), strict=True, **EXACT).generate(prompt(13))
 
 
+def test_another_model_that_runs_what_was_refused_is_no_reason_to_complain() -> None:
+    refused = {**EXACT, "key_format": "spark(kept=1000)"}
+    with pytest.warns(SparkWarning, match="rewrote nothing"):
+        optimize(Speaker(), **refused).generate(prompt(13))
+    with warnings.catch_warnings(action="error"):
+        optimize(Speaker(), **refused).generate(prompt(13))
+
+
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 @pytest.mark.parametrize("wrapper", [lambda inner: inner, Adapter])
 def test_a_copy_generates_with_its_own_weights(again: Any, wrapper: Any) -> None:
