@@ -76,9 +76,10 @@ def test_a_cache_goes_on_and_steps_back(exact: Exported) -> None:
     first = _generated(loaded, _prompt(), 8, return_dict_in_generate=True)
     cache = getattr(first, loaded.cache_name)
     longer = torch.cat([first.sequences, _prompt(length=5)], 1)
+    seen = {"attention_mask": torch.ones_like(longer)}
     with pytest.warns(SparkWarning, match="one at a time"):
-        again = _generated(loaded, longer, 8, **{loaded.cache_name: cache})
-    assert torch.equal(again, _generated(model, longer, 8))
+        again = _generated(loaded, longer, 8, **{loaded.cache_name: cache}, **seen)
+    assert torch.equal(again, _generated(model, longer, 8, **seen))
     cache.crop(PROMPT)
     ids = torch.cat([_prompt(), _prompt(length=2)], 1)
     back = _generated(loaded, ids, 8, **{loaded.cache_name: cache})
