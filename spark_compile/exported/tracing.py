@@ -49,6 +49,8 @@ class Graph:
     """Example values of what changes from call to call."""
     dynamic: Mapping[str, Any]
     """Which sizes of those change, as torch.export wants it."""
+    before: fx.Graph
+    """The graph as the model wrote it; its placeholders' targets are names as in ``sources``."""
 
     def run(self, states: Mapping[str, Tensor], ids: Tensor, position: int, row: int) -> Tensor:
         """Run the graph operator by operator, without padding: logits [B, 1, V] of one token."""
@@ -148,13 +150,14 @@ def trace(
     try:
         program = lower(graph, mode, fakes, config or SparkConfig())
         program.rolls = False
+        before = _copy(exported, program.graph)
         matches = run_passes(program) if config is not None else {}
     except PassFailed as error:
         raise ExportError(f"the {phase} cannot be rewritten: {error}") from error
     if config is None:
         program.module.recompile()
     report = GraphReport(phase, tuple(program.sites), None, matches)
-    return _graph(exported, program, phase, max_tokens, report, inputs, dynamic)
+    return _graph(exported, program, phase, max_tokens, report, inputs, dynamic, before)
 
 
 def _inputs(
@@ -182,6 +185,7 @@ def _inputs(
 def _graph(
     exported: ExportedProgram, program: Program, phase: Phase, max_tokens: int,
     report: GraphReport, inputs: Mapping[str, Tensor], dynamic: Mapping[str, Any],
+    before: fx.Graph,
 ) -> Graph:  # fmt: skip
     """The rewritten graph with the names of what its placeholders stand for."""
     tensors: dict[str, Any] = {**exported.state_dict, **exported.constants}
@@ -220,8 +224,18 @@ def _graph(
             sources.append(("weight", name))
     return Graph(
         phase, program.module, tuple(sources), weights, states, specs, max_tokens, report,
-        tuple(inputs.values()), {name: dynamic[name] for name in inputs},
+        tuple(inputs.values()), {name: dynamic[name] for name in inputs}, before,
     )  # fmt: skip
+
+
+def _copy(exported: ExportedProgram, graph: fx.Graph) -> fx.Graph:
+    """A graph to look at, since the passes change the one that they get."""
+    copy = fx.Graph()
+    copy.output(copy.graph_copy(graph, {}))
+    placeholders = copy.find_nodes(op="placeholder")
+    for spec, node in zip(exported.graph_signature.input_specs, placeholders, strict=True):
+        node.target = _name(spec.target or spec.arg.name)
+    return copy
 
 
 def _written(program: Program) -> set[fx.Node]:
