@@ -72,8 +72,8 @@ def _bars(reports: Sequence[GraphReport]) -> str:
         for name, value in (("before", dense), ("after", stored))
     )
     return (
-        f'<figure class="bars">{bars}<figcaption>What a packed token takes at the {len(sites)} '
-        f"sites that were rewritten: {stored / dense:.0%} of before.</figcaption></figure>"
+        f'<figure class="bars">{bars}<figcaption>What a packed token takes at all sites '
+        f"that were rewritten ({len(sites)}): {stored / dense:.0%} of before.</figcaption></figure>"
     )
 
 
