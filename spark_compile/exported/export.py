@@ -16,9 +16,11 @@ from ..plan import Plan, loaded
 from ..report import Report, SparkError, warn_once
 from .decoder import Decoder, ExportError, decoder_of
 from .folder import WEIGHTS, Manifest, ProgramFile, StateTensor, sha256, written_beside
+from .picture import report_page
 from .tracing import PHASES, Graph, trace
 from .verify import TEXT, verify
 
+PAGE = "report.html"
 MOST_TOKENS = 8192
 """Capacity of the caches, if the model does not allow less."""
 
@@ -87,7 +89,10 @@ def export(
         save_file({name: _own(weight) for name, weight in weights.items()}, beside / WEIGHTS)
         (beside / WEIGHTS).chmod(0o644)  # as the other files
         _save_beside(model, tokenizer, beside)
-        manifest = _manifest(model, graphs, config, options, max_tokens, batch, verified, beside)
+        facts = _facts(model, graphs, max_tokens, batch)
+        page = report_page(type(model).__name__, list(graphs.values()), None, facts)
+        (beside / PAGE).write_text(page, encoding="utf-8")
+        manifest = _manifest(model, graphs, options, max_tokens, batch, verified, beside)
         manifest.save(beside)
     return manifest
 
@@ -170,9 +175,8 @@ def _save_beside(model: nn.Module, tokenizer: Any, folder: Path) -> None:
 
 
 def _manifest(
-    model: nn.Module, graphs: Mapping[str, Graph], config: SparkConfig,
-    options: Mapping[str, Any], max_tokens: int, batch: int, verified: Mapping[str, Any] | None,
-    folder: Path,
+    model: nn.Module, graphs: Mapping[str, Graph], options: Mapping[str, Any], max_tokens: int,
+    batch: int, verified: Mapping[str, Any] | None, folder: Path,
 ) -> Manifest:  # fmt: skip
     decode = graphs["decode"]
     sites = decode.report.sites
@@ -208,6 +212,22 @@ def _manifest(
         verified=verified,
         files={path.name: sha256(path) for path in sorted(folder.iterdir())},
     )
+
+
+def _facts(
+    model: nn.Module, graphs: Mapping[str, Graph], max_tokens: int, batch: int
+) -> dict[str, str]:
+    """What the page says above the pictures."""
+    sites = graphs["decode"].report.sites
+    formats = dict.fromkeys(
+        " and ".join(dict.fromkeys(site.formats)) for site in sites if site.refusal is None
+    )
+    return {
+        "Weights": str(_dtype(graphs["decode"])).removeprefix("torch."),
+        "Cache": f"{max_tokens:,} tokens, batch {batch}",
+        "Formats": "; ".join(formats) or "dense",
+        "Written by": f"spark-compile {version('spark-compile')}, torch {version('torch')}",
+    }
 
 
 def _dtype(graph: Graph) -> torch.dtype:
