@@ -8,7 +8,7 @@ import queue
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -195,14 +195,14 @@ class _Engine:
             await self._turn.acquire()
         finally:
             self._waiting -= 1
+        loop = asyncio.get_running_loop()
+        # By the thread itself: a client that leaves cancels whatever is awaited here.
+        job.start(lambda: loop.call_soon_threadsafe(self._turn.release))
         try:
-            job.start()
             while (piece := await asyncio.to_thread(job.next_piece)) is not _END:
                 yield piece
         finally:
             job.cancelled.set()
-            await asyncio.shield(asyncio.to_thread(job.join))
-            self._turn.release()
 
     async def _events(self, job: _Job, head: dict[str, Any]) -> AsyncIterator[str]:
         """Server-sent events of a streamed response."""
@@ -239,16 +239,10 @@ class _Job(BaseStreamer, StoppingCriteria):
         self.cancelled = threading.Event()
         self.count = 0
         self.reason = "length"
-        self._thread = threading.Thread(target=self._generate, daemon=True)
 
-    def start(self) -> None:
-        """Begin."""
-        self._thread.start()
-
-    def join(self) -> None:
-        """Wait for the end; it comes soon after ``cancelled`` is set."""
-        if self._thread.ident is not None:
-            self._thread.join()
+    def start(self, ended: Callable[[], object]) -> None:
+        """Begin; ``ended`` is called at the end, which comes soon after ``cancelled`` is set."""
+        threading.Thread(target=self._generate, args=(ended,), daemon=True).start()
 
     def next_piece(self) -> Any:
         """The next text, or ``_END``."""
@@ -267,7 +261,7 @@ class _Job(BaseStreamer, StoppingCriteria):
         """Whether to stop."""
         return torch.full((input_ids.shape[0],), self.cancelled.is_set())
 
-    def _generate(self) -> None:
+    def _generate(self, ended: Callable[[], object]) -> None:
         try:
             if self._seed is not None:
                 torch.manual_seed(self._seed)
@@ -278,6 +272,7 @@ class _Job(BaseStreamer, StoppingCriteria):
             self._tokens.put(error)
         finally:
             self._tokens.put(_END)
+            ended()
 
     def _decoded(self) -> Iterator[str]:
         ends = self._model.generation_config.eos_token_id
