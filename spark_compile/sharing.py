@@ -8,11 +8,15 @@ append, as speculative decoding does them, still copy nothing.
 
 from __future__ import annotations
 
+import math
+import mmap
 import threading
 import weakref
 
 import torch
 from torch import Tensor
+
+_LARGE_BYTES = 1 << 17
 
 lock = threading.RLock()
 """Held from asking whether a buffer may be written to until the writer has its share."""
@@ -67,9 +71,20 @@ def slack(count: int, least: int) -> int:
 def copied_pages(pages: Tensor, filled: int, needed: int) -> Tensor:
     """A copy of the first ``filled`` pages with room for ``needed`` ones and some more."""
     room = max(needed + slack(needed, 1), 2)  # Dynamo holds a size of one for constant
-    copied = pages.new_zeros((*pages.shape[:2], room, pages.shape[3]))
+    copied = _new_pages(pages, (*pages.shape[:2], room, pages.shape[3]))
     copied[:, :, :filled] = pages[:, :, :filled]
     return copied
+
+
+def _new_pages(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Zeros, on a CPU from the system where they are many (`new_pages` in kernels/cpu/operands.h)."""
+    count = math.prod(shape)
+    if type(like) is not Tensor or like.device.type != "cpu" or count < _LARGE_BYTES:
+        return like.new_zeros(shape)
+    if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
+        return like.new_zeros(shape)
+    room = mmap.mmap(-1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(room, dtype=torch.uint8).view(shape)
 
 
 def is_writable(buffer: Tensor) -> bool:

@@ -205,13 +205,14 @@ class Storage(torch.Tensor):
         due = int(spec.pages_due(total, total - first, packed))
         after = packed + due * window
         pages, room = self.pages, spec.head(self.SIDE).tail_rows(self.head)
-        new_pages: Share | None = None
-        if not due or (
-            after // window <= pages.shape[2] and pages_share.is_newest() and is_writable(pages)
-        ):
-            new_pages = Share(after // window, shared_with=pages_share)
-        else:
+        is_newest = pages_share.is_newest()
+        if due and not (is_newest and is_writable(pages) and after // window <= pages.shape[2]):
             pages = copied_pages(pages, packed // window, after // window)
+            pages_share = Share(packed // window)
+            if is_newest:
+                # A cache holds this handle until the step is over: that must not hold two buffers.
+                self.pages, self._page_share = pages, pages_share
+        new_pages = Share(after // window, shared_with=pages_share)
         in_place = (
             not due and not shared and total - after <= room and head_share.is_alone()
             and head_share.is_current() and is_writable(self.head)

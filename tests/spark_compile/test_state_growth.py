@@ -123,3 +123,21 @@ def test_a_copied_prefix_keeps_no_more_room_than_it_needs(policy: dict[str, int]
         if not policy:  # with it nothing was packed
             assert short.pages.data_ptr() != state.pages.data_ptr()
             check_room(short, config)
+
+
+def test_a_step_without_room_takes_the_earlier_handle_along() -> None:
+    """A cache holds its handles until the step is over: of each layer there would be two buffers."""
+    made = prefill(SparkConfig(key_ratio=0.6, window=4), 40)
+    states, before = made.states, [state.dense() for state in made.states]
+    longer = step(*states, queries(30), tokens(30))
+    for old, new, dense in zip(states, longer, before, strict=True):
+        assert new.pages.shape[2] > 10
+        assert new.pages.data_ptr() == old.pages.data_ptr()
+        assert torch.equal(old.dense(), dense)
+    # It has not become the newest one by that.
+    beside = step(*states, queries(5), tokens(5))
+    after = [state.dense() for state in longer]
+    for old, new, other in zip(states, longer, beside, strict=True):
+        assert other.pages.data_ptr() not in (new.pages.data_ptr(), old.pages.data_ptr())
+    for state, dense in zip(longer, after, strict=True):
+        assert torch.equal(state.dense(), dense)
