@@ -2,10 +2,11 @@
 
     python -m benchmarks.prefill_memory
 
-A decoder in SmolLM2-135M's shape with random weights reads prompts by ``generate``, with transformers'
-own ``prefill_chunk_size`` where it reads them in chunks, and chooses one token. Every way has a process
-of its own, in which each prompt is read twice: the first time compiles. The peak is the highest resident
-memory of the second time less the resident memory before it, with weights and compiled code there.
+A decoder in SmolLM2-135M's shape with random weights reads prompts by ``generate``, with
+transformers' own ``prefill_chunk_size`` where it reads them in chunks, and chooses one token. Every
+way has a process of its own, in which each prompt is read twice: the first time compiles. The peak
+is the highest resident memory of the second time less the resident memory before it, with weights
+and compiled code there.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
     """All rows; MB are 10^6 bytes."""
     made = Table(
         title="Memory of a prefill above that of the model, MB",
-        caption="stored: keys and values; peak: of the process; stays: with the cache, after the prefill",
+        caption="stored: keys and values; peak: of the process; stays: with the cache, afterwards",
     )
     made.add_column("cache")
     for name in ("chunk", "tokens", "stored", "peak", "peak - stored", "stays", "tokens/s"):
@@ -143,10 +144,9 @@ def main() -> None:
     for cache in options.caches.split(","):
         for chunk in options.chunks.split(","):
             command = [sys.executable, "-m", "benchmarks.prefill_memory", *sys.argv[1:]]
+            command.append(f"--way={cache}:{chunk}")
             with console.status(f"{cache}, chunks of {chunk}"):
-                done = subprocess.run(
-                    [*command, f"--way={cache}:{chunk}"], stdout=subprocess.PIPE, check=True, cwd=ROOT
-                )
+                done = subprocess.run(command, stdout=subprocess.PIPE, check=True, cwd=ROOT)
             rows += json.loads(done.stdout)
     console.print(table(rows))
     settings = {name: value for name, value in vars(options).items() if name != "way"}

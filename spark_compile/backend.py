@@ -190,8 +190,9 @@ def optimize(
             )
         compile_blocks(model, options, complain)
     else:
+        limit = dynamo.recompile_limit(dynamo.MOST_GRAPHS)
         for module in called_modules(model):
-            module.compile(backend="spark", options=options)
+            module.compile(backend="spark", options=options, **limit)
     watch_generate(model, complain)
     return model
 

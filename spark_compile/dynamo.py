@@ -7,6 +7,7 @@ compiled one by one need two or three each: the graph of a layer reads its own p
 
 from __future__ import annotations
 
+import inspect
 import logging
 import re
 import sys
@@ -15,6 +16,7 @@ from types import CodeType, FrameType
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
+import torch
 from torch import fx, nn
 from torch._dynamo.eval_frame import innermost_backend
 from torch._dynamo.guards import GuardBuilder
@@ -23,6 +25,10 @@ from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._guards import TracingContext
 
 Complain = Callable[[str], None]
+MOST_GRAPHS = 32
+"""Of a whole model. Prompts in chunks need about ten: first chunks and later ones, of one token and
+of more, each of the sizes that come first and then of all."""
+
 _log = logging.getLogger("torch._dynamo.convert_frame")
 _modules: WeakKeyDictionary[CodeType, WeakSet[nn.Module]] = WeakKeyDictionary()
 _complaints: WeakKeyDictionary[object, Complain] = WeakKeyDictionary()
@@ -66,6 +72,16 @@ def graph_break(module: fx.GraphModule) -> str | None:
     what = str(reason.reason).strip().partition("\n")[0]
     place = [f"{frame.filename}:{frame.lineno}" for frame in reason.user_stack[-1:]]
     return " at ".join((what, *place))
+
+
+def recompile_limit(graphs: int) -> dict[str, int]:
+    """An argument of ``torch.compile``: room for at least so many graphs.
+
+    Empty where torch does not have it: then ``torch._dynamo.config.recompile_limit`` counts.
+    """
+    if "recompile_limit" not in inspect.signature(torch.compile).parameters:
+        return {}
+    return {"recompile_limit": max(graphs, torch._dynamo.config.recompile_limit)}
 
 
 def forget() -> None:

@@ -205,12 +205,11 @@ class Storage(torch.Tensor):
         due = int(spec.pages_due(total, total - first, packed))
         after = packed + due * window
         pages, room = self.pages, spec.head(self.SIDE).tail_rows(self.head)
-        is_newest = pages_share.is_newest()
-        if due and not (is_newest and is_writable(pages) and after // window <= pages.shape[2]):
+        newest = pages_share.is_newest()
+        if due and not (newest and is_writable(pages) and after // window <= pages.shape[2]):
             pages = copied_pages(pages, packed // window, after // window)
             pages_share = Share(packed // window)
-            if is_newest:
-                # A cache holds this handle until the step is over: that must not hold two buffers.
+            if newest:  # a cache holds this handle until the step is over: not two buffers
                 self.pages, self._page_share = pages, pages_share
         new_pages = Share(after // window, shared_with=pages_share)
         in_place = (

@@ -126,7 +126,7 @@ def test_a_copied_prefix_keeps_no_more_room_than_it_needs(policy: dict[str, int]
 
 
 def test_a_step_without_room_takes_the_earlier_handle_along() -> None:
-    """A cache holds its handles until the step is over: of each layer there would be two buffers."""
+    """A cache holds its handles until the step is over: each layer would have two buffers."""
     made = prefill(SparkConfig(key_ratio=0.6, window=4), 40)
     states, before = made.states, [state.dense() for state in made.states]
     longer = step(*states, queries(30), tokens(30))
