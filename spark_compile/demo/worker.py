@@ -28,12 +28,14 @@ import spark_compile
 from ..regional import compile_blocks
 from ..transformers_names import cache_argument
 from .assets import DemoError, read_essays
+from .context import longest_context
 
 NEEDLE = "The special magic number for the city of Lisbon is 48213."
 QUESTION = "What is the special magic number for the city of Lisbon?"
 ANSWER = "48213"
 CONTINUATION_TOKENS = 256
 WARM_UP_TOKENS = 4
+ROOM_BYTES = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ class Result:
     prompt_tokens: int
     kv_bytes: int
     """Bytes of the stored keys and values after the prefill, masks and scales included."""
+    longest_context: int
+    """Tokens whose keys and values would take ``ROOM_BYTES``: told from those of the prompt."""
     job_peak_bytes: int
     """Highest resident memory of prefill and decode, less what was resident before them."""
     process_peak_bytes: int
@@ -90,6 +94,7 @@ class Result:
 class _Run:
     tokens: list[int]
     kv_bytes: int
+    longest_context: int
     prefill_s: float
     steps_s: list[float]
 
@@ -134,6 +139,7 @@ def measure(job: Job, emit: Callable[[dict[str, Any]], None], wait: Callable[[],
         dtype=str(model.dtype).removeprefix("torch."),
         prompt_tokens=prompt.shape[1],
         kv_bytes=run.kv_bytes,
+        longest_context=run.longest_context,
         job_peak_bytes=peak_bytes - before_bytes,
         process_peak_bytes=max(compile_peak_bytes, peak_bytes),
         prefill_tokens_per_s=prompt.shape[1] / run.prefill_s,
@@ -218,12 +224,14 @@ def _generate(model: Any, prompt: Tensor, new_tokens: int) -> _Run:
     start_s = time.perf_counter()
     token, prefill_s = _step(model, prompt, past), time.perf_counter() - start_s
     kv_bytes = spark_compile.kv_bytes(cache)
+    sides = (side for layer in cache.layers for side in (layer.keys, layer.values))
+    longest = longest_context(sides, prompt.shape[1], ROOM_BYTES)
     tokens, steps_s = [token], []
     while len(tokens) < new_tokens:
         start_s = time.perf_counter()
         tokens.append(_step(model, torch.tensor([tokens[-1:]]), past))
         steps_s.append(time.perf_counter() - start_s)
-    return _Run(tokens, kv_bytes, prefill_s, steps_s)
+    return _Run(tokens, kv_bytes, longest, prefill_s, steps_s)
 
 
 def _step(model: Any, ids_BL: Tensor, past: dict[str, Any]) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import re
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +32,7 @@ RESULT = Result(
     dtype="float32",
     prompt_tokens=100,
     kv_bytes=2_000_000,
+    longest_context=5_000,
     job_peak_bytes=3_000_000,
     process_peak_bytes=4_000_000,
     prefill_tokens_per_s=10.0,
@@ -217,6 +219,7 @@ def test_table_compares_with_the_dense_configuration() -> None:
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "65%" in text
     assert "1.3" in text
+    assert re.search("longest context in 100 MB, tokens +│ +5,000 │ +5,000 ", text)
     assert "no" in text
 
 
