@@ -219,7 +219,7 @@ def _auto_dtype() -> torch.dtype:
 
 def _generate(model: Any, prompt: Tensor, new_tokens: int) -> _Run:
     """Decode ``new_tokens`` tokens greedily, past the end of the answer, timing each step."""
-    cache = transformers.DynamicCache(config=model.config)
+    cache: Any = transformers.DynamicCache(config=model.config)
     past = {cache_argument(model.forward): cache}
     start_s = time.perf_counter()
     token, prefill_s = _step(model, prompt, past), time.perf_counter() - start_s
