@@ -24,6 +24,7 @@ from ..report import SparkError, SparkWarning
 
 if TYPE_CHECKING:
     from .folder import Manifest
+    from .tracing import Graph
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="What `export` has written.")]
 
@@ -68,6 +69,13 @@ def export(
         typer.Option("--verify/--no-verify", help="Compare the graphs with the model on a text."),
     ] = True,
     overwrite: Annotated[bool, typer.Option(help="Replace an exported folder.")] = False,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            help="tensorrt also shows which parts of the graphs TensorRT would run, and which stay "
+            "with torch: a dry run, which needs neither it nor a GPU."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest alone.")] = False,
     *,
     options: dict[str, Any],
@@ -80,10 +88,19 @@ def export(
     """
     if dtype not in ("auto", *DTYPES):
         fail(f"option 'dtype' is {dtype!r}: allowed is one of 'auto', {', '.join(DTYPES)}")
+    if engine not in (None, "tensorrt"):
+        fail(f"option 'engine' is {engine!r}: allowed is 'tensorrt'")
     check(options)
     is_factory = ":" in model and not Path(model).exists()
     place, keywords = ("", {}) if is_factory else locate(model)
     from .export import export as write
+    from .partition import Partition, partition, partition_table
+
+    parts: dict[str, Partition] = {}
+
+    def split(graphs: Mapping[str, Graph]) -> None:
+        if engine is not None:
+            parts.update((phase, partition(graph.module)) for phase, graph in graphs.items())
 
     try:
         with _progress(quiet=as_json) as told, _warnings(as_json):
@@ -91,14 +108,17 @@ def export(
             made, tokenizer = _loaded(model if is_factory else "", place, keywords, dtype)
             manifest = write(
                 made, output, max_tokens=max_tokens, batch=batch, plan=plan, tokenizer=tokenizer,
-                check=check_graphs, overwrite=overwrite, told=told, **options,
+                check=check_graphs, overwrite=overwrite, told=told, seen=split, **options,
             )  # fmt: skip
     except (SparkError, OSError) as error:
         fail(first_line(error, 600), code=1)
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(manifest), indent=2))
         return
-    _describe(Console(), output, manifest)
+    console = Console()
+    _describe(console, output, manifest)
+    if parts:
+        console.print(partition_table(parts))
 
 
 def _loaded(factory: str, place: str, keywords: Mapping[str, str], dtype: str) -> tuple[Any, Any]:

@@ -37,6 +37,7 @@ def export(
     check: bool = True,
     overwrite: bool = False,
     told: Callable[[str], None] = lambda step: None,
+    seen: Callable[[Mapping[str, Graph]], object] = lambda graphs: None,
     **options: Any,
 ) -> Manifest:
     """Write a decoder's prefill and decode as programs of torch.export, with the cache compressed.
@@ -58,6 +59,7 @@ def export(
         check: compare the graphs with the model before the folder is put in its place.
         overwrite: replace a folder that an export wrote.
         told: called with a word on each step.
+        seen: called with the graph of each phase, before anything is written.
         options: fields of :class:`SparkConfig`.
 
     Raises:
@@ -76,6 +78,7 @@ def export(
     with written_beside(Path(folder), overwrite=overwrite) as beside:
         decoder = decoder_of(model, max_tokens, batch)
         graphs = _graphs(decoder, config, max_tokens, batch, told)
+        seen(graphs)
         verified = None
         if check:
             told("checking the graphs against the model")
