@@ -3,7 +3,7 @@
 
 #include <immintrin.h>
 
-#include "levels.h"
+#include "digit_products.h"
 
 namespace spark {
 

@@ -1,4 +1,4 @@
-// Queries as two digits for integer products with levels that are stored as level + 128.
+// Queries as whole numbers for integer products with levels that are stored as level + 128.
 #pragma once
 
 #include <cmath>
@@ -76,6 +76,46 @@ class QueryDigits {
   const int64_t rows_, width_;
   const size_t parts_;
   Scratch<int8_t> digits_;
+  Scratch<int32_t> corrections_;
+  Scratch<float> units_;
+};
+
+// x = unit * whole for each part of each query, 16 bits of the largest one: rows of `width` numbers, of each 32
+// the even ones in front of the odd ones.
+class QueryWords {
+ public:
+  QueryWords(int64_t rows, size_t parts, int64_t width)
+      : width_(width), parts_(parts), words_(scratch<int16_t>(rows * width)), corrections_(scratch<int32_t>(rows * int64_t(parts))),
+        units_(scratch<float>(rows * int64_t(parts))) {}
+
+  const int16_t* at(int64_t row) const { return &words_[row * width_]; }
+  float unit(int64_t row, size_t part) const { return units_[place(row, part)]; }
+  // 128 * (sum of the numbers), in 32 bits as the products are.
+  int32_t correction(int64_t row, size_t part) const { return corrections_[place(row, part)]; }
+
+  void split(int64_t row, size_t part, const Columns& own, const float* query) {
+    float largest = 0;
+    bool nan = false;  // no number is worth it
+    for (int64_t j = 0; j < own.channels; ++j) largest = std::max(largest, std::fabs(query[j])), nan |= std::isnan(query[j]);
+    // A product with levels of -128 has to fit 32 bits.
+    const float limit = std::min(32767.0f, float((1 << 24) / own.channels - 1)), inverse = largest > 0 && !nan ? limit / largest : 0.0f;
+    units_[place(row, part)] = nan ? NAN : largest / limit;
+    uint32_t total = 0;
+    for (int64_t j = 0; j < own.channels; ++j) {
+      const int32_t whole = nan ? 0 : int32_t(std::lrint(query[j] * inverse));
+      const int64_t column = own.column + j;
+      words_[row * width_ + column / 32 * 32 + column % 2 * 16 + column % 32 / 2] = int16_t(whole);
+      total += uint32_t(whole);
+    }
+    corrections_[place(row, part)] = int32_t(128 * total);
+  }
+
+ private:
+  int64_t place(int64_t row, size_t part) const { return row * int64_t(parts_) + int64_t(part); }
+
+  const int64_t width_;
+  const size_t parts_;
+  Scratch<int16_t> words_;
   Scratch<int32_t> corrections_;
   Scratch<float> units_;
 };

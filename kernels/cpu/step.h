@@ -5,6 +5,8 @@
 #include "operands.h"
 #if defined(__AVX512VNNI__)
 #include "vnni_engine.h"
+#elif defined(__AVX2__)
+#include "madd_engine.h"
 #endif
 #if defined(SPARK_AMX)
 #include "amx_quantized_engine.h"
@@ -163,7 +165,11 @@ void run(const Problem& p) {
 #endif
 #if defined(__AVX512VNNI__)
   if constexpr (sizeof(T) == 2) {
-    if (can_vnni(p)) return attend<T, VnniEngine<T>>(p);
+    if (can_levels(p)) return attend<T, VnniEngine<T>>(p);
+  }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 2) {
+    if (can_levels(p)) return attend<T, MaddEngine<T>>(p);
   }
 #endif
   attend<T, FloatEngine<T>>(p);

@@ -1,0 +1,126 @@
+// Vectors of bytes, of 64 with AVX-512 and of 32 with AVX2.
+#pragma once
+
+#include <immintrin.h>
+
+#include <algorithm>
+
+#include "simd.h"
+
+namespace spark {
+
+#if defined(__AVX512BW__)
+typedef __m512i Bytes;
+typedef uint64_t ByteMask;  // a bit for each byte
+#else
+typedef __m256i Bytes;
+typedef uint32_t ByteMask;
+#endif
+constexpr int WIDE = sizeof(Bytes);
+typedef uint16_t Words __attribute__((vector_size(sizeof(Bytes))));
+
+inline void store_bytes(void* p, Bytes v) { std::memcpy(p, &v, WIDE); }
+
+// WIDE bits of a plane of `bytes` bytes from channel `first` on.
+inline ByteMask plane_bytes(const uint8_t* plane, int64_t first, int64_t bytes) {
+  constexpr int64_t COUNT = sizeof(ByteMask);
+  if (bytes - first / 8 >= COUNT) return load<ByteMask>(plane + first / 8);
+  ByteMask bits = 0;
+  for (int64_t i = 0; i < bytes - first / 8; ++i) bits |= ByteMask(plane[first / 8 + i]) << (8 * i);
+  return bits;
+}
+
+#if defined(__AVX512BW__)
+
+inline Bytes splat_byte(int x) { return _mm512_set1_epi8(char(x)); }
+inline Bytes sum_of_bytes(Bytes a, Bytes b) { return _mm512_add_epi8(a, b); }
+// 16-bit words, shifted; bits of one byte get into the other one.
+inline Bytes right(Bytes v, int count) { return _mm512_srli_epi16(v, unsigned(count)); }
+inline Bytes right(Bytes v, Words counts) { return _mm512_srlv_epi16(v, __m512i(counts)); }
+template <int COUNT>
+inline Bytes left(Bytes v) { return _mm512_slli_epi16(v, COUNT); }
+// The bytes of a table of 16 that the low halves of others point to, which are below 128.
+inline Bytes look_up(__m128i table, Bytes v) { return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), v); }
+inline Bytes choose(ByteMask mask, Bytes yes, Bytes no) { return _mm512_mask_mov_epi8(no, mask, yes); }
+// Byte j gets few[rank of j among the set bits], or 0 without a bit.
+inline Bytes expand_bytes(ByteMask mask, Bytes few) {
+  asm("" : "+v"(few));  // expanding from memory takes several times as long
+  return _mm512_maskz_expand_epi8(mask, few);
+}
+inline I nearest_whole(F x) { return I(_mm512_cvtps_epi32(__m512(x))); }
+
+inline ByteMask first_bits(int64_t count) { return _bzhi_u64(~uint64_t(0), unsigned(std::min<int64_t>(count, WIDE))); }
+// The first `count` bytes, then zeros; nothing after them is read.
+inline Bytes some_bytes(const int8_t* p, int64_t count) { return _mm512_maskz_loadu_epi8(first_bits(count), p); }
+inline void store_some(int8_t* p, int64_t count, Bytes v) { _mm512_mask_storeu_epi8(p, first_bits(count), v); }
+// The same, but what follows the first ones may be anything; nothing from `end` on is read.
+inline Bytes some_bytes(const int8_t* p, int64_t count, const char*) { return some_bytes(p, count); }
+
+// COUNT bytes over and over.
+template <int COUNT>
+inline Bytes repeated(const uint8_t* p) {
+  if constexpr (COUNT == 64) return _mm512_loadu_si512(p);
+  else if constexpr (COUNT == 32) return _mm512_broadcast_i64x4(load<__m256i>(p));
+  else if constexpr (COUNT == 16) return _mm512_broadcast_i32x4(load<__m128i>(p));
+  else if constexpr (COUNT == 8) return _mm512_set1_epi64(load<int64_t>(p));
+  else if constexpr (COUNT == 4) return _mm512_set1_epi32(load<int32_t>(p));
+  else return _mm512_set1_epi16(load<int16_t>(p));
+}
+
+#else
+
+inline Bytes splat_byte(int x) { return _mm256_set1_epi8(char(x)); }
+inline Bytes sum_of_bytes(Bytes a, Bytes b) { return _mm256_add_epi8(a, b); }
+inline Bytes right(Bytes v, int count) { return _mm256_srli_epi16(v, count); }
+// There are shifts of 32-bit words alone: what gets from a word into the other one does not matter, as
+// counts are below 8 and of a byte the lowest bits are wanted.
+inline Bytes right(Bytes v, Words counts) {
+  const __m256i both = __m256i(counts), low = _mm256_and_si256(both, _mm256_set1_epi32(0xffff));
+  return _mm256_blend_epi16(_mm256_srlv_epi32(v, low), _mm256_srlv_epi32(v, _mm256_srli_epi32(both, 16)), 0xaa);
+}
+template <int COUNT>
+inline Bytes left(Bytes v) { return _mm256_slli_epi16(v, COUNT); }
+inline Bytes look_up(__m128i table, Bytes v) { return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), v); }
+inline Bytes choose(ByteMask mask, Bytes yes, Bytes no) {
+  const __m256i group = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
+  const __m256i bit = _mm256_set1_epi64x(int64_t(0x8040201008040201));
+  const __m256i bits = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(int32_t(mask)), group), bit);
+  return _mm256_blendv_epi8(no, yes, _mm256_cmpeq_epi8(bits, bit));
+}
+// Eight bytes at a time, which pdep puts where their mask is.
+inline Bytes expand_bytes(ByteMask mask, Bytes few) {
+  uint64_t parts[4];
+  uint8_t packed[WIDE];
+  store_bytes(packed, few);
+  for (int i = 0, rank = 0; i < 4; ++i, mask >>= 8) {
+    parts[i] = _pdep_u64(load<uint64_t>(packed + rank), _pdep_u64(mask & 0xff, 0x0101010101010101) * 0xff);
+    rank += __builtin_popcount(mask & 0xff);
+  }
+  return load<Bytes>(parts);
+}
+inline I nearest_whole(F x) { return I(_mm256_cvtps_epi32(__m256(x))); }
+
+inline Bytes some_bytes(const int8_t* p, int64_t count) {
+  if (count >= WIDE) return load<Bytes>(p);
+  if (count % 4 == 0) return _mm256_maskload_epi32(reinterpret_cast<const int*>(p), __m256i(lanes() < splat(int32_t(count / 4))));
+  int8_t copy[WIDE] = {};
+  std::memcpy(copy, p, size_t(count));
+  return load<Bytes>(copy);
+}
+inline Bytes some_bytes(const int8_t* p, int64_t count, const char* end) {
+  return reinterpret_cast<const char*>(p + WIDE) <= end ? load<Bytes>(p) : some_bytes(p, count);
+}
+inline void store_some(int8_t* p, int64_t count, Bytes v) { std::memcpy(p, &v, size_t(std::min<int64_t>(count, WIDE))); }
+
+template <int COUNT>
+inline Bytes repeated(const uint8_t* p) {
+  if constexpr (COUNT == 32) return load<Bytes>(p);
+  else if constexpr (COUNT == 16) return _mm256_broadcastsi128_si256(load<__m128i>(p));
+  else if constexpr (COUNT == 8) return _mm256_set1_epi64x(load<int64_t>(p));
+  else if constexpr (COUNT == 4) return _mm256_set1_epi32(load<int32_t>(p));
+  else return _mm256_set1_epi16(load<int16_t>(p));
+}
+
+#endif
+
+}  // namespace spark

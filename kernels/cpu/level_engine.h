@@ -1,0 +1,154 @@
+// Blocks of int8 and quantized tokens, and of spark keys in int8, as bytes for integer products.
+//
+// Stored levels go into the products as they are, and queries and softmax weights, which they meet there, are
+// whole numbers of a unit. Levels of keys are stored as level + 128, which the products' engine takes away
+// again. Spark keys are two planes, kept channels and signs. Dense tokens are float32.
+#pragma once
+
+#include "float_engine.h"
+#include "levels.h"
+#include "query_digits.h"
+
+namespace spark {
+
+// What these products can do: values of one part, so that a weight carries their amplitude.
+inline bool can_levels(const Problem& p) {
+  const Format &keys = *p.keys.format, &values = *p.values.format;
+  const auto has_levels = [](const Format& f) { return f.kind == Kind::int8 || f.kind == Kind::quantized; };
+  return (has_levels(keys) || (keys.kind == Kind::spark && keys.int8)) && has_levels(values) && values.part_count <= 1;
+}
+
+// T: the model's dtype. Queries: as whole numbers. VALUES: what is added to the levels of values, 0 or 128.
+template <class T, class Queries, int VALUES>
+class LevelEngine : public FloatEngine<T> {
+  using Base = FloatEngine<T>;
+
+ public:
+  static constexpr int BLOCK = Base::BLOCK;
+
+  explicit LevelEngine(const Problem& p)
+      : Base(p), parts_(columns_of(*p.keys.format)), width_(parts_.back().column + round_up(parts_.back().channels, 64)),
+        value_width_(round_up(p.value_dim, 64)), keys_(scratch<uint8_t>(BLOCK * width_ + 64)),
+        levels_(scratch<int8_t>(BLOCK * value_width_ + 64)), digits_(p.query_rows(), parts_.size(), width_) {}
+
+  void start(int64_t b, int64_t h) {
+    Base::start(b, h);
+    if (!p_.packed) return;
+    const Scratch<float> query = scratch<float>(width_);
+    for (int64_t row = 0; row < p_.query_rows(); ++row) {
+      const float* from = this->packed_query(row);
+      for (size_t p = 0; p < parts_.size(); ++p) {
+        float* to = &query[parts_[p].column];
+        std::copy_n(from + parts_[p].first, parts_[p].channels, to);
+        for (int64_t j = 0; parts_[p].signs && j < parts_[p].channels; ++j) to[j] *= this->key_weights()[j];
+        digits_.split(row, p, parts_[p], to);
+      }
+    }
+  }
+
+  void expand_keys(const Block& block) {
+    if (!block.packed) return Base::expand_keys(block);
+    const Format& f = *p_.keys.format;
+    p_.each_run(block, [&](const Run& run) {
+      const Requests requests{Ahead(f), Ahead(*p_.values.format), run.keys, run.values};
+      uint8_t* out = &keys_[run.first * width_];
+      if (f.int8) {
+        if (f.kind == Kind::spark) expand_kept(run, out, requests);
+        else copy_levels<128>(run.keys, run.count, p_.keys, out, width_, &requests);
+        to_floats(run.keys.at<T>(f.step), run.count, amplitudes_[0] + run.first);
+        if (f.kind == Kind::spark) to_floats(run.keys.at<T>(f.scale), run.count, amplitudes_[1] + run.first);
+        return;
+      }
+      const uint8_t* codes = run.keys.at<uint8_t>(f.scale);
+      for (int p = 0; p < f.part_count; ++p) {
+        expand_part<128>(f.parts[p], run.keys.rows(f.channels), run.count, reinterpret_cast<int8_t*>(out) + parts_[p].column,
+                         width_, p ? nullptr : &requests);
+        for (int t = 0; t < run.count; ++t) amplitudes_[p][run.first + t] = spark::amplitudes()[codes[t * f.part_count + p]];
+      }
+    });
+  }
+
+ protected:
+  using Base::p_;
+
+  // Rows of levels of values, and their steps; what is left of earlier blocks meets weights of 0.
+  void expand_value_levels(const Block& block) {
+    const Format& f = *p_.values.format;
+    std::fill_n(steps_, BLOCK, 0.0f);
+    p_.each_run(block, [&](const Run& run) {
+      int8_t* out = &levels_[run.first * value_width_];
+      if (f.kind == Kind::quantized) {
+        expand_part<VALUES>(f.parts[0], run.values.rows(f.channels), run.count, out, value_width_, nullptr);
+        const uint8_t* codes = run.values.at<uint8_t>(f.scale);
+        for (int t = 0; t < run.count; ++t) steps_[run.first + t] = spark::amplitudes()[codes[t]];
+      } else {
+        copy_levels<VALUES>(run.values, run.count, p_.values, reinterpret_cast<uint8_t*>(out), value_width_, nullptr);
+        to_floats(run.values.at<T>(f.step), run.count, steps_ + run.first);
+      }
+    });
+  }
+
+  // Weights times steps as whole numbers up to LIMIT; returns the unit.
+  template <int LIMIT>
+  float whole_weights(const float* weights, I* whole) const {
+    F scaled[BLOCK / LANES], top{};
+    uint32_t nan = 0;
+    for (int i = 0; i < BLOCK / LANES; ++i) {
+      scaled[i] = load(weights + LANES * i) * load(steps_ + LANES * i);
+      top = spark::max(top, scaled[i]), nan |= lane_bits(scaled[i] != scaled[i]);
+    }
+    const float largest = maximum(top), inverse = largest > 0 ? float(LIMIT) / largest : 0.0f;
+    for (int i = 0; i < BLOCK / LANES; ++i) whole[i] = nearest_whole(scaled[i] * inverse);
+    return nan ? NAN : largest / float(LIMIT);
+  }
+
+  const std::vector<Columns> parts_;
+  const int64_t width_, value_width_;
+  Scratch<uint8_t> keys_;   // level + 128
+  Scratch<int8_t> levels_;  // of values
+  Queries digits_;
+  alignas(64) float amplitudes_[MAX_PARTS][BLOCK] = {};
+
+ private:
+  static void to_floats(const T* from, int count, float* numbers) {
+    for (int t = 0; t < count; ++t) numbers[t] = to_float(from[t]);
+  }
+
+  // Levels of int8 tokens from `place` on, plus OFFSET, as rows of `width` bytes.
+  template <int OFFSET>
+  static void copy_levels(const Place& place, int count, const Side& side, uint8_t* out, int64_t width, const Requests* ahead) {
+    const int64_t dim = side.format->dim;
+    const Tokens rows = place.rows(side.format->channels);
+    for (int t = 0; t < count; ++t, out += width) {
+      if (ahead) (*ahead)(t);
+      const int8_t* row = reinterpret_cast<const int8_t*>(rows.at(t));
+      for (int64_t j = 0; j < dim; j += WIDE) store_bytes(out + j, some_bytes(row + j, dim - j, side.pages_end) ^ splat_byte(OFFSET));
+    }
+  }
+
+  // Kept channels, and 1 or -1 where channels are pruned; zeros elsewhere.
+  void expand_kept(const Run& run, uint8_t* out, const Requests& requests) {
+    const Format& f = *p_.keys.format;
+    const int64_t plane = f.plane(), signs = parts_.back().column;
+    const Bytes zero = splat_byte(128), plus = splat_byte(129), minus = splat_byte(127);
+    for (int t = 0; t < run.count; ++t, out += width_) {
+      requests(t);
+      const Place place = run.keys + t;
+      const int8_t* row = place.at<int8_t>(f.channels);
+      const uint8_t *keep = place.at<uint8_t>(f.keep), *negative = place.at<uint8_t>(f.negative);
+      int64_t rank = 0;
+      for (int64_t j = 0; j < f.dim; j += WIDE) {
+        // More bits may be set than there are channels: they promise nothing.
+        const ByteMask kept = plane_bytes(keep, j, plane), below = plane_bytes(negative, j, plane);
+        const int64_t few = std::clamp<int64_t>(f.kept - rank, 0, __builtin_popcountll(kept));
+        store_bytes(out + j, expand_bytes(kept, some_bytes(row + rank, few, p_.keys.pages_end)) ^ zero);
+        rank += few;
+        if (signs) store_bytes(out + signs + j, choose(kept, zero, choose(below, minus, plus)));
+      }
+    }
+  }
+
+  alignas(64) float steps_[BLOCK] = {};
+};
+
+}  // namespace spark
