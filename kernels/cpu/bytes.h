@@ -42,11 +42,6 @@ inline Bytes left(Bytes v) { return _mm512_slli_epi16(v, COUNT); }
 // The bytes of a table of 16 that the low halves of others point to, which are below 128.
 inline Bytes look_up(__m128i table, Bytes v) { return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), v); }
 inline Bytes choose(ByteMask mask, Bytes yes, Bytes no) { return _mm512_mask_mov_epi8(no, mask, yes); }
-// Byte j gets few[rank of j among the set bits], or 0 without a bit.
-inline Bytes expand_bytes(ByteMask mask, Bytes few) {
-  asm("" : "+v"(few));  // expanding from memory takes several times as long
-  return _mm512_maskz_expand_epi8(mask, few);
-}
 inline I nearest_whole(F x) { return I(_mm512_cvtps_epi32(__m512(x))); }
 
 inline ByteMask first_bits(int64_t count) { return _bzhi_u64(~uint64_t(0), unsigned(std::min<int64_t>(count, WIDE))); }
@@ -55,6 +50,12 @@ inline Bytes some_bytes(const int8_t* p, int64_t count) { return _mm512_maskz_lo
 inline void store_some(int8_t* p, int64_t count, Bytes v) { _mm512_mask_storeu_epi8(p, first_bits(count), v); }
 // The same, but what follows the first ones may be anything; nothing from `end` on is read.
 inline Bytes some_bytes(const int8_t* p, int64_t count, const char*) { return some_bytes(p, count); }
+// Byte j gets packed[rank of j among the set bits], of which there are `count`, or 0 without a bit.
+inline Bytes expand_bytes(ByteMask mask, const int8_t* packed, int64_t count, const char*) {
+  Bytes few = some_bytes(packed, count);
+  asm("" : "+v"(few));  // expanding from memory takes several times as long
+  return _mm512_maskz_expand_epi8(mask, few);
+}
 
 // COUNT bytes over and over.
 template <int COUNT>
@@ -87,17 +88,6 @@ inline Bytes choose(ByteMask mask, Bytes yes, Bytes no) {
   const __m256i bits = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(int32_t(mask)), group), bit);
   return _mm256_blendv_epi8(no, yes, _mm256_cmpeq_epi8(bits, bit));
 }
-// Eight bytes at a time, which pdep puts where their mask is.
-inline Bytes expand_bytes(ByteMask mask, Bytes few) {
-  uint64_t parts[4];
-  uint8_t packed[WIDE];
-  store_bytes(packed, few);
-  for (int i = 0, rank = 0; i < 4; ++i, mask >>= 8) {
-    parts[i] = _pdep_u64(load<uint64_t>(packed + rank), _pdep_u64(mask & 0xff, 0x0101010101010101) * 0xff);
-    rank += __builtin_popcount(mask & 0xff);
-  }
-  return load<Bytes>(parts);
-}
 inline I nearest_whole(F x) { return I(_mm256_cvtps_epi32(__m256(x))); }
 
 inline Bytes some_bytes(const int8_t* p, int64_t count) {
@@ -109,6 +99,15 @@ inline Bytes some_bytes(const int8_t* p, int64_t count) {
 }
 inline Bytes some_bytes(const int8_t* p, int64_t count, const char* end) {
   return reinterpret_cast<const char*>(p + WIDE) <= end ? load<Bytes>(p) : some_bytes(p, count);
+}
+inline Bytes expand_bytes(ByteMask mask, const int8_t* packed, int64_t count, const char* end) {
+  int8_t copy[WIDE];
+  if (reinterpret_cast<const char*>(packed + WIDE) > end) store_bytes(copy, some_bytes(packed, count)), packed = copy;
+  const auto eight = [&](int first) {
+    const int8_t* from = packed + __builtin_popcount(mask & ((1u << first) - 1));
+    return int64_t(_pdep_u64(load<uint64_t>(from), _pdep_u64(mask >> first & 0xff, 0x0101010101010101) * 0xff));
+  };
+  return _mm256_set_epi64x(eight(24), eight(16), eight(8), eight(0));
 }
 inline void store_some(int8_t* p, int64_t count, Bytes v) { std::memcpy(p, &v, size_t(std::min<int64_t>(count, WIDE))); }
 

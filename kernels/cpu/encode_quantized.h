@@ -74,7 +74,10 @@ class QuantizedEncoder {
 #if defined(__AVX512BW__)
     if constexpr (sizeof(T) == 2) return by_rank(row, order_.get(), f_.dim, ranked_.get());
 #endif
-    for (int64_t r = 0; r < f_.dim; ++r) ranked_[r] = row[order_[r]];
+    const uint16_t* order = order_.get();
+    T* ranked = ranked_.get();
+#pragma GCC unroll 8
+    for (int64_t r = 0; r < f_.dim; ++r) ranked[r] = row[order[r]];
   }
 
   // Writes the codes of a part's numbers; returns the one of their amplitude.

@@ -141,7 +141,7 @@ class LevelEngine : public FloatEngine<T> {
         // More bits may be set than there are channels: they promise nothing.
         const ByteMask kept = plane_bytes(keep, j, plane), below = plane_bytes(negative, j, plane);
         const int64_t few = std::clamp<int64_t>(f.kept - rank, 0, __builtin_popcountll(kept));
-        store_bytes(out + j, expand_bytes(kept, some_bytes(row + rank, few, p_.keys.pages_end)) ^ zero);
+        store_bytes(out + j, expand_bytes(kept, row + rank, few, p_.keys.pages_end) ^ zero);
         rank += few;
         if (signs) store_bytes(out + signs + j, choose(kept, zero, choose(below, minus, plus)));
       }

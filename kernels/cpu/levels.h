@@ -25,7 +25,7 @@ inline Bytes codes_of(const uint8_t* plane, int64_t first) {
   if constexpr (BYTES >= WIDE) return right(load<Bytes>(plane + first % BYTES), int(first / BYTES * WIDTH)) & ones;
   else {
     const Words shifts = [&]<size_t... W>(std::index_sequence<W...>) {
-      return Words{uint16_t(2 * W / BYTES * WIDTH)...} + uint16_t(first / BYTES * WIDTH);
+      return Words{uint16_t((2 * int64_t(W) + first) / BYTES * WIDTH)...};
     }(std::make_index_sequence<WIDE / 2>{});
     return right(repeated<BYTES>(plane), shifts) & ones;
   }

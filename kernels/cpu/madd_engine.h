@@ -63,7 +63,16 @@ class MaddEngine : public LevelEngine<T, QueryWords, 128> {
 
   static __m256i even(__m256i bytes) { return _mm256_and_si256(bytes, _mm256_set1_epi16(0xff)); }
   static __m256i odd(__m256i bytes) { return _mm256_srli_epi16(bytes, 8); }
-  static __m256i plus_products(__m256i sum, __m256i a, __m256i b) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
+  static __m256i plus_products(__m256i sum, __m256i a, __m256i b) {
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
+    return in_register(sum);
+  }
+  // At this place of the program: GCC would add products to each other first, for which registers do not
+  // suffice, and load a query for each product.
+  static __m256i in_register(__m256i v) {
+    asm volatile("" : "+x"(v));
+    return v;
+  }
 
   // Neighbours in a and then in b, added, in each half.
   static __m256i neighbours(__m256i a, __m256i b) {
@@ -88,12 +97,13 @@ class MaddEngine : public LevelEngine<T, QueryWords, 128> {
           __m256i own[ROWS][2] = {};
           for (int64_t j = from; j < to; j += 32) {
             const __m256i x = load<__m256i>(a + j), y = load<__m256i>(b + j);
-            const __m256i x0 = even(x), x1 = odd(x), y0 = even(y), y1 = odd(y);
-            for (int r = 0; r < ROWS; ++r) {
-              const __m256i q0 = load<__m256i>(query + r * width_ + j), q1 = load<__m256i>(query + r * width_ + j + 16);
-              own[r][0] = plus_products(plus_products(own[r][0], x0, q0), x1, q1);
-              own[r][1] = plus_products(plus_products(own[r][1], y0, q0), y1, q1);
-            }
+            const auto add = [&](__m256i x, __m256i y, const int16_t* query) {
+              for (int r = 0; r < ROWS; ++r) {
+                const __m256i q = in_register(load<__m256i>(query + r * width_));
+                own[r][0] = plus_products(own[r][0], x, q), own[r][1] = plus_products(own[r][1], y, q);
+              }
+            };
+            add(even(x), even(y), query + j), add(odd(x), odd(y), query + j + 16);
           }
           for (int r = 0; r < ROWS; ++r) pairs[r][i] = neighbours(own[r][0], own[r][1]);
         }
@@ -111,7 +121,7 @@ class MaddEngine : public LevelEngine<T, QueryWords, 128> {
   struct Pairs {
     alignas(32) int32_t numbers[BLOCK];
     int32_t correction;
-    float unit;
+    float unit, rescale;
   };
   void pairs(const float* weights, Pairs& to) const {
     I whole[BLOCK / LANES], total{};
@@ -130,25 +140,28 @@ class MaddEngine : public LevelEngine<T, QueryWords, 128> {
   template <int ROWS>
   void add_levels(float (*weights)[BLOCK], const float* rescale, float* sums) {
     Pairs all[ROWS];
-    for (int r = 0; r < ROWS; ++r) pairs(weights[r], all[r]);
+    for (int r = 0; r < ROWS; ++r) pairs(weights[r], all[r]), all[r].rescale = rescale ? rescale[r] : 1.0f;
     const int64_t width = Base::padded(p_.value_dim);
     const uint8_t* values = values_.get();
     for (int64_t at = 0; at < width; values += 16 * BLOCK, at += at % 16 ? 24 : 8) {
       __m256i own[ROWS][2];
       for (int r = 0; r < ROWS; ++r) own[r][0] = own[r][1] = _mm256_set1_epi32(all[r].correction);
+#pragma GCC unroll 8
       for (int t = 0; t < BLOCK; t += 4) {
         const __m256i x = load<__m256i>(values + t * 16), y = load<__m256i>(values + t * 16 + 32);
-        const __m256i x0 = even(x), x1 = odd(x), y0 = even(y), y1 = odd(y);
-        for (int r = 0; r < ROWS; ++r) {
-          const __m256i w0 = _mm256_set1_epi32(all[r].numbers[t]), w1 = _mm256_set1_epi32(all[r].numbers[t + 1]);
-          own[r][0] = plus_products(plus_products(own[r][0], x0, w0), x1, w1);
-          own[r][1] = plus_products(plus_products(own[r][1], y0, w0), y1, w1);
-        }
+        const auto add = [&](__m256i x, __m256i y, int pair) {
+          for (int r = 0; r < ROWS; ++r) {
+            const __m256i weights = _mm256_set1_epi32(all[r].numbers[t + pair]);
+            own[r][0] = plus_products(own[r][0], x, weights), own[r][1] = plus_products(own[r][1], y, weights);
+          }
+        };
+        add(even(x), even(y), 0), add(odd(x), odd(y), 1);
       }
       for (int r = 0; r < ROWS; ++r) {
         float* to = sums + r * width + at;
-        const F factor = splat(rescale ? rescale[r] : 1.0f);
-        const auto add = [&](float* to, __m256i whole) { store(to, load(to) * factor + F(_mm256_cvtepi32_ps(whole)) * all[r].unit); };
+        const auto add = [&](float* to, __m256i whole) {
+          store(to, load(to) * all[r].rescale + F(_mm256_cvtepi32_ps(whole)) * all[r].unit);
+        };
         add(to, _mm256_permute2x128_si256(own[r][0], own[r][1], 0x20));
         if (at + 16 < width) add(to + 16, _mm256_permute2x128_si256(own[r][0], own[r][1], 0x31));
       }

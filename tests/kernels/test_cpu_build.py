@@ -143,7 +143,7 @@ def test_gcc_before_12_can_compile_the_sources() -> None:
     compiler = build._compiler()
     if "clang" in build._run([*compiler, "--version"]):
         pytest.skip("this compiler is not GCC")
-    for level in ("plain", "avx512"):
+    for level in ("plain", "avx2", "avx512"):
         older = ["-U__GNUC__", "-D__GNUC__=11", "-D__builtin_shufflevector=newer", "-fsyntax-only"]
         build._run([*compiler, *build._arguments(level), "-O0", *older])
 
