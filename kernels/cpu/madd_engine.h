@@ -124,15 +124,16 @@ class MaddEngine : public LevelEngine<T, QueryWords, 128> {
     float unit, rescale;
   };
   void pairs(const float* weights, Pairs& to) const {
-    I whole[BLOCK / LANES], total{};
+    I whole[BLOCK / LANES];
+    U total{};  // of damaged steps it may overflow
     to.unit = this->template whole_weights<32767>(weights, whole);
     for (int i = 0; i < BLOCK / LANES; ++i) {
       const __m256i v = __m256i(whole[i]), later = _mm256_shuffle_epi32(v, 0xee);
       _mm256_store_si256((__m256i*)(to.numbers + 8 * i), _mm256_blend_epi16(v, _mm256_slli_epi32(later, 16), 0xaa));
-      total += whole[i];
+      total += bit_cast<U>(whole[i]);
     }
     uint32_t sum = 0;
-    for (int i = 0; i < LANES; ++i) sum += uint32_t(total[i]);
+    for (int i = 0; i < LANES; ++i) sum += total[i];
     to.correction = int32_t(0u - 128 * sum);
   }
 
