@@ -7,6 +7,7 @@ position. What the passes make of those buffers does not depend on whose they ar
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -89,15 +90,9 @@ class TransformersDecoder(Decoder):
         token = torch.zeros(batch, 1, dtype=torch.int64, device=_device(model))
         with torch.no_grad():
             model(input_ids=token, use_cache=True, **{self._named: self._cache})
-        for index, layer in self._layers():
-            for name in ("keys", "values"):
-                buffer = torch.zeros_like(getattr(layer, name))
-                self.register_buffer(f"layers_{index}_{name}", buffer, persistent=False)
-
-    def _layers(self) -> list[tuple[int, Any]]:
-        """The layers that store tokens, with their numbers; others borrow from them."""
-        layers = enumerate(self._cache.layers)
-        return [(index, layer) for index, layer in layers if _stores(layer)]
+        self._slots = _Slots(self._cache.layers)
+        for name, store, key in self._slots.all:
+            self.register_buffer(name, torch.zeros_like(store[key]), persistent=False)
 
     def forward(
         self,
@@ -115,11 +110,14 @@ class TransformersDecoder(Decoder):
             keywords["position_ids"] = real.clamp_min(0).index_select(1, positions)
             seen = attention_mask[:, :count] if self.phase == "prefill" else attention_mask
             keywords["attention_mask"] = seen
-        for index, layer in self._layers():
+        for name, store, key in self._slots.all:
+            store[key] = getattr(self, name)
+        for layer in self._cache.layers:
             layer.phase = self.phase
             layer.cumulative_length = position[0].clone()
-            layer.keys = getattr(self, f"layers_{index}_keys")
-            layer.values = getattr(self, f"layers_{index}_values")
+            # Of linear attention: whether there is a state to go on with.
+            for index in getattr(layer, "has_previous_state", ()):
+                layer.has_previous_state[index] = self.phase == "decode"
         known = inspect.signature(self.model.forward).parameters
         if "cache_position" in known:
             keywords["cache_position"] = positions
@@ -149,42 +147,66 @@ def _device(model: nn.Module) -> torch.device:
     return next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
 
 
-def _stores(layer: Any) -> bool:
-    return isinstance(getattr(layer, "keys", None), Tensor)
+class _Slots:
+    """Where the layers of a cache have their tensors.
+
+    A class, since torch.export looks into lists for tensors that a model has exchanged.
+    """
+
+    def __init__(self, layers: Iterable[Any]) -> None:
+        self.all = list(self._found(layers))
+        """A name, a dictionary and the key in it, of each tensor."""
+
+    def _found(self, layers: Iterable[Any]) -> Iterator[tuple[str, dict[Any, Any], Any]]:
+        for index, layer in enumerate(layers):
+            for name, value in vars(layer).items():
+                if name in ("keys", "values") and isinstance(value, Tensor):
+                    yield f"layers_{index}_{name}", vars(layer), name
+                elif name in ("conv_states", "recurrent_states"):  # of linear attention
+                    for number, state in value.items():
+                        if isinstance(state, Tensor):
+                            yield f"layers_{index}_{name}_{number}", value, number
+
+
+class _Traced:
+    """Attention over a prompt reads its own tokens alone: nothing else is in the cache."""
+
+    phase: Phase = "decode"
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        keys, values = super().update(key_states, value_states, *args, **kwargs)  # type: ignore[misc]
+        if self.phase == "decode":
+            return keys, values
+        count = key_states.shape[2]
+        return keys[:, :, :count], values[:, :, :count]
+
+    def get_mask_sizes(self, query_length: int) -> Any:
+        if self.phase == "prefill":
+            return query_length, 0
+        return super().get_mask_sizes(query_length)  # type: ignore[misc]
 
 
 def _static_cache(config: Any, max_tokens: int) -> Any:
     """A static cache whose layers all have room for ``max_tokens`` and are read as a prefill is."""
-    from transformers import StaticCache
-    from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
-
-    class Layer(StaticLayer):
-        """Attention over a prompt reads its own tokens alone: nothing else is in the cache."""
-
-        phase: Phase = "decode"
-
-        def update(
-            self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-        ) -> Any:
-            keys, values = super().update(key_states, value_states, *args, **kwargs)
-            if self.phase == "decode":
-                return keys, values
-            count = key_states.shape[2]
-            return keys[:, :, :count], values[:, :, :count]
-
-        def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-            if self.phase == "prefill":
-                return query_length, 0
-            return super().get_mask_sizes(query_length)
+    from transformers import StaticCache, cache_utils
 
     cache = StaticCache(config=config, max_cache_len=max_tokens)
     for index, layer in enumerate(cache.layers):
-        if type(layer) in (StaticLayer, StaticSlidingWindowLayer):
-            # One that rolls chooses its code by how many tokens there are, which no graph can.
-            cache.layers[index] = Layer(max_tokens)
-        elif type(layer).__name__ != "DummyLayer":  # of a layer that borrows another one's cache
+        kind = type(layer).__name__
+        # One that rolls chooses its code by how many tokens there are, which no graph can.
+        whole = kind.replace("StaticSlidingWindow", "Static")
+        if whole == "StaticLayer":
+            cache.layers[index] = _traced(cache_utils.StaticLayer)(max_tokens)
+        elif "AndStatic" in whole:
+            both = _traced(cache_utils.LinearAttentionAndStaticFullAttentionLayer)
+            cache.layers[index] = both(max_tokens, number_of_states=layer.number_of_states)
+        elif kind not in ("LinearAttentionLayer", "DummyLayer"):  # the last one borrows a cache
             raise ExportError(
-                f"layer {index} of the cache is a {type(layer).__name__}: allowed is one that "
-                "stores keys and values"
+                f"layer {index} of the cache is a {kind}: allowed is one that stores keys and "
+                "values or the states of linear attention"
             )
     return cache
+
+
+def _traced(kind: Any) -> Any:
+    return type(f"Traced{kind.__name__}", (_Traced, kind), {})
