@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -95,6 +96,11 @@ class PageLayout:
                 view.unflatten(3, (-1, field.width)) if field.per == "token" else view
             )
         return views
+
+    def joined(self, fields: Mapping[str, Tensor]) -> Tensor:
+        """Pages [B, Hkv, N, page bytes] of the fields that :meth:`views` gives; gaps are zeros."""
+        placed = [(first, _as_bytes(fields[field.name], 3)) for field, first, _ in self._places]
+        return _joined(placed, self.page_bytes)
 
     @functools.cached_property
     def _places(self) -> list[tuple[Field, int, int]]:
@@ -164,11 +170,44 @@ class HeadLayout:
         slots: Tensor = typed(head, self.offsets["stats"], field).unflatten(2, (2, -1))
         return slots
 
+    def joined(
+        self, counted: Tensor, constants: Mapping[str, Tensor], stats: Tensor | None, tail: Tensor
+    ) -> Tensor:
+        """A head [B, Hkv, head bytes] of its parts, as the methods give them; gaps are zeros.
+
+        Args:
+            counted: the counters, [B, Hkv, 5] int64.
+        """
+        parts = dict(constants) if stats is None else {**constants, "stats": stats}
+        placed = [(0, _as_bytes(counted, 2))]
+        placed += [
+            (self.offsets[field.name], _as_bytes(parts[field.name], 2)) for field in self._fields
+        ]
+        placed.append((self.offsets["tail"], _as_bytes(tail, 2)))
+        return _joined(placed, int(self.head_bytes(tail.shape[2])))
+
     @property
     def _fields(self) -> tuple[Field, ...]:
         own = tuple(field for field in self.format.fields() if field.per == "head")
         stats = Field("stats", torch.float32, 2 * self.format.head_dim, "head")
         return (*own, stats) if self.format.uses_queries else own
+
+
+def _as_bytes(part: Tensor, dims: int) -> Tensor:
+    """The bytes [..., n] uint8 of a tensor, of which ``dims`` dimensions stay."""
+    return part.flatten(dims).contiguous().view(torch.uint8)
+
+
+def _joined(placed: list[tuple[int, Tensor]], total: int) -> Tensor:
+    """Bytes [..., total] of parts [..., n] that begin at ascending bytes; gaps are zeros."""
+    pieces, end = [], 0
+    for first, part in placed:
+        pieces += [part.new_zeros((*part.shape[:-1], first - end))] if first > end else []
+        pieces.append(part)
+        end = first + part.shape[-1]
+    last = pieces[-1]
+    pieces += [last.new_zeros((*last.shape[:-1], total - end))] if total > end else []
+    return torch.cat(pieces, dim=-1)
 
 
 def counters(head: Tensor) -> Tensor:
