@@ -97,7 +97,9 @@ class SparkG(Format):
         room = held.shape[-2] * self.kept
         low = torch.zeros_like(shares[..., 0], dtype=torch.long)  # with the least numbers: it fits
         high = torch.full_like(low, shares.shape[-1])
-        while (high - low > 1).any():  # the largest share that fits, by bisection
+        # The largest share that fits, by bisection; once it is found nothing changes. Numbers that
+        # decide when to stop could not be traced.
+        for _ in range(shares.shape[-1].bit_length()):
             middle = (low + high) // 2
             share = shares.gather(-1, middle.unsqueeze(-1))
             fits = self._needed(held, share, allowed).sum(-1) <= room

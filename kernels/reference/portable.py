@@ -13,12 +13,10 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from ..formats.base import Stored
-from ..layout import LENGTH, PACKED, STEP, Count, counters
 from ..operands import check_build, check_step
-from ..spec import SIDES, Side, Spec, parse_spec
+from ..spec import SIDES, Spec, parse_spec
 from .attend import attention
-from .store import query_stats
+from .portable_store import PortableStore
 
 
 def build(
@@ -30,7 +28,8 @@ def build(
     A prompt of a symbolic length has at least two.
 
     Raises:
-        ValueError: operands do not fit, or what they ask for is not portable.
+        ValueError: operands do not fit.
+        NotPortableError: the cache has no capacity, or evicts tokens.
         RuntimeError: there are more tokens than the capacity.
     """
     parsed = _portable(spec)
@@ -47,8 +46,8 @@ def build(
         shapes = parsed.stored_shapes(name, rows.shape[:2], pages, tail_rows)
         made = [rows.new_zeros(shape, dtype=torch.uint8) for shape in shapes]
         for query in queries:
-            _Store(made[0], made[1], parsed, name).observe(query)
-        _Store(made[0], made[1], parsed, name).append_prompt(rows, None)
+            PortableStore(made[0], made[1], parsed, name).observe(query)
+        PortableStore(made[0], made[1], parsed, name).append_prompt(rows, None)
         stored += made
     return stored[0], stored[1], stored[2], stored[3]
 
@@ -58,45 +57,44 @@ def step(
     value_pages: Tensor, value_head: Tensor, attn_mask: Tensor | None, sinks: Tensor | None,
     causal_offset: int | None, keep: int | None, position: Tensor | None, spec: str,
 ) -> Tensor:  # fmt: skip
-    """``spark::step`` of one token after all that are in the cache, or of a prompt of several.
+    """``spark::step`` of one token, or of a prompt of several.
 
-    It does not rewind, but for a prompt: that goes to position 0 and replaces what is in the cache.
-    The position of one token is the number of tokens in the cache. Other positions, and tokens for
-    which there is no room, fail in ``aten::_assert_async`` before anything is written.
+    One token may go to any position that has no gap before it, and forgets what is from there on.
+    A prompt goes to position 0. Other positions, and tokens for which there is no room, fail in
+    ``aten::_assert_async`` before anything is written.
 
     Raises:
-        ValueError: operands do not fit, or what they ask for is not portable.
+        ValueError: operands do not fit.
+        NotPortableError: a scorer or a window evicts tokens.
     """
     parsed = _portable(spec)
     stored = key_pages, key_head, value_pages, value_head
     check_step(query, new_key, new_value, *stored, attn_mask, sinks, keep, position, parsed)
-    keys = _Store(key_pages, key_head, parsed, "key")
-    values = _Store(value_pages, value_head, parsed, "value")
+    keys = PortableStore(key_pages, key_head, parsed, "key")
+    values = PortableStore(value_pages, value_head, parsed, "value")
     if keep is not None and not (type(keep) is int and keep >= keys.room):
         _refuse(f"keep {keep}", f"{keys.room} or more, so that none are evicted, or None")
     start = keys.length if position is None else position.flatten()[:1].long()
     tokens = new_key.shape[2]
     one = type(tokens) is int and tokens == 1
-    after = keys.length if one else torch.zeros_like(keys.length)
-    _assert(start == after, "position is not the number of cached tokens, or 0 of a prompt")
+    _assert((start >= 0) & (start <= (keys.length if one else 0)), "the position is after a gap")
+    for side in (keys, values):
+        side.rewind(start) if one else side.empty()
     if keep is not None:
-        packed = keys.packed if one else after
-        pages = packed // parsed.window + keys.due(after + tokens, packed)
+        pages = keys.packed // parsed.window + keys.due(keys.length + tokens)
         _assert(pages <= key_pages.shape[2], "the cache has no room for the tokens")
     if one:
-        seen, rows = (
-            _seen(attn_mask, causal_offset, query, keys),
-            [side.rows(new) for side, new in ((keys, new_key), (values, new_value))],
-        )
+        filled, places = keys.tokens()
+        seen = _seen(attn_mask, causal_offset, query, filled, places)
+        rows = keys.rows(new_key, filled), values.rows(new_value, filled)
         output = _attention(query, *rows, seen, None, parsed, sinks)
     else:
-        seen = attn_mask
-        if seen is not None and seen.dim() and seen.shape[-1] != 1:
-            seen = seen[..., :tokens]
-        output = _attention(query, new_key, new_value, seen, causal_offset, parsed, sinks)
+        if attn_mask is not None and attn_mask.dim() and attn_mask.shape[-1] != 1:
+            attn_mask = attn_mask[..., :tokens]
+        output = _attention(query, new_key, new_value, attn_mask, causal_offset, parsed, sinks)
     for side, new in ((keys, new_key), (values, new_value)):
         if keep is None:
-            side.observe(query, empties=not one)
+            side.observe(query)
         elif one:
             side.append(new, query)
         else:
@@ -104,11 +102,16 @@ def step(
     return output.to(new_value.dtype)
 
 
+class NotPortableError(ValueError):
+    """What an operator is asked for cannot be expressed in ATen."""
+
+
 def _portable(text: str) -> Spec:
     """The spec that a text describes.
 
     Raises:
-        ValueError: it cannot be read or is not portable.
+        ValueError: it cannot be read.
+        NotPortableError: caches of the spec evict tokens.
     """
     spec = parse_spec(text)
     if spec.evict is not None:
@@ -121,7 +124,7 @@ def _portable(text: str) -> Spec:
 
 
 def _refuse(what: str, allowed: str) -> NoReturn:
-    raise ValueError(f"{what} is not portable: allowed is {allowed}")
+    raise NotPortableError(f"{what} is not portable: allowed is {allowed}")
 
 
 def _assert(holds: Tensor, message: str) -> None:
@@ -137,9 +140,10 @@ def _attention(
     return output
 
 
-def _seen(mask: Tensor | None, causal_offset: int | None, query: Tensor, keys: _Store) -> Tensor:
-    """The mask of the rows that :meth:`_Store.rows` gives, which have another order than tokens."""
-    filled, places = keys.tokens()
+def _seen(
+    mask: Tensor | None, causal_offset: int | None, query: Tensor, filled: Tensor, places: Tensor
+) -> Tensor:
+    """The mask for rows of which these are tokens, and at these places."""
     if causal_offset is not None:
         latest = torch.arange(query.shape[2], device=query.device) + causal_offset
         filled = filled & (places <= latest.unsqueeze(1))
@@ -150,154 +154,3 @@ def _seen(mask: Tensor | None, causal_offset: int | None, query: Tensor, keys: _
     if mask.dtype == torch.bool:
         return mask & filled
     return mask.float().masked_fill(~filled, -torch.inf)
-
-
-class _Store:
-    """One side of a cache, as :class:`.store.Store`, with counters [1] int64 that are tensors."""
-
-    def __init__(self, pages: Tensor, head: Tensor, spec: Spec, side: Side) -> None:
-        self.pages, self.head, self.spec = pages, head, spec
-        self.format, self.of_pages, self.of_head = (
-            spec.format(side), spec.pages(side), spec.head(side)
-        )  # fmt: skip
-        self.constants = self.of_head.constants(head)
-        self.stats = self.of_head.stats(head)
-        self.tail = self.of_head.tail(head)
-        counted = counters(head)[0, 0]
-        self.length, self.packed, self.step = (
-            counted[counter : counter + 1] for counter in (LENGTH, PACKED, STEP)
-        )
-
-    @property
-    def room(self) -> int:
-        """As many tokens as there will ever be, or more."""
-        return self.pages.shape[2] * self.spec.window + self.tail.shape[2]
-
-    def due(self, length: Tensor, packed: Tensor) -> Tensor:
-        """``Spec.pages_due`` as a tensor [1]."""
-        waiting = length - packed - self.spec.sinks - self.spec.recent
-        due: Tensor = waiting.clamp(min=0) // self.spec.window
-        return due * (length >= self.spec.min_tokens) if self.spec.min_tokens else due
-
-    def tokens(self) -> tuple[Tensor, Tensor]:
-        """Which rows of tail, pages and one new token are tokens: [T] bool, and where [T] int64."""
-        in_tail = torch.arange(self.tail.shape[2], device=self.head.device)
-        in_pages = torch.arange(self.pages.shape[2] * self.spec.window, device=self.head.device)
-        new = torch.ones_like(self.length, dtype=torch.bool)
-        filled = (in_tail < self.length - self.packed, in_pages < self.packed, new)
-        behind = in_tail + (in_tail >= self.spec.sinks) * self.packed
-        return torch.cat(filled), torch.cat((behind, in_pages + self.spec.sinks, self.length))
-
-    def rows(self, new: Tensor) -> Tensor:
-        """The rows [B, Hkv, T, D] float32 of tail, pages and a new token, zeros where none is."""
-        packed = self.format.decode(self.of_pages.views(self.pages), self.constants).flatten(2, 3)
-        rows = torch.cat((self.tail.float(), packed, new.float()), dim=2)
-        # What is not filled may be NaN, which a weight of zero does not undo.
-        return rows.masked_fill(~self.tokens()[0].unsqueeze(1), 0)
-
-    def observe(self, query: Tensor, *, empties: bool = False) -> None:
-        """``Store.observe``; the cache may lose all tokens, too."""
-        stats, length, packed = self.stats, self.length, self.packed
-        if stats is not None:
-            slot = self.step % 2
-            stats = stats.index_add(2, slot, self._noted(query))
-        if empties:
-            length, packed = torch.zeros_like(length), torch.zeros_like(packed)
-        self._write(length, packed, self.step, self.constants, stats, self.tail)
-
-    def append(self, new: Tensor, query: Tensor) -> None:
-        """Append one token [B, Hkv, 1, D]."""
-        spec, length, room = self.spec, self.length + 1, self.pages.shape[2]
-        rows = self.tail.index_copy(2, self.length - self.packed, new)
-        # So many are dense when the first page is due.
-        full = max(spec.sinks + spec.recent + spec.window, spec.min_tokens)
-        full = min(full, rows.shape[2])
-        most = min((full - spec.sinks - spec.recent) // spec.window, room)
-        due = self.due(length, self.packed)
-        stats, norms = self._noted_by(query, due)
-        is_first = (self.packed == 0) & (due > 0)
-        constants = self._fixed(rows[:, :, spec.sinks : full], norms, is_first)
-        pages, is_due = self._encoded(rows, most, norms, constants, due)
-        numbers = torch.arange(most, device=rows.device)
-        slots = (self.packed // spec.window + numbers) % room
-        self.pages.index_copy_(2, slots, pages.where(is_due, self.pages.index_select(2, slots)))
-        packed = self.packed + due * spec.window
-        self._write(length, packed, self.step + 1, constants, stats, self._dense(rows, due))
-
-    def append_prompt(self, rows: Tensor, query: Tensor | None) -> None:
-        """Put the tokens [B, Hkv, S, D] of a prompt in place of all that are in the cache."""
-        spec, count, room = self.spec, rows.shape[2], self.pages.shape[2]
-        length = torch.full_like(self.length, count)
-        due = self.due(length, torch.zeros_like(length))
-        stats, norms = self._noted_by(query, due)
-        body = rows
-        if spec.sinks:
-            # Two at least, so that no length is a case of its own: if fewer, none is due.
-            body = _taken(rows, torch.sym_max(count - spec.sinks, 2), spec.sinks)
-        constants = self._fixed(body, norms, due > 0)
-        # Two more than there can be, for the same reason.
-        pages, is_due = self._encoded(rows, count // spec.window + 2, norms, constants, due)
-        pages = pages.masked_fill(~is_due, 0)
-        self.pages.copy_(torch.nn.functional.pad(pages, (0, 0, 0, room))[:, :, :room])
-        packed, dense = due * spec.window, self._dense(rows, due)
-        filled = torch.arange(dense.shape[2], device=rows.device) < length - packed
-        dense = dense.masked_fill(~filled.unsqueeze(1), 0)
-        self._write(length, packed, self.step + 1, constants, stats, dense)
-
-    def _noted(self, query: Tensor) -> Tensor:
-        """What queries [B, Hq, L, D] add to a slot of the statistics, [B, Hkv, 1, D]."""
-        window, count, heads = self.spec.window, query.shape[2], self.head.shape[1]
-        if type(count) is not int:
-            # A slice of the latest ones would burn in whether there are so many.
-            latest = torch.arange(window, device=query.device) + (count - window)
-            query = query.index_select(2, latest.clamp(min=0))
-            query = query.masked_fill((latest < 0).unsqueeze(1), 0)
-        return query_stats(query, heads, window, each=self.format.EACH_QUERY).unsqueeze(2)
-
-    def _noted_by(self, query: Tensor | None, due: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """The statistics after an append, and the norms [B, Hkv, D] for what it packs."""
-        if self.stats is None:
-            return None, None
-        now = self.stats.index_select(2, self.step % 2)
-        if query is not None:
-            now = now + self._noted(query)
-        after = now.masked_fill(due > 0, 0)
-        return self.stats.index_copy(2, (self.step + 1) % 2, after), now.squeeze(2).sqrt()
-
-    def _fixed(self, rows: Tensor, norms: Tensor | None, is_first: Tensor) -> Stored:
-        """The constants after an append, of these rows [B, Hkv, S, D] if ``is_first``."""
-        fixed = self.format.constants(rows, norms)
-        return {name: new.where(is_first, self.constants[name]) for name, new in fixed.items()}
-
-    def _encoded(
-        self, rows: Tensor, most: Count, norms: Tensor | None, constants: Stored, due: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Pages [B, Hkv, most, page bytes] of dense rows, and which are due: [most, 1] bool."""
-        pages = torch.arange(most, device=rows.device).unsqueeze(1)
-        index = pages * self.spec.window + torch.arange(self.spec.window, device=rows.device)
-        # Not taken in a row and reshaped: that would burn in which numbers divide their number.
-        body = rows[:, :, (index + self.spec.sinks).clamp(max=rows.shape[2] - 1)]
-        fields = self.format.encode(body, norms, constants)
-        return self.of_pages.joined(fields), pages < due
-
-    def _dense(self, rows: Tensor, due: Tensor) -> Tensor:
-        """The tail without the pages that are due."""
-        index = torch.arange(self.tail.shape[2], device=rows.device)
-        index = index + (index >= self.spec.sinks) * (due * self.spec.window)
-        return rows.index_select(2, index.clamp(max=rows.shape[2] - 1))
-
-    def _write(
-        self, length: Tensor, packed: Tensor, step: Tensor, constants: Stored,
-        stats: Tensor | None, tail: Tensor,
-    ) -> None:  # fmt: skip
-        """Write the head."""
-        none = torch.zeros_like(length)  # FIRST and DROPPED
-        counted = torch.cat((length, packed, none, step, none))
-        counted = counted.expand(*self.head.shape[:2], -1)
-        self.head.copy_(self.of_head.joined(counted, constants, stats, tail))
-
-
-def _taken(rows: Tensor, count: Count, first: int) -> Tensor:
-    """``count`` rows from a first one on; after the last one that one again."""
-    index = torch.arange(count, device=rows.device) + first
-    return rows.index_select(2, index.clamp(max=rows.shape[2] - 1))

@@ -7,7 +7,7 @@ weights, states and what changes from call to call.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from ..config import SparkConfig
+from ..kernels.reference.portable import NotPortableError
 from ..kernels.spec import Side, Spec
 from ..passes.lower import lower
 from ..passes.pipeline import run_passes
@@ -23,6 +24,7 @@ from ..passes.program import PassFailed, PlainInput, Program, StateInput
 from ..report import GraphReport
 from ..storage import STORED
 from .decoder import Decoder, ExportError, Phase
+from .portable import as_aten, check_aten
 
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
 Stored = dict[str, Tensor]
@@ -63,7 +65,7 @@ class Graph:
         flat = [values[kind][name] for kind, name in self.sources]
         return self.module(*flat)[0]  # type: ignore[no-any-return]
 
-    def program(self, *, with_weights: bool = False) -> ExportedProgram:
+    def program(self, *, with_weights: bool = False, portable: bool = False) -> ExportedProgram:
         """The graph as a program of torch.
 
         It is called with ``(weights, states, *inputs)``, the first two as dictionaries in the order
@@ -71,19 +73,29 @@ class Graph:
 
         Args:
             with_weights: keep the weights in the program, which is then called without them.
+            portable: express what stores the cache in ATen, so that torch alone can run it.
+
+        Raises:
+            ExportError: what the graph stores is not portable, or another operator is not ATen.
         """
+        graph = replace(self, module=as_aten(self.module)) if portable else self
         zeros = {name: torch.zeros(s.shape, dtype=s.dtype) for name, s in self.states.items()}
         states = dict.fromkeys(zeros)
         if with_weights:
-            module: nn.Module = _WithWeights(self)
+            module: nn.Module = _WithWeights(graph)
             args: tuple[Any, ...] = (zeros, *self.inputs)
             dynamic: dict[str, Any] = {"states": states}
         else:
-            module, args = _Flat(self), (dict(self.weights), zeros, *self.inputs)
+            module, args = _Flat(graph), (dict(self.weights), zeros, *self.inputs)
             dynamic = {"weights": dict.fromkeys(self.weights), "states": states}
         dynamic["inputs"] = tuple(self.dynamic.values())
-        with torch.no_grad():
-            program = torch.export.export(module, args, dynamic_shapes=dynamic, strict=False)
+        try:
+            with torch.no_grad():
+                program = torch.export.export(module, args, dynamic_shapes=dynamic, strict=False)
+        except NotPortableError as error:
+            raise ExportError(f"the {self.phase}: {error}") from error
+        if portable:
+            check_aten(program)
         program.example_inputs = None
         return program
 
