@@ -105,7 +105,7 @@ def test_rewinding(name: str, rhythm: dict[str, int]) -> None:
     for position in (0, 1, 3, 6, 9, 20):
         expected, actual = built(spec_of(name, **rhythm), 21)
         stepped(expected, actual, position, keep=None)
-        for more in range(5):
+        for more in range(7):
             stepped(expected, actual, position + more)
 
 
