@@ -76,6 +76,10 @@ def export(
             "with torch: a dry run, which needs neither it nor a GPU."
         ),
     ] = None,
+    portable: Annotated[
+        bool,
+        typer.Option(help="Write ATen operators alone, which torch runs without this library."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest alone.")] = False,
     *,
     options: dict[str, Any],
@@ -108,7 +112,8 @@ def export(
             made, tokenizer = _loaded(model if is_factory else "", place, keywords, dtype)
             manifest = write(
                 made, output, max_tokens=max_tokens, batch=batch, plan=plan, tokenizer=tokenizer,
-                check=check_graphs, overwrite=overwrite, told=told, seen=split, **options,
+                check=check_graphs, overwrite=overwrite, portable=portable, told=told,
+                seen=split, **options,
             )  # fmt: skip
     except (SparkError, OSError) as error:
         fail(first_line(error, 600), code=1)

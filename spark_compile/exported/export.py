@@ -36,6 +36,7 @@ def export(
     tokens: Tensor | None = None,
     check: bool = True,
     overwrite: bool = False,
+    portable: bool = False,
     told: Callable[[str], None] = lambda step: None,
     seen: Callable[[Mapping[str, Graph]], object] = lambda graphs: None,
     **options: Any,
@@ -58,6 +59,8 @@ def export(
             random ones without a tokenizer.
         check: compare the graphs with the model before the folder is put in its place.
         overwrite: replace a folder that an export wrote.
+        portable: write programs of ATen operators alone, which plain torch loads and runs without
+            this library, more slowly. What evicts tokens is not portable.
         told: called with a word on each step.
         seen: called with the graph of each phase, before anything is written.
         options: fields of :class:`SparkConfig`.
@@ -86,7 +89,7 @@ def export(
             verified = verify(decoder, graphs, text, max_tokens)
         for phase, graph in graphs.items():
             told(f"writing the {phase}")
-            torch.export.save(graph.program(), beside / f"{phase}.pt2")
+            torch.export.save(graph.program(portable=portable), beside / f"{phase}.pt2")
         told("writing the weights")
         weights = {name: w for graph in graphs.values() for name, w in graph.weights.items()}
         save_file({name: _own(weight) for name, weight in weights.items()}, beside / WEIGHTS)
@@ -95,7 +98,9 @@ def export(
         facts = _facts(model, graphs, max_tokens, batch)
         page = report_page(type(model).__name__, list(graphs.values()), None, facts)
         (beside / PAGE).write_text(page, encoding="utf-8")
-        manifest = _manifest(model, graphs, options, max_tokens, batch, verified, beside)
+        manifest = _manifest(
+            model, graphs, options, max_tokens, batch, verified, beside, portable=portable
+        )
         manifest.save(beside)
     return manifest
 
@@ -179,7 +184,7 @@ def _save_beside(model: nn.Module, tokenizer: Any, folder: Path) -> None:
 
 def _manifest(
     model: nn.Module, graphs: Mapping[str, Graph], options: Mapping[str, Any], max_tokens: int,
-    batch: int, verified: Mapping[str, Any] | None, folder: Path,
+    batch: int, verified: Mapping[str, Any] | None, folder: Path, *, portable: bool,
 ) -> Manifest:  # fmt: skip
     decode = graphs["decode"]
     sites = decode.report.sites
@@ -196,7 +201,7 @@ def _manifest(
         dtype=str(_dtype(graphs["decode"])).removeprefix("torch."),
         max_tokens=max_tokens,
         batch=batch,
-        portable=False,
+        portable=portable,
         options=dict(options),
         dense_token_bytes=dense,
         stored_token_bytes=stored,

@@ -29,6 +29,7 @@ WEIGHTS = "model.safetensors"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _MEMBERS = re.compile(
     r"(models/\w+\.json|data/(weights/\w+_weights|constants/\w+_constants)_config\.json"
+    r"|data/constants/tensor_\d+"
     r"|data/sample_inputs/\w+\.pt|archive_format|archive_version|byteorder|\.data/\w+|version)"
 )
 
@@ -184,7 +185,9 @@ def check_files(folder: Path, manifest: Manifest) -> None:
 
 
 def _check_archive(path: Path) -> None:
-    """Raise unless a program consists of a graph alone: torch unpickles some other members."""
+    """Raise unless a program consists of a graph and, where it is portable, of small constants that
+    are written as plain bytes: torch unpickles some other members.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             for name in archive.namelist():
@@ -193,10 +196,18 @@ def _check_archive(path: Path) -> None:
                     raise ExportError(f"{path} has a member {name!r}, which no export writes")
                 if member.startswith("data/sample_inputs") and archive.getinfo(name).file_size:
                     raise ExportError(f"{path} has pickled sample inputs, which no export writes")
-                if member.endswith("_config.json") and json.loads(archive.read(name))["config"]:
-                    raise ExportError(f"{path} has tensors of its own, which no export writes")
-    except (zipfile.BadZipFile, KeyError, ValueError) as error:
+                if member.endswith("_config.json"):
+                    own = json.loads(archive.read(name))["config"].values()
+                    if not all("/constants/" in member and _is_plain(each) for each in own):
+                        raise ExportError(f"{path} has tensors of its own, which no export writes")
+    except (zipfile.BadZipFile, KeyError, ValueError, AttributeError) as error:
         raise ExportError(f"{path} is no program of torch.export: {error}") from error
+
+
+def _is_plain(constant: Mapping[str, Any]) -> bool:
+    """Whether torch reads a constant from plain bytes."""
+    name = str(constant["path_name"])
+    return constant["use_pickle"] is False and re.fullmatch(r"tensor_\d+", name) is not None
 
 
 def sha256(path: Path) -> str:

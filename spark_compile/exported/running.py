@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch._dynamo.backends.registry import lookup_backend
+from torch.export.graph_signature import InputKind
 
 from .decoder import Phase
 from .folder import Manifest
@@ -23,7 +24,10 @@ def runner(
     file = manifest.programs[phase]
     program = torch.export.load(folder / file.file)
     module = program.graph_module
-    fixed = [weights[name] for name in file.weights]
+    specs = program.graph_signature.input_specs
+    lifted = [spec.target for spec in specs if spec.kind is InputKind.CONSTANT_TENSOR]
+    fixed = [program.constants[str(name)] for name in lifted]  # a portable program has some
+    fixed += [weights[name] for name in file.weights]
     call: Callable[..., Sequence[Tensor]] = module
     if inner != "eager":
         values = [node.meta["val"] for node in module.graph.find_nodes(op="placeholder")]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import spark_compile
 from spark_compile.config import SparkConfig
 from spark_compile.exported.decoder import ExportError, decoder_of
 from spark_compile.exported.portable import check_aten
@@ -20,22 +21,32 @@ from spark_compile.exported.tracing import PHASES, Graph, trace
 CAPACITY, PROMPTS, NEW = 48, (2, 13, 21), 20
 
 ELSEWHERE = """
+import json
 import sys
 sys.modules["spark_compile"] = None
 import torch
+from safetensors.torch import load_file
 folder = sys.argv[1]
-prefill = torch.export.load(f"{folder}/prefill.pt2").module()
-decode = torch.export.load(f"{folder}/decode.pt2").module()
-given = torch.load(f"{folder}/given.pt")
-weights, generated = given["weights"], []
+manifest = json.load(open(f"{folder}/out/manifest.json"))
+weights = load_file(f"{folder}/out/model.safetensors")
+programs, own = {}, {}
+for phase, program in manifest["programs"].items():
+    programs[phase] = torch.export.load(f"{folder}/out/{program['file']}").module()
+    own[phase] = {name: weights[name] for name in program["weights"]}
+generated = []
 with torch.no_grad():
-    for prompt in given["prompts"]:
-        states = {name: torch.zeros(shape, dtype=dtype) for name, shape, dtype in given["states"]}
+    for prompt in torch.load(f"{folder}/prompts.pt"):
+        states = {
+            state["name"]: torch.zeros(state["shape"], dtype=getattr(torch, state["dtype"]))
+            for state in manifest["states"]
+        }
         count, tokens, none = prompt.shape[1], [], torch.zeros(1, dtype=torch.int64)
-        logits = prefill(weights["prefill"], states, prompt, none, torch.tensor([count - 1]))
-        for position in range(count, count + given["new"]):
+        last = torch.tensor([count - 1])
+        logits = programs["prefill"](own["prefill"], states, prompt, none, last)
+        for position in range(count, count + int(sys.argv[2])):
             tokens.append(logits.argmax(-1))
-            logits = decode(weights["decode"], states, tokens[-1], torch.tensor([position]), none)
+            at = torch.tensor([position])
+            logits = programs["decode"](own["decode"], states, tokens[-1], at, none)
         generated.append(torch.cat(tokens, 1))
 torch.save(generated, f"{folder}/generated.pt")
 """
@@ -62,19 +73,34 @@ def graphs_of(model: nn.Module, batch: int = 1, **options: object) -> dict[str, 
 @pytest.mark.slow
 def test_generates_without_this_library(tmp_path: Path) -> None:
     model = llama()
-    graphs = graphs_of(model, key_ratio=0.0)
-    for phase, graph in graphs.items():
-        assert [site.refusal for site in graph.report.sites] == [None]
-        torch.export.save(graph.program(portable=True), tmp_path / f"{phase}.pt2")
+    manifest = spark_compile.export(
+        model, tmp_path / "out", max_tokens=CAPACITY, key_ratio=0, window=8, recent_tokens=4,
+        portable=True,
+    )  # fmt: skip
+    assert manifest.portable
+    assert [site["refusal"] for g in manifest.report["graphs"] for site in g["sites"]] == [None] * 2
     prompts = [torch.randint(0, 64, (1, count)) for count in PROMPTS]
-    states = [(name, tuple(s.shape), s.dtype) for name, s in graphs["decode"].states.items()]
-    weights = {phase: dict(graph.weights) for phase, graph in graphs.items()}
-    given = {"weights": weights, "states": states, "prompts": prompts, "new": NEW}
-    torch.save(given, tmp_path / "given.pt")
-    subprocess.run([sys.executable, "-I", "-c", ELSEWHERE, str(tmp_path)], check=True)
+    torch.save(prompts, tmp_path / "prompts.pt")
+    command = [sys.executable, "-I", "-c", ELSEWHERE, str(tmp_path), str(NEW)]
+    subprocess.run(command, check=True)
     for prompt, generated in zip(prompts, torch.load(tmp_path / "generated.pt"), strict=True):
         expected = model.generate(prompt, max_new_tokens=NEW, do_sample=False)
         assert torch.equal(generated, expected[:, prompt.shape[1] :])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+def test_a_portable_folder_loads(tmp_path: Path, inner: str) -> None:
+    """It has constants, which are plain bytes."""
+    model, generated = llama(), []
+    options = {"key_format": "quantized(bits=4,scaled=True)", "value_format": "int8", "window": 8}
+    for portable in (False, True):
+        folder = tmp_path / str(portable)
+        spark_compile.export(model, folder, max_tokens=CAPACITY, portable=portable, **options)
+        loaded = spark_compile.load(folder, inner=inner)
+        prompt = torch.arange(21).unsqueeze(0)
+        generated.append(loaded.generate(prompt, max_new_tokens=NEW, do_sample=False))
+    assert torch.equal(*generated)
 
 
 def assert_same_logits(graphs: Mapping[str, Graph], batch: int = 1) -> None:
