@@ -93,11 +93,11 @@ def test_generates_without_this_library(tmp_path: Path) -> None:
 def test_a_portable_folder_loads(tmp_path: Path, inner: str) -> None:
     """It has constants, which are plain bytes."""
     model, generated = llama(), []
-    options = {"key_format": "quantized(bits=4,scaled=True)", "value_format": "int8", "window": 8}
+    options = {"key_format": "quantized(bits=4)", "value_format": "dense", "window": 8}
     for portable in (False, True):
         folder = tmp_path / str(portable)
         spark_compile.export(model, folder, max_tokens=CAPACITY, portable=portable, **options)
-        loaded = spark_compile.load(folder, inner=inner)
+        loaded = spark_compile.load(folder, inner=inner if portable else "eager")
         prompt = torch.arange(21).unsqueeze(0)
         generated.append(loaded.generate(prompt, max_new_tokens=NEW, do_sample=False))
     assert torch.equal(*generated)
