@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 import spark_compile
 from spark_compile.config import SparkConfig
 from spark_compile.exported.decoder import ExportError, decoder_of
+from spark_compile.exported.folder import _check_archive
 from spark_compile.exported.portable import check_aten
 from spark_compile.exported.tracing import PHASES, Graph, trace
 
@@ -174,3 +177,18 @@ def test_operators_of_others_are_found() -> None:
     program = torch.export.export(Own(), (torch.zeros(1, 1, 2, 2),), strict=False)
     with pytest.raises(ExportError, match=r"the operators spark\.kv_append\.default"):
         check_aten(program)
+
+
+@pytest.mark.parametrize("change", [{"use_pickle": True}, {"path_name": "custom_obj_0"}])
+def test_constants_that_torch_would_unpickle_are_refused(
+    tmp_path: Path, change: dict[str, Any]
+) -> None:
+    constant = {"path_name": "tensor_0", "use_pickle": False}
+    for name, config in (("plain", constant), ("pickled", {**constant, **change})):
+        with zipfile.ZipFile(tmp_path / name, "w") as archive:
+            data = json.dumps({"config": {"lifted_tensor_0": config}})
+            archive.writestr("decode/data/constants/model_constants_config.json", data)
+            archive.writestr("decode/data/constants/tensor_0", b"")
+    _check_archive(tmp_path / "plain")
+    with pytest.raises(ExportError, match="tensors of its own, which no export writes"):
+        _check_archive(tmp_path / "pickled")
