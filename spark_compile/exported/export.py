@@ -213,7 +213,9 @@ def _manifest(
             for name, s in decode.states.items()
         ),
         programs={
-            phase: ProgramFile(f"{phase}.pt2", tuple(graph.weights), tuple(graph.dynamic))
+            phase: ProgramFile(
+                f"{phase}.pt2", tuple(graph.weights), tuple(graph.dynamic), graph.least
+            )
             for phase, graph in graphs.items()
         },
         report=Report([graph.report for graph in graphs.values()]).as_dict(),

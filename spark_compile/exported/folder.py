@@ -56,6 +56,8 @@ class ProgramFile:
     """Names in the file of the weights."""
     inputs: tuple[str, ...]
     """What changes from call to call: of input_ids, position, rows and attention_mask."""
+    least: int
+    """The fewest tokens that it takes."""
     package: str | None = None
     """File of the AOTInductor package of this graph, if there is one."""
 
@@ -145,7 +147,11 @@ def read_manifest(folder: Path) -> Manifest:
         )
         programs = {
             phase: ProgramFile(
-                str(p["file"]), tuple(p["weights"]), tuple(p["inputs"]), p.get("package")
+                str(p["file"]),
+                tuple(p["weights"]),
+                tuple(p["inputs"]),
+                int(p["least"]),
+                p.get("package"),
             )
             for phase, p in data.pop("programs").items()
         }

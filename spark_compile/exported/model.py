@@ -153,12 +153,13 @@ class ExportedModel(PreTrainedModel, GenerationMixin):
         count, past = input_ids.shape[1], cache.get_seq_length()
         self._check(input_ids, past, attention_mask)
         mask = self._mask(attention_mask, past + count)
-        if past == 0 and 1 < count < self.manifest.max_tokens:
+        least = self.manifest.programs["prefill"].least
+        if past == 0 and least <= count < self.manifest.max_tokens:
             rows = torch.arange(count - 1 if last else 0, count)
             logits = self._run("prefill", cache, input_ids, 0, rows, mask)
             cache._tokens = count
         else:
-            if count > 1:
+            if count > 1 and past:
                 warn_once(
                     "tokens are added to an exported cache that is not empty: one at a time, since "
                     "the prefill is for empty ones"

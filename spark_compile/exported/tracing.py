@@ -6,6 +6,7 @@ weights, states and what changes from call to call.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -54,6 +55,12 @@ class Graph:
     before: fx.Graph
     """The graph as the model wrote it; its placeholders' targets are names as in ``sources``."""
 
+    @property
+    def least(self) -> int:
+        """The fewest tokens that it takes."""
+        sizes = self.dynamic["input_ids"]
+        return int(sizes[1].min) if sizes else 1
+
     def run(self, states: Mapping[str, Tensor], ids: Tensor, position: int, row: int) -> Tensor:
         """Run the graph operator by operator, without padding: logits [B, 1, V] of one token."""
         given = [ids, torch.tensor([position]), torch.tensor([row]), *self.inputs[3:]]
@@ -91,7 +98,13 @@ class Graph:
         dynamic["inputs"] = tuple(self.dynamic.values())
         try:
             with torch.no_grad():
-                program = torch.export.export(module, args, dynamic_shapes=dynamic, strict=False)
+                program = torch.export.export(
+                    module,
+                    args,
+                    dynamic_shapes=dynamic,
+                    strict=False,
+                    prefer_deferred_runtime_asserts_over_guards=True,  # as in `_exported`
+                )
         except NotPortableError as error:
             raise ExportError(f"the {self.phase}: {error}") from error
         if portable:
@@ -145,16 +158,7 @@ def trace(
     """
     decoder.phase = phase
     inputs, dynamic = _inputs(decoder, phase, max_tokens, batch)
-    try:
-        with torch.no_grad():
-            exported = torch.export.export(
-                decoder, tuple(inputs.values()), dynamic_shapes=dynamic, strict=False
-            )
-    except Exception as error:  # whatever the model's code, or torch's tracing of it, raises
-        first = str(error).strip().partition("\n")[0]
-        raise ExportError(
-            f"torch cannot export the {phase}: {type(error).__name__}: {first}"
-        ) from error
+    exported = _exported(decoder, inputs, dynamic, max_tokens)
     graph = exported.graph_module
     fakes = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
     mode = torch._guards.detect_fake_mode(fakes)
@@ -170,6 +174,41 @@ def trace(
         program.module.recompile()
     report = GraphReport(phase, tuple(program.sites), None, matches)
     return _graph(exported, program, phase, max_tokens, report, inputs, dynamic, before)
+
+
+def _exported(
+    decoder: Decoder, inputs: Mapping[str, Tensor], dynamic: dict[str, Any], max_tokens: int
+) -> ExportedProgram:
+    """What torch.export makes of a decoder; ``dynamic`` is changed where it needs longer prompts.
+
+    Raises:
+        ExportError: it cannot.
+    """
+    least = 0
+    while True:
+        try:
+            with torch.no_grad():
+                return torch.export.export(
+                    decoder,
+                    tuple(inputs.values()),
+                    dynamic_shapes=dynamic,
+                    strict=False,
+                    # What torch cannot prove for every size is checked by the graph.
+                    prefer_deferred_runtime_asserts_over_guards=True,
+                )
+        except Exception as error:  # whatever the model's code, or torch's tracing of it, raises
+            text = str(error).strip()
+            suggested = re.search(r"tokens = Dim\('tokens', min=(\d+)", text)
+            if suggested is None or int(suggested[1]) <= least:
+                why = re.search(r"your code specialized it to be a constant", text)
+                first = (
+                    text.partition("\n")[0] if why is None else "the graph is for one length alone"
+                )
+                raise ExportError(
+                    f"torch cannot export the {decoder.phase}: {type(error).__name__}: {first}"
+                ) from error
+            least = int(suggested[1])
+            dynamic["input_ids"] = {1: Dim("tokens", min=least, max=max_tokens - 1)}
 
 
 def _inputs(
