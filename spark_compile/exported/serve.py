@@ -4,29 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import json
-import queue
-import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator
 from typing import Any, Literal
 
-import torch
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
-from transformers import StoppingCriteria
-from transformers.generation.streamers import BaseStreamer
 
+from .jobs import END, Job
 from .model import ExportedModel
 from .streaming import encoded
 
 MOST_BODY_BYTES = 1 << 20
 MOST_WAITING = 16
 """Requests that wait for their turn; the graphs do one at a time."""
-_END = object()
 
 
 class _Asked(BaseModel):
@@ -156,7 +151,9 @@ class _Engine:
             "created": int(time.time()),
             "model": self._name,
         }
-        job = _Job(self._model, self._tokenizer, ids, asked, keywords)
+        stops = [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
+        stops = [stop for stop in stops if stop]
+        job = Job(self._model, self._tokenizer, ids, stops, asked.seed, keywords)
         if asked.stream:
             return StreamingResponse(self._events(job, head), media_type="text/event-stream")
         pieces = [piece async for piece in self._pieces(job)]
@@ -188,7 +185,7 @@ class _Engine:
             keywords["top_p"] = 1.0 if asked.top_p is None else asked.top_p
         return keywords
 
-    async def _pieces(self, job: _Job) -> AsyncIterator[str]:
+    async def _pieces(self, job: Job) -> AsyncIterator[str]:
         """The text as it comes; whoever stops asking ends the generation."""
         self._waiting += 1
         try:
@@ -199,12 +196,12 @@ class _Engine:
         # By the thread itself: a client that leaves cancels whatever is awaited here.
         job.start(lambda: loop.call_soon_threadsafe(self._turn.release))
         try:
-            while (piece := await asyncio.to_thread(job.next_piece)) is not _END:
+            while (piece := await asyncio.to_thread(job.next_piece)) is not END:
                 yield piece
         finally:
             job.cancelled.set()
 
-    async def _events(self, job: _Job, head: dict[str, Any]) -> AsyncIterator[str]:
+    async def _events(self, job: Job, head: dict[str, Any]) -> AsyncIterator[str]:
         """Server-sent events of a streamed response."""
         is_chat = head["object"] == "chat.completion"
         head = {**head, "object": "chat.completion.chunk" if is_chat else "text_completion"}
@@ -221,110 +218,3 @@ class _Engine:
             yield event(piece, None)
         yield event(None, job.reason)
         yield "data: [DONE]\n\n"
-
-
-class _Job(BaseStreamer, StoppingCriteria):
-    """One generation in a thread of its own; tokens go in on its side, text comes out on ours."""
-
-    def __init__(
-        self, model: ExportedModel, tokenizer: Any, ids: Tensor, asked: _Asked, keywords: Any
-    ) -> None:
-        self._model, self._tokenizer, self._ids, self._keywords = model, tokenizer, ids, keywords
-        self._seed = asked.seed
-        stops = [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
-        self._text = _Text(tokenizer, [stop for stop in stops if stop])
-        self._tokens: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._is_prompt = True
-        self._pieces: Iterator[str] = self._decoded()
-        self.cancelled = threading.Event()
-        self.count = 0
-        self.reason = "length"
-
-    def start(self, ended: Callable[[], object]) -> None:
-        """Begin; ``ended`` is called at the end, which comes soon after ``cancelled`` is set."""
-        threading.Thread(target=self._generate, args=(ended,), daemon=True).start()
-
-    def next_piece(self) -> Any:
-        """The next text, or ``_END``."""
-        return next(self._pieces, _END)
-
-    def put(self, value: Tensor) -> None:
-        """Take the prompt, or a token."""
-        if not self._is_prompt:
-            self._tokens.put(int(value.flatten()[0]))
-        self._is_prompt = False
-
-    def end(self) -> None:
-        """Nothing: ``_generate`` tells the end, of a failure, too."""
-
-    def __call__(self, input_ids: Tensor, scores: Any, **_kwargs: Any) -> Any:
-        """Whether to stop."""
-        return torch.full((input_ids.shape[0],), self.cancelled.is_set())
-
-    def _generate(self, ended: Callable[[], object]) -> None:
-        try:
-            if self._seed is not None:
-                torch.manual_seed(self._seed)
-            self._model.generate(
-                self._ids, streamer=self, stopping_criteria=[self], **self._keywords
-            )
-        except BaseException as error:
-            self._tokens.put(error)
-        finally:
-            self._tokens.put(_END)
-            ended()
-
-    def _decoded(self) -> Iterator[str]:
-        ends = self._model.generation_config.eos_token_id
-        ends = set(ends if isinstance(ends, list) else [ends])
-        while (token := self._tokens.get()) is not _END:
-            if isinstance(token, BaseException):
-                raise token
-            self.count += 1
-            if token in ends:
-                self.reason = "stop"
-                continue
-            if piece := self._text.add(token):
-                yield piece
-            if self._text.stopped:
-                self.reason = "stop"
-                self.cancelled.set()
-                return
-        if piece := self._text.rest():
-            yield piece
-
-
-class _Text:
-    """Text of tokens that come one by one, up to the first of some stop texts."""
-
-    def __init__(self, tokenizer: Any, stops: list[str]) -> None:
-        self._tokenizer, self._stops = tokenizer, stops
-        self._tokens: list[int] = []
-        self._told = 0
-        self.stopped = False
-
-    def add(self, token: int) -> str:
-        """What is certain after one token more."""
-        self._tokens.append(token)
-        text = self._whole()
-        found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
-        if found:
-            self.stopped = True
-            return self._upto(text, min(found))
-        # A character, or a stop text, may have begun.
-        begun = (n for stop in self._stops for n in range(len(stop)) if text.endswith(stop[:n]))
-        held = max(begun, default=0)
-        return self._upto(text, len(text) - max(held, int(text.endswith("\ufffd"))))
-
-    def rest(self) -> str:
-        """What was held back."""
-        text = self._whole()
-        return self._upto(text, len(text))
-
-    def _whole(self) -> str:
-        return self._tokenizer.decode(self._tokens, skip_special_tokens=True)  # type: ignore[no-any-return]
-
-    def _upto(self, text: str, end: int) -> str:
-        piece = text[self._told : end]
-        self._told = max(self._told, end)
-        return piece
