@@ -17,6 +17,9 @@ from ..report import SparkError
 from ..transformers_names import cache_argument
 
 Phase = Literal["prefill", "decode"]
+PHASES: tuple[Phase, ...] = ("prefill", "decode")
+RECURRENT = ("conv_states", "recurrent_states")
+"""What layers of linear attention call their states, which cannot step back."""
 
 
 class ExportError(SparkError):
@@ -162,7 +165,7 @@ class _Slots:
             for name, value in vars(layer).items():
                 if name in ("keys", "values") and isinstance(value, Tensor):
                     yield f"layers_{index}_{name}", vars(layer), name
-                elif name in ("conv_states", "recurrent_states"):  # of linear attention
+                elif name in RECURRENT:
                     for number, state in value.items():
                         if isinstance(state, Tensor):
                             yield f"layers_{index}_{name}_{number}", value, number
@@ -190,7 +193,7 @@ def _static_cache(config: Any, max_tokens: int) -> Any:
     """A static cache whose layers all have room for ``max_tokens`` and are read as a prefill is."""
     from transformers import StaticCache, cache_utils
 
-    cache = StaticCache(config=config, max_cache_len=max_tokens)
+    cache: Any = StaticCache(config=config, max_cache_len=max_tokens)
     for index, layer in enumerate(cache.layers):
         kind = type(layer).__name__
         # One that rolls chooses its code by how many tokens there are, which no graph can.

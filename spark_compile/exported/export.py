@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from ..config import SparkConfig
 from ..plan import Plan, loaded
 from ..report import Report, SparkError, warn_once
-from .decoder import Decoder, ExportError, decoder_of
+from .decoder import PHASES, Decoder, ExportError, decoder_of
 from .folder import WEIGHTS, Manifest, ProgramFile, StateTensor, sha256, written_beside
 from .picture import report_page
-from .tracing import PHASES, Graph, trace
+from .tracing import Graph, trace
 from .verify import TEXT, verify
 
 PAGE = "report.html"

@@ -20,7 +20,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ..kernels.spec import DTYPES
 from ..report import warn_once
 from ..transformers_names import cache_argument
-from .decoder import Phase
+from .decoder import PHASES, RECURRENT, Phase
 from .folder import WEIGHTS, Manifest
 from .running import Runner, runner
 
@@ -37,6 +37,7 @@ class ExportedCache:
     def __init__(self, manifest: Manifest) -> None:
         self.states = [state.empty() for state in manifest.states]
         self._tokens = 0
+        self._recurrent = any(word in s.name for s in manifest.states for word in RECURRENT)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """The number of tokens."""
@@ -46,16 +47,24 @@ class ExportedCache:
         """Forget the tokens from ``max_length`` on; a negative number forgets that many.
 
         Raises:
-            ValueError: there are no so many tokens.
+            ValueError: there are no so many tokens, or a state of linear attention has taken them
+                in for good.
         """
         kept = max_length if max_length >= 0 else self._tokens + max_length
         if not 0 <= kept <= self._tokens:
             raise ValueError(f"max_length is {max_length}: allowed is up to {self._tokens}")
+        if self._recurrent and kept != self._tokens:
+            raise ValueError(
+                f"max_length is {max_length}: allowed is {self._tokens} with linear attention, "
+                "which cannot step back"
+            )
         self._tokens = kept  # the next step rewinds to its position
 
     def reset(self) -> None:
         """Forget all tokens."""
-        self.crop(0)
+        for state in self.states:
+            state.zero_()
+        self._tokens = 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Let batch entry i be what entry ``beam_idx[i]`` is, for beam search."""
@@ -173,16 +182,25 @@ class ExportedModel(PreTrainedModel, GenerationMixin):
         kept: dict[str, Any] = {self.cache_name: cache if use_cache else None}
         return CausalLMOutputWithPast(logits=logits, **kept)
 
-    def _run(
-        self, phase: Phase, cache: ExportedCache, ids: Tensor, position: int, rows: Tensor,
-        mask: Tensor | None,
-    ) -> Tensor:  # fmt: skip
+    def prepare(self) -> Self:
+        """Compile the graphs now, not when each is first called; returns the model itself."""
+        for phase in PHASES:
+            self._runner(phase)
+        return self
+
+    def _runner(self, phase: Phase) -> Runner:
         if phase not in self._runners:
             self._runners[phase] = runner(
                 self.folder, self.manifest, phase, self._weights, self._inner
             )
+        return self._runners[phase]
+
+    def _run(
+        self, phase: Phase, cache: ExportedCache, ids: Tensor, position: int, rows: Tensor,
+        mask: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         inputs = [ids, torch.tensor([position]), rows, *([] if mask is None else [mask])]
-        return self._runners[phase](cache.states, inputs)
+        return self._runner(phase)(cache.states, inputs)
 
     def _check(self, input_ids: Tensor, past: int, mask: Tensor | None) -> None:
         batch, most = self.manifest.batch, self.manifest.max_tokens

@@ -27,7 +27,6 @@ from ..storage import STORED
 from .decoder import Decoder, ExportError, Phase
 from .portable import as_aten, check_aten
 
-PHASES: tuple[Phase, ...] = ("prefill", "decode")
 Stored = dict[str, Tensor]
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import BOTH, EAGER, LEFT_ALONE
 
 from benchmarks.coverage_case import Case, Settings
 from benchmarks.coverage_models import tiny_model
@@ -20,18 +21,6 @@ SETTINGS = Settings(steps=12, again=None)
 OTHER_SIZES = {"bloom", "falcon", "mistral", "phi"}
 """Run at another batch size and length as well, which takes as long again,
 and with a static cache."""
-BOTH = (
-    "bart", "bert", "biogpt", "cohere2", "ctrl", "deepseek_v2", "diffllama", "doge",
-    "falcon", "falcon_h1", "gemma3_text", "gemma4_text", "gpt2", "gpt_bigcode", "gpt_neox",
-    "granite", "jamba", "lfm2", "llama", "llama4_text", "mistral",
-    "opt", "phi", "phi3", "qwen3", "qwen3_next", "recurrent_gemma", "stablelm", "whisper", "zamba2",
-)  # fmt: skip
-"""Those with two implementations of attention take turns."""
-EAGER = (
-    "bloom", "codegen", "gemma2", "gpt_neo", "gpt_oss", "gptj", "granite_swa", "mpt", "roformer",
-    "xglm",
-)  # fmt: skip
-"""Those whose attention is written out in the model alone."""
 LONG = {
     "cohere2", "ctrl", "deepseek_v2", "falcon", "falcon_h1", "gemma2", "gemma4_text", "gpt_oss",
     "granite_swa", "jamba", "llama4_text", "mistral", "phi", "qwen3_next", "recurrent_gemma",
@@ -42,12 +31,6 @@ LIKE_OTHERS = {
     "gpt_bigcode", "gpt_neox", "gptj", "granite", "phi3", "qwen3", "roformer", "stablelm",
 }  # fmt: skip
 """What they do, fast ones do too."""
-LEFT_ALONE = {
-    "deepseek_v2": "latent attention",
-    "diffllama": "other heads",
-    "doge": "the cache is also read by",
-}
-"""Architectures with sites that may be left as they were, and what the reasons may say."""
 
 
 def cases() -> Iterator[Any]:

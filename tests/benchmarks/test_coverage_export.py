@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_coverage import BOTH, EAGER, LEFT_ALONE
+from architectures import BOTH, EAGER, LEFT_ALONE
 
 import spark_compile
 from benchmarks.coverage_models import tiny_model

@@ -73,7 +73,7 @@ def test_run_streams_what_the_model_says(folder: Path) -> None:
     result = RUNNER.invoke(app, [*words, "--max-new-tokens", "9"])
     assert result.exit_code == 0, result.output
     assert _wanted(PROMPT, 9) in result.output
-    assert "4 tokens in, 9 out: first token after" in result.output
+    assert "4 tokens in, 9 out: graphs ready after" in result.output
 
 
 def test_run_fills_the_chat_template(folder: Path) -> None:
