@@ -27,6 +27,7 @@ _WIDE = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vbmi2", "avx512vn
 _TILES = ("avx512bf16", "amx-tile", "amx-bf16", "amx-int8")
 _EMULATED_TILES = "-DSPARK_EMULATED_TILES"
 """In $SPARK_COMPILE_CXXFLAGS: plain C++ stands in for the tile registers, for tests alone."""
+_STANDALONE = "-DSPARK_DEFINE_OPERATORS"
 LEVELS: dict[str, tuple[str, ...]] = {
     "amx": (*_VECTORS, *_WIDE, *_TILES),
     "avx512": (*_VECTORS, *_WIDE),
@@ -80,8 +81,10 @@ def level() -> str:
 
 
 @contextlib.contextmanager
-def library(level: str) -> Iterator[Path]:
+def library(level: str, *, standalone: bool = False) -> Iterator[Path]:
     """The shared library of a level, compiled if it is not in the cache yet.
+
+    A standalone one has the operators' schemas too, for programs without Python.
 
     Several processes may ask at once: one compiles, the others wait for it. Where the cache cannot
     be used, which a warning says, the library is there for as long as the context lasts.
@@ -93,7 +96,7 @@ def library(level: str) -> Iterator[Path]:
     if os.name != "posix":
         raise BuildFailed(f"they are for Linux and macOS, this is {sys.platform}")
     limit, compiler = compile_seconds(), _compiler()
-    command = [*compiler, *_arguments(level)]
+    command = [*compiler, *_arguments(level), *([_STANDALONE] if standalone else [])]
     name = f"{level}-{_key(compiler, command)}"
     with contextlib.ExitStack() as temporary:
         yield _kept_library(name, limit, lambda: _compile(command, level, temporary))

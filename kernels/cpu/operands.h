@@ -28,9 +28,13 @@ bool with_dtype(ScalarType type, Function f) {
 }
 
 // Calls an operator of Python; `stack` holds its arguments, then its results. Where torch passes on
-// what a ValueError said (from 2.13), it stays one.
+// what a ValueError said (from 2.13), it stays one. A program without Python has no such operators.
 template <size_t N>
-void call(const char* name, std::array<StableIValue, N>& stack) {
+void call(const char* name, std::array<StableIValue, N>& stack, [[maybe_unused]] std::string_view spec) {
+#ifdef SPARK_DEFINE_OPERATORS
+  throw std::runtime_error("no native kernel does what " + std::string(name) + " does in Python, with these operands and " +
+                           std::string(spec));
+#else
   try {
     STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
   } catch (const std::exception& error) {
@@ -38,6 +42,7 @@ void call(const char* name, std::array<StableIValue, N>& stack) {
     if (!what.starts_with(kind)) throw;
     throw std::invalid_argument(std::string(what.substr(kind.size(), what.find("\n\nAt:") - kind.size())));
   }
+#endif
 }
 
 inline std::string listed(std::span<const int64_t> numbers) {

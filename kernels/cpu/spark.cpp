@@ -2,6 +2,8 @@
 //
 // Registered through torch's stable ABI. What native code cannot do goes to the reference, which is
 // `spark_reference::<name>` with the same schema.
+//
+// With SPARK_DEFINE_OPERATORS, it is a library for programs without Python: it has the schemas too.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -47,7 +49,7 @@ void boxed_build(StableIValue* stack, uint64_t, uint64_t) {
   }
   std::array<StableIValue, 6> again{from(key), from(value), from(queries), from(std::string(text.view())), from(capacity),
       from(positions)};
-  call("spark_reference::build", again);
+  call("spark_reference::build", again, text.view());
   std::copy_n(again.begin(), 4, stack);
 }
 
@@ -66,12 +68,41 @@ void boxed_step(StableIValue* stack, uint64_t, uint64_t) {
       from(o.query), from(o.new_key), from(o.new_value), from(o.key_pages), from(o.key_head), from(o.value_pages),
       from(o.value_head), from(o.mask), from(o.sinks), from(o.causal_offset), from(o.keep), from(o.position),
       from(std::string(text.view()))};
-  call("spark_reference::step", again);
+  call("spark_reference::step", again, text.view());
   stack[0] = again[0];
 }
 
+#ifdef SPARK_DEFINE_OPERATORS
+void boxed_evict(StableIValue* stack, uint64_t, uint64_t) {
+  const Tensor key = to<Tensor>(stack[0]);
+  const auto queries = to<std::vector<Tensor>>(stack[1]);  // who takes an argument out frees it
+  const auto mask = to<std::optional<Tensor>>(stack[2]);
+  const auto causal_offset = to<std::optional<int64_t>>(stack[3]);
+  const Text text(stack[4]);
+  std::array<StableIValue, 0> none;
+  call("spark::evict", none, text.view());
+}
+#endif
+
 }  // namespace
 }  // namespace spark
+
+#ifdef SPARK_DEFINE_OPERATORS
+// As spark_compile/ops.py has them, which a test compares.
+STABLE_TORCH_LIBRARY(spark, m) {
+  m.def(
+      "evict(Tensor key, Tensor[] queries, Tensor? attn_mask, SymInt? causal_offset, str spec) -> Tensor");
+  m.def(
+      "build(Tensor key, Tensor value, Tensor[] queries, str spec, SymInt? capacity, "
+      "Tensor? positions=None) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "step(Tensor query, Tensor new_key, Tensor new_value, Tensor(a!) key_pages, Tensor(b!) key_head, "
+      "Tensor(c!) value_pages, Tensor(d!) value_head, Tensor? attn_mask, Tensor? sinks, "
+      "SymInt? causal_offset, SymInt? keep, Tensor? position, str spec) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(spark, CPU, m) { m.impl("evict", &spark::boxed_evict); }
+#endif
 
 STABLE_TORCH_LIBRARY_IMPL(spark, CPU, m) {
   m.impl("build", &spark::boxed_build);

@@ -136,7 +136,7 @@ inline Staying evict(const StepOperands& o, Side& keys, Side& values, int64_t co
   std::array<StableIValue, 5> stack{torch::stable::detail::from(o.new_key), torch::stable::detail::from(std::vector<Tensor>{o.query}),
       torch::stable::detail::from(o.mask), torch::stable::detail::from(o.causal_offset),
       torch::stable::detail::from(std::string(o.spec))};
-  call("spark::evict", stack);
+  call("spark::evict", stack, o.spec);
   const Tensor positions = torch::stable::detail::to<Tensor>(stack[0]);
   const Staying staying{positions, taken(keys, positions, count), taken(values, positions, count)};
   set_fresh(keys, staying.keys), set_fresh(values, staying.values);

@@ -108,7 +108,8 @@ class Graph:
             raise ExportError(f"the {self.phase}: {error}") from error
         if portable:
             check_aten(program)
-        program.example_inputs = None
+        if not with_weights:  # AOTInductor wants them, a saved program should not have them
+            program.example_inputs = None
         return program
 
 
