@@ -81,6 +81,10 @@ def export(
         bool,
         typer.Option(help="Write ATen operators alone, which torch runs without this library."),
     ] = False,
+    aot: Annotated[
+        bool,
+        typer.Option("--aot/--no-aot", help="Also compile the graphs, for machines like this one."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest alone.")] = False,
     *,
     options: dict[str, Any],
@@ -89,7 +93,8 @@ def export(
 
     DIR gets prefill.pt2 and decode.pt2 (programs of torch.export), the weights once, a manifest,
     and config and tokenizer as the model has them. `spark-optimize run DIR` generates with it, and
-    so does spark_compile.load(DIR).
+    so does spark_compile.load(DIR). With --aot it also gets packages of AOTInductor, which run
+    without compiling, and libspark.so, with which C++ programs run them.
     """
     if dtype not in ("auto", *DTYPES):
         fail(f"option 'dtype' is {dtype!r}: allowed is one of 'auto', {', '.join(DTYPES)}")
@@ -113,7 +118,7 @@ def export(
             made, tokenizer = _loaded(model if is_factory else "", place, keywords, dtype)
             manifest = write(
                 made, output, max_tokens=max_tokens, batch=batch, plan=plan, tokenizer=tokenizer,
-                check=check_graphs, overwrite=overwrite, portable=portable, told=told,
+                check=check_graphs, overwrite=overwrite, portable=portable, aot=aot, told=told,
                 seen=split, **options,
             )  # fmt: skip
     except (SparkError, OSError) as error:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from ..config import SparkConfig
 from ..plan import Plan, loaded
 from ..report import Report, SparkError, warn_once
+from .aot import package_file, write_packages
 from .decoder import PHASES, Decoder, ExportError, decoder_of
-from .folder import WEIGHTS, Manifest, ProgramFile, StateTensor, sha256, written_beside
+from .folder import WEIGHTS, Machine, Manifest, ProgramFile, StateTensor, sha256, written_beside
 from .picture import report_page
 from .tracing import Graph, trace
 from .verify import TEXT, verify
@@ -37,6 +38,7 @@ def export(
     check: bool = True,
     overwrite: bool = False,
     portable: bool = False,
+    aot: bool = False,
     told: Callable[[str], None] = lambda step: None,
     seen: Callable[[Mapping[str, Graph]], object] = lambda graphs: None,
     **options: Any,
@@ -61,6 +63,9 @@ def export(
         overwrite: replace a folder that an export wrote.
         portable: write programs of ATen operators alone, which plain torch loads and runs without
             this library, more slowly. What evicts tokens is not portable.
+        aot: also compile the programs, for machines like this one: AOTInductor's packages
+            ``prefill.aoti.pt2`` and ``decode.aoti.pt2``, which ``load`` then runs, and the
+            operators that they call, ``libspark.so``, for C++.
         told: called with a word on each step.
         seen: called with the graph of each phase, before anything is written.
         options: fields of :class:`SparkConfig`.
@@ -90,6 +95,7 @@ def export(
         for phase, graph in graphs.items():
             told(f"writing the {phase}")
             torch.export.save(graph.program(portable=portable), beside / f"{phase}.pt2")
+        machine = write_packages(graphs, beside, told) if aot else None
         told("writing the weights")
         weights = {name: w for graph in graphs.values() for name, w in graph.weights.items()}
         save_file({name: _own(weight) for name, weight in weights.items()}, beside / WEIGHTS)
@@ -99,7 +105,15 @@ def export(
         page = report_page(type(model).__name__, list(graphs.values()), None, facts)
         (beside / PAGE).write_text(page, encoding="utf-8")
         manifest = _manifest(
-            model, graphs, options, max_tokens, batch, verified, beside, portable=portable
+            model,
+            graphs,
+            options,
+            max_tokens,
+            batch,
+            verified,
+            machine,
+            beside,
+            portable=portable,
         )
         manifest.save(beside)
     return manifest
@@ -184,7 +198,8 @@ def _save_beside(model: nn.Module, tokenizer: Any, folder: Path) -> None:
 
 def _manifest(
     model: nn.Module, graphs: Mapping[str, Graph], options: Mapping[str, Any], max_tokens: int,
-    batch: int, verified: Mapping[str, Any] | None, folder: Path, *, portable: bool,
+    batch: int, verified: Mapping[str, Any] | None, machine: Machine | None, folder: Path, *,
+    portable: bool,
 ) -> Manifest:  # fmt: skip
     decode = graphs["decode"]
     sites = decode.report.sites
@@ -214,13 +229,18 @@ def _manifest(
         ),
         programs={
             phase: ProgramFile(
-                f"{phase}.pt2", tuple(graph.weights), tuple(graph.dynamic), graph.least
+                f"{phase}.pt2",
+                tuple(graph.weights),
+                tuple(graph.dynamic),
+                graph.least,
+                None if machine is None else package_file(phase),
             )
             for phase, graph in graphs.items()
         },
         report=Report([graph.report for graph in graphs.values()]).as_dict(),
         verified=verified,
         files={path.name: sha256(path) for path in sorted(folder.iterdir())},
+        machine=machine,
     )
 
 

@@ -9,7 +9,7 @@ import re
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +62,25 @@ class ProgramFile:
     """File of the AOTInductor package of this graph, if there is one."""
 
 
+def constant_names(weights: Iterable[str]) -> dict[str, str]:
+    """What the weights of a program, which are in its order, are called in its package."""
+    return {name: f"w{index}" for index, name in enumerate(weights)}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a machine has to be to run packages; torch has to be the version of the manifest."""
+
+    system: str
+    """As ``sys.platform``."""
+    processor: str
+    """As ``platform.machine()``."""
+    cpu: tuple[str, ...]
+    """Instruction sets, as torch.cpu.get_capabilities calls them."""
+    kernels: str
+    """Level of the operators' library, as SPARK_COMPILE_CPU has it."""
+
+
 @dataclass(frozen=True)
 class Manifest:
     """What ``manifest.json`` says."""
@@ -96,6 +115,8 @@ class Manifest:
     """What the comparison with the eager model gave, if there was one."""
     files: Mapping[str, str]
     """SHA-256 of each other file of the folder."""
+    machine: Machine | None = None
+    """What the packages need, if there are some."""
 
     def save(self, folder: Path) -> None:
         """Write ``manifest.json``."""
@@ -155,7 +176,9 @@ def read_manifest(folder: Path) -> Manifest:
             )
             for phase, p in data.pop("programs").items()
         }
-        manifest = Manifest(**data, states=states, programs=programs)
+        if (machine := data.pop("machine", None)) is not None:
+            machine = Machine(**{**machine, "cpu": tuple(map(str, machine["cpu"]))})
+        manifest = Manifest(**data, states=states, programs=programs, machine=machine)
         manifest.reported()
         for name in (manifest.dtype, *(state.dtype for state in states)):
             _dtype(name)

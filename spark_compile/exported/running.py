@@ -10,6 +10,8 @@ from torch import Tensor
 from torch._dynamo.backends.registry import lookup_backend
 from torch.export.graph_signature import InputKind
 
+from ..report import warn_once
+from .aot import Package, misfit
 from .decoder import Phase
 from .folder import Manifest
 
@@ -22,6 +24,13 @@ def runner(
 ) -> Runner:
     """What runs a phase; see ``load``."""
     file = manifest.programs[phase]
+    if inner == "inductor" and file.package is not None:
+        if (reason := misfit(manifest)) is None:
+            try:
+                return Package(folder / file.package, file, weights)
+            except RuntimeError as error:
+                reason = str(error).strip().partition("\n")[0]
+        warn_once(f"packages cannot run here, their graphs are compiled instead: {reason}")
     program = torch.export.load(folder / file.file)
     module = program.graph_module
     specs = program.graph_signature.input_specs

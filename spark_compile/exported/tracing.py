@@ -25,6 +25,7 @@ from ..passes.program import PassFailed, PlainInput, Program, StateInput
 from ..report import GraphReport
 from ..storage import STORED
 from .decoder import Decoder, ExportError, Phase
+from .folder import constant_names
 from .portable import as_aten, check_aten
 
 Stored = dict[str, Tensor]
@@ -136,9 +137,10 @@ class _WithWeights(nn.Module):
     def __init__(self, graph: Graph) -> None:
         super().__init__()
         self._flat = _Flat(graph)
-        self._keys = {name: f"w{index}" for index, name in enumerate(graph.weights)}
+        self._keys = constant_names(graph.weights)
         for name, key in self._keys.items():
-            self.register_buffer(key, graph.weights[name])
+            # A package reads them as they lie in the file of the weights.
+            self.register_buffer(key, graph.weights[name].contiguous())
 
     def forward(self, states: Stored, *inputs: Tensor) -> Tensor:
         weights = {name: getattr(self, key) for name, key in self._keys.items()}

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import spark_compile.ops as _  # defines the operators
 from spark_compile.kernels.cpu import build
 
 WITHOUT_PYTHON = """
