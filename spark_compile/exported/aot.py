@@ -36,6 +36,18 @@ def package_file(phase: str) -> str:
     return f"{phase}.aoti.pt2"
 
 
+def native_level() -> str:
+    """The level of the native kernels.
+
+    Raises:
+        ExportError: they are turned off.
+    """
+    if (chosen := level()) == "off":
+        allowed = ", ".join(supported())
+        raise ExportError(f"SPARK_COMPILE_CPU is 'off': allowed with aot is {allowed}")
+    return chosen
+
+
 def write_packages(
     graphs: Mapping[str, Graph], folder: Path, told: Callable[[str], None]
 ) -> Machine:
@@ -47,11 +59,7 @@ def write_packages(
     Raises:
         ExportError: they cannot be compiled here; the message says why.
     """
-    chosen = level()
-    if chosen == "off":
-        raise ExportError(
-            f"SPARK_COMPILE_CPU is 'off': allowed with aot is {', '.join(supported())}"
-        )
+    chosen = native_level()
     told(f"building {LIBRARY}")
     try:
         with library(chosen, standalone=True) as built:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..config import SparkConfig
 from ..plan import Plan, loaded
 from ..report import Report, SparkError, warn_once
-from .aot import package_file, write_packages
+from .aot import native_level, package_file, write_packages
 from .decoder import PHASES, Decoder, ExportError, decoder_of
 from .folder import WEIGHTS, Machine, Manifest, ProgramFile, StateTensor, sha256, written_beside
 from .picture import report_page
@@ -83,6 +83,8 @@ def export(
     max_tokens = _capacity(model, max_tokens)
     if not isinstance(batch, int) or batch < 1:
         raise ExportError(f"batch is {batch!r}: allowed is a number from 1 on")
+    if aot:
+        native_level()  # raises now rather than after the tracing
     with written_beside(Path(folder), overwrite=overwrite) as beside:
         decoder = decoder_of(model, max_tokens, batch)
         graphs = _graphs(decoder, config, max_tokens, batch, told)
