@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import shutil
+import subprocess
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -93,7 +96,9 @@ def _prompt() -> Tensor:
 
 
 def _generated(model: ExportedModel) -> list[int]:
-    ids = model.generate(_prompt(), do_sample=False, min_new_tokens=NEW, max_new_tokens=NEW)
+    """The most probable tokens, whether or not they are the end."""
+    model.generation_config.eos_token_id = None
+    ids = model.generate(_prompt(), do_sample=False, max_new_tokens=NEW)
     return ids[0].tolist()  # type: ignore[no-any-return]
 
 
@@ -220,3 +225,29 @@ def test_a_package_checks_where_a_prefill_begins(real: Path) -> None:
     with pytest.raises(RuntimeError, match="must write them to position 0"):
         loaded._run("prefill", cache, _prompt(), 3, torch.tensor([PROMPT - 1]), None)
     assert not any(state.any() for state in cache.states)
+
+
+@pytest.mark.slow
+def test_the_cpp_example_generates_the_same(real: Path, tmp_path: Path) -> None:
+    if missing := [tool for tool in ("cmake", "c++") if shutil.which(tool) is None]:
+        pytest.skip(f"there is no {' and no '.join(missing)}")
+    source = Path(__file__).resolve().parents[2] / "examples" / "cpp"
+    torch_files = f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"
+    for command in (
+        ["cmake", "-S", str(source), "-B", str(tmp_path), torch_files],
+        ["cmake", "--build", str(tmp_path)],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    prompt = [str(token) for token in _prompt()[0].tolist()]
+    run = [str(tmp_path / "generate"), str(real)]
+    done = subprocess.run(
+        [*run, str(NEW), *prompt], capture_output=True, text=True, check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    wanted = _generated(spark_compile.load(real, inner="eager"))[PROMPT:]
+    assert [int(token) for token in done.stdout.split()] == wanted
+    many = subprocess.run([*run, "999", *prompt], capture_output=True, text=True, check=False)
+    assert (many.returncode, many.stderr) == (
+        1, f"so many tokens do not fit: allowed are {CAPACITY}\n",
+    )  # fmt: skip
