@@ -1,33 +1,28 @@
-"""``spark-optimize`` for exported graphs: export, which is the default, run and inspect."""
+"""``spark-optimize export``, which is the default, and ``inspect``."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import sys
-import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from typer.core import TyperGroup
 
 from ..cli_models import MODEL_KINDS, handwritten, locate, pretrained
 from ..cli_options import check, fail, first_line, with_spark_options
 from ..kernels.spec import DTYPES
-from ..report import SparkError, SparkWarning
+from ..report import SparkError
+from .run_commands import run, serve
+from .telling import Folder, as_size, shown_progress, shown_warnings
 
 if TYPE_CHECKING:
     from .folder import Manifest
     from .tracing import Graph
-
-Folder = Annotated[Path, typer.Argument(metavar="DIR", help="What `export` has written.")]
 
 
 class ExportIsDefault(TyperGroup):
@@ -113,7 +108,7 @@ def export(
             parts.update((phase, partition(graph.module)) for phase, graph in graphs.items())
 
     try:
-        with _progress(quiet=as_json) as told, _warnings(as_json):
+        with shown_progress(quiet=as_json) as told, shown_warnings(as_json):
             told("loading the model")
             made, tokenizer = _loaded(model if is_factory else "", place, keywords, dtype)
             manifest = write(
@@ -162,83 +157,6 @@ def inspect(
     _describe(console, folder, manifest)
 
 
-def run(
-    folder: Folder,
-    prompt: Annotated[str, typer.Option(help="What the model gets; - reads the standard input.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 256,
-    raw: Annotated[
-        bool, typer.Option(help="Give the prompt as it is, without the model's chat template.")
-    ] = False,
-    greedy: Annotated[
-        bool,
-        typer.Option(help="Take the most probable token, whatever the config says."),
-    ] = False,
-    seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
-    inner: Annotated[
-        str, typer.Option(help="inductor compiles first, eager runs operator by operator.")
-    ] = "inductor",
-) -> None:
-    """Generate text with an exported folder, as its generation config says."""
-    text = sys.stdin.read() if prompt == "-" else prompt
-    from .load import load
-    from .streaming import TimedStreamer, prompt_tokens
-
-    try:
-        with _warnings(quiet=False):
-            start_s = time.perf_counter()
-            model = load(folder, inner=inner)
-            tokenizer, ids = prompt_tokens(model, text, raw=raw)
-            model.prepare()
-            import torch
-
-            torch.manual_seed(seed)
-            ready_s = time.perf_counter() - start_s
-            streamer = TimedStreamer(tokenizer)
-            sampling: dict[str, Any] = {"do_sample": False} if greedy else {}
-            room = model.manifest.max_tokens - ids.shape[1]
-            model.generate(
-                ids, max_new_tokens=min(max_new_tokens, room), streamer=streamer, **sampling
-            )
-    except (SparkError, ValueError, OSError) as error:
-        fail(first_line(error, 600))
-    share = model.manifest.state_bytes / model.manifest.dense_bytes
-    Console(stderr=True).print(
-        f"{ids.shape[1]} tokens in, {streamer.tokens} out: graphs ready after {ready_s:.1f} s, "
-        f"first token {streamer.first_s:.2f} s later, then {streamer.rate:.1f} tokens/s; the cache "
-        f"takes {_size(model.manifest.state_bytes)}, {share:.0%} of a dense one",
-        markup=False, highlight=False,
-    )  # fmt: skip
-
-
-def serve(
-    folder: Folder,
-    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
-    inner: Annotated[
-        str, typer.Option(help="inductor compiles first, eager runs operator by operator.")
-    ] = "inductor",
-) -> None:
-    """Answer OpenAI's /v1/completions and /v1/chat/completions with an exported folder."""
-    try:
-        import uvicorn
-
-        from .serve import app_for
-    except ImportError as error:
-        fail(f"{error}: install it by pip install 'spark-compile[serve]'")
-    from .load import load
-    from .streaming import tokenizer_of
-
-    try:
-        with _warnings(quiet=False):
-            model = load(folder, inner=inner)
-            if model.manifest.batch != 1:
-                fail(f"{folder} is of batch {model.manifest.batch}: allowed is 1")
-            app = app_for(model.prepare(), tokenizer_of(model), folder.resolve().name)
-    except SparkError as error:
-        fail(first_line(error, 600))
-    uvicorn.run(app, host=host, port=port, log_level="info", timeout_graceful_shutdown=5)
-
-
 def _describe(console: Console, folder: Path, manifest: Manifest) -> None:
     """A table of what a user wants to know."""
     table = Table(show_header=False, title=str(folder))
@@ -247,9 +165,9 @@ def _describe(console: Console, folder: Path, manifest: Manifest) -> None:
         "cache": f"{manifest.max_tokens:,} tokens, batch {manifest.batch}",
         "bytes per token": f"{manifest.dense_token_bytes:,} dense, {manifest.stored_token_bytes:,} "
         "in a page",
-        "cache in all": f"{_size(manifest.state_bytes)}, dense {_size(manifest.dense_bytes)}",
+        "cache in all": f"{as_size(manifest.state_bytes)}, dense {as_size(manifest.dense_bytes)}",
         "files": ", ".join(
-            f"{name} {_size((folder / name).stat().st_size)}"
+            f"{name} {as_size((folder / name).stat().st_size)}"
             for name in manifest.files
             if name.endswith((".pt2", ".safetensors", ".so"))
         ),
@@ -264,42 +182,3 @@ def _describe(console: Console, folder: Path, manifest: Manifest) -> None:
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e6:,.1f} MB"
-
-
-@contextmanager
-def _progress(*, quiet: bool) -> Iterator[Callable[[str], None]]:
-    """A line that says what is being done, and for how long."""
-    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
-    with Progress(*columns, console=Console(stderr=True), disable=quiet) as progress:
-        task = None
-
-        def told(step: str) -> None:
-            nonlocal task
-            if task is not None:
-                progress.update(task, completed=1)
-            task = progress.add_task(step, total=1)
-
-        yield told
-        if task is not None:
-            progress.update(task, completed=1)
-
-
-@contextmanager
-def _warnings(quiet: bool) -> Iterator[None]:
-    """Print our warnings as lines, at once."""
-    show = warnings.showwarning
-
-    def line(message: Any, category: type[Warning], *rest: Any, **keywords: Any) -> None:
-        if issubclass(category, SparkWarning):
-            typer.echo(f"warning: {message}", err=True)
-        else:
-            show(message, category, *rest, **keywords)
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore" if quiet else "always", category=SparkWarning)
-        warnings.showwarning = line
-        yield

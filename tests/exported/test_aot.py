@@ -16,11 +16,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from typer.testing import CliRunner
 from zoo import tiny
 
 import spark_compile
 from spark_compile import SparkWarning
-from spark_compile.exported import aot, running
+from spark_compile.cli import app
+from spark_compile.exported import aot, commands, running
 from spark_compile.exported.decoder import ExportError
 from spark_compile.exported.folder import MANIFEST, Manifest
 from spark_compile.exported.model import ExportedCache, ExportedModel
@@ -185,6 +187,23 @@ def test_packages_need_native_kernels(tmp_path: Path, monkeypatch: pytest.Monkey
             tiny("llama", "sdpa"), tmp_path / "out", max_tokens=CAPACITY, aot=True, check=False
         )
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("words", "wanted"), [(["--aot"], True), ([], False)])
+def test_the_command_line_asks_for_packages(
+    words: list[str], wanted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def stopped(*_args: Any, **options: Any) -> None:
+        asked.append(options["aot"])
+        raise ExportError("enough")
+
+    monkeypatch.setattr(commands, "_loaded", lambda *_args: (None, None))
+    monkeypatch.setattr("spark_compile.exported.export.export", stopped)
+    result = CliRunner().invoke(app, ["module:factory", "-o", "out", *words])
+    assert asked == [wanted]
+    assert "enough" in result.output
 
 
 @pytest.mark.slow
