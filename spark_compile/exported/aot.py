@@ -19,7 +19,7 @@ from .decoder import ExportError
 from .folder import Machine, Manifest, ProgramFile, constant_names
 
 if TYPE_CHECKING:
-    from .tracing import Graph
+    from .graph import Graph
 
 LIBRARY = "libspark.so"
 """The native operators with their schemas, for programs without Python."""

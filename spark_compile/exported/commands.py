@@ -22,7 +22,7 @@ from .telling import Folder, as_size, shown_progress, shown_warnings
 
 if TYPE_CHECKING:
     from .folder import Manifest
-    from .tracing import Graph
+    from .graph import Graph
 
 
 class ExportIsDefault(TyperGroup):

@@ -17,8 +17,9 @@ from ..report import Report, SparkError, warn_once
 from .aot import native_level, package_file, write_packages
 from .decoder import PHASES, Decoder, ExportError, decoder_of
 from .folder import WEIGHTS, Machine, Manifest, ProgramFile, StateTensor, sha256, written_beside
+from .graph import Graph
 from .picture import report_page
-from .tracing import Graph, trace
+from .tracing import trace
 from .verify import TEXT, verify
 
 PAGE = "report.html"

@@ -10,9 +10,9 @@ from itertools import pairwise
 from ..report import GraphReport, Site
 from ..storage import STORED
 from .boxes import Box, Diagram, Sources, diagram
+from .graph import Graph
 from .layout import Place, Point, arrange
 from .page import LEGEND, PAGE
-from .tracing import Graph
 
 _TITLE, _DETAIL = 12.5, 10.0
 """Sizes of letters in pixels; a letter of a monospaced font is at most 0.62 of that wide."""

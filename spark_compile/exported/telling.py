@@ -51,7 +51,7 @@ def shown_warnings(quiet: bool) -> Iterator[None]:
         else:
             show(message, category, *rest, **keywords)
 
-    with warnings.catchshown_warnings():
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore" if quiet else "always", category=SparkWarning)
         warnings.showwarning = line
         yield

@@ -13,7 +13,7 @@ from ..kernels.formats import Dense
 from ..kernels.spec import SIDES, Spec, parse_spec
 from ..storage import STORED
 from .decoder import Decoder, ExportError
-from .tracing import Graph
+from .graph import Graph
 
 PROMPT, SCORED = 192, 48
 """Tokens of the text that are stored at once, and those after them whose predictions count."""

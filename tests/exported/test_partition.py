@@ -12,8 +12,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from zoo import tiny
 
 import spark_compile
+from spark_compile.exported.graph import Graph
 from spark_compile.exported.partition import SMALLEST, partition
-from spark_compile.exported.tracing import Graph
 
 LAYERS = 2
 

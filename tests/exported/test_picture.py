@@ -13,10 +13,11 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from spark_compile.config import SparkConfig
-from spark_compile.exported.decoder import decoder_of
+from spark_compile.exported.decoder import PHASES, decoder_of
+from spark_compile.exported.graph import Graph
 from spark_compile.exported.layout import arrange
 from spark_compile.exported.picture import report_page
-from spark_compile.exported.tracing import PHASES, Graph, trace
+from spark_compile.exported.tracing import trace
 from spark_compile.report import Refusal
 
 SVG = "{http://www.w3.org/2000/svg}"

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 import spark_compile
 from spark_compile.config import SparkConfig
-from spark_compile.exported.decoder import ExportError, decoder_of
+from spark_compile.exported.decoder import PHASES, ExportError, decoder_of
 from spark_compile.exported.folder import _check_archive
+from spark_compile.exported.graph import Graph
 from spark_compile.exported.portable import check_aten
-from spark_compile.exported.tracing import PHASES, Graph, trace
+from spark_compile.exported.tracing import trace
 
 CAPACITY, PROMPTS, NEW = 48, (2, 13, 21), 20
 
