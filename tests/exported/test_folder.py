@@ -12,19 +12,11 @@ from typing import Any
 
 import pytest
 from typer.testing import CliRunner
-from zoo import tiny
 
 import spark_compile
 from spark_compile.cli import app
 from spark_compile.exported.decoder import ExportError
 from spark_compile.exported.folder import sha256
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("exported") / "out"
-    spark_compile.export(tiny("llama", "sdpa"), path, max_tokens=64, check=False)
-    return path
 
 
 @pytest.fixture
@@ -124,10 +116,10 @@ def test_inspect_prints_the_table_and_json(folder: Path) -> None:
     runner = CliRunner()
     result = runner.invoke(app, ["inspect", str(folder)], env={"COLUMNS": "200"})
     assert result.exit_code == 0
-    for text in ("prefill", "decode", "rewritten", "64 tokens, batch 1", "decode.pt2"):
+    for text in ("prefill", "decode", "rewritten", "200 tokens, batch 1", "decode.pt2"):
         assert text in result.output
     found = runner.invoke(app, ["inspect", str(folder), "--json"])
-    assert json.loads(found.output)["max_tokens"] == 64
+    assert json.loads(found.output)["max_tokens"] == 200
 
 
 def test_inspect_refuses_in_one_line(copy: Path) -> None:

@@ -155,6 +155,7 @@ class Handwritten(nn.Module):
         return logits
 
 
+@pytest.mark.slow
 def test_a_prompt_that_is_read_from_the_buffers() -> None:
     torch.manual_seed(0)
     graphs = graphs_of(Handwritten().eval(), key_format="spark(kept=4)", value_format="int8")
