@@ -71,7 +71,7 @@ def _fake_library(level: str, *, standalone: bool) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def fake(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def faked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder whose packages are fakes."""
     folder = tmp_path_factory.mktemp("fake") / "out"
     with pytest.MonkeyPatch.context() as patch:
@@ -81,7 +81,14 @@ def fake(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         spark_compile.export(
             tiny("llama", "sdpa"), folder, max_tokens=CAPACITY, aot=True, check=False, **OPTIONS
         )
-        yield folder
+    return folder
+
+
+@pytest.fixture
+def fake(faked: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same, which can be loaded."""
+    monkeypatch.setattr(aot, "_load", FakePackage)
+    return faked
 
 
 @pytest.fixture(scope="module")
