@@ -95,15 +95,14 @@ def test_the_folder_is_a_model_folder_too(exact: Exported) -> None:
         torch.testing.assert_close(again(_prompt()).logits, model(_prompt()).logits)
 
 
-def test_pruned_caches_are_smaller_and_as_the_backend_has_them(tmp_path: Path) -> None:
-    options = {"key_ratio": 0.5, "sink_tokens": 0}
-    model, folder, manifest = _exported("llama", tmp_path, **options)
+def test_pruned_caches_are_smaller_and_change_a_little(tmp_path: Path) -> None:
+    model, folder, manifest = _exported("llama", tmp_path, key_ratio=0.5)
     assert manifest.stored_token_bytes < manifest.dense_token_bytes
-    found = _generated(spark_compile.load(folder, inner="eager"), _prompt())
-    compiled = spark_compile.optimize(model, inner="eager", **options)
-    assert torch.equal(found, _generated(compiled, _prompt()))
     assert manifest.verified is not None
+    assert manifest.verified["equal"] == manifest.verified["scored"]
     assert 1e-6 < manifest.verified["kl"] < 1
+    found = _generated(spark_compile.load(folder, inner="eager"), _prompt())
+    assert not torch.equal(found, _generated(model, _prompt()))
 
 
 def test_a_batch_with_padding_and_beams(tmp_path: Path) -> None:
@@ -148,6 +147,7 @@ def test_handwritten_decoders(attention: type[GptFast], tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_rewritten_is_dense(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
