@@ -27,14 +27,18 @@ bool with_dtype(ScalarType type, Function f) {
   }
 }
 
-// Calls an operator of Python; `stack` holds its arguments, then its results. Where torch passes on
-// what a ValueError said (from 2.13), it stays one. A program without Python has no such operators.
-template <size_t N>
-void call(const char* name, std::array<StableIValue, N>& stack, [[maybe_unused]] std::string_view spec) {
+// Raises if this is the library for programs without Python, whose operator would be called next.
+inline void need_python([[maybe_unused]] const char* name, [[maybe_unused]] std::string_view spec) {
 #ifdef SPARK_DEFINE_OPERATORS
   throw std::runtime_error("no native kernel does what " + std::string(name) + " does in Python, with these operands and " +
                            std::string(spec));
-#else
+#endif
+}
+
+// Calls an operator of Python; `stack` holds its arguments, then its results. Where torch passes on
+// what a ValueError said (from 2.13), it stays one.
+template <size_t N>
+void call(const char* name, std::array<StableIValue, N>& stack) {
   try {
     STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
   } catch (const std::exception& error) {
@@ -42,7 +46,6 @@ void call(const char* name, std::array<StableIValue, N>& stack, [[maybe_unused]]
     if (!what.starts_with(kind)) throw;
     throw std::invalid_argument(std::string(what.substr(kind.size(), what.find("\n\nAt:") - kind.size())));
   }
-#endif
 }
 
 inline std::string listed(std::span<const int64_t> numbers) {

@@ -47,9 +47,10 @@ void boxed_build(StableIValue* stack, uint64_t, uint64_t) {
     for (int i = 0; i < 4; ++i) stack[i] = from(built[i]);
     return;
   }
+  need_python("spark_reference::build", text.view());
   std::array<StableIValue, 6> again{from(key), from(value), from(queries), from(std::string(text.view())), from(capacity),
       from(positions)};
-  call("spark_reference::build", again, text.view());
+  call("spark_reference::build", again);
   std::copy_n(again.begin(), 4, stack);
 }
 
@@ -64,11 +65,12 @@ void boxed_step(StableIValue* stack, uint64_t, uint64_t) {
     stack[0] = from(*output);
     return;
   }
+  need_python("spark_reference::step", text.view());
   std::array<StableIValue, 13> again{
       from(o.query), from(o.new_key), from(o.new_value), from(o.key_pages), from(o.key_head), from(o.value_pages),
       from(o.value_head), from(o.mask), from(o.sinks), from(o.causal_offset), from(o.keep), from(o.position),
       from(std::string(text.view()))};
-  call("spark_reference::step", again, text.view());
+  call("spark_reference::step", again);
   stack[0] = again[0];
 }
 
@@ -79,8 +81,7 @@ void boxed_evict(StableIValue* stack, uint64_t, uint64_t) {
   const auto mask = to<std::optional<Tensor>>(stack[2]);
   const auto causal_offset = to<std::optional<int64_t>>(stack[3]);
   const Text text(stack[4]);
-  std::array<StableIValue, 0> none;
-  call("spark::evict", none, text.view());
+  need_python("spark::evict", text.view());
 }
 #endif
 

@@ -133,10 +133,11 @@ inline Tensor taken(const Side& side, const Tensor& positions, int64_t count) {
 
 // Leaves `count` of the new tokens, as the scorer in Python says.
 inline Staying evict(const StepOperands& o, Side& keys, Side& values, int64_t count) {
+  need_python("spark::evict", o.spec);
   std::array<StableIValue, 5> stack{torch::stable::detail::from(o.new_key), torch::stable::detail::from(std::vector<Tensor>{o.query}),
       torch::stable::detail::from(o.mask), torch::stable::detail::from(o.causal_offset),
       torch::stable::detail::from(std::string(o.spec))};
-  call("spark::evict", stack, o.spec);
+  call("spark::evict", stack);
   const Tensor positions = torch::stable::detail::to<Tensor>(stack[0]);
   const Staying staying{positions, taken(keys, positions, count), taken(values, positions, count)};
   set_fresh(keys, staying.keys), set_fresh(values, staying.values);
