@@ -136,11 +136,13 @@ class TransformersDecoder(Decoder):
 
 
 def decoder_of(model: nn.Module, max_tokens: int, batch: int) -> Decoder:
-    """What to export of a model.
+    """What to export of a model, which is put into eval mode.
 
     Raises:
         ExportError: the model cannot be exported; the message says why.
     """
+    if (device := _device(model)).type != "cpu":
+        raise ExportError(f"the model is on {device}: allowed is cpu")
     if hasattr(model, "config") and hasattr(model, "generate"):
         return TransformersDecoder(model, max_tokens, batch).eval()
     return HandwrittenDecoder(model).eval()

@@ -52,7 +52,8 @@ def export(
     Args:
         model: a causal language model of transformers, or a module that is called with tokens
             [B, L] and positions [L], returns logits [B, L, V] and has its caches in buffers that
-            are zero at first and have room for ``max_tokens``. It is not changed.
+            are zero at first and have room for ``max_tokens``; on the CPU. It is put into eval mode
+            and otherwise not changed.
         folder: to write; it is complete or not there at all.
         max_tokens: capacity of the caches; if not given, 8,192, or what the model's config allows.
         batch: number of sequences. With more than one, the programs take an attention mask.

@@ -151,9 +151,13 @@ def _other_processor(manifest: Manifest) -> Manifest:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        (_other_torch, f"torch is '{aot.version('torch')}', allowed is '2.10.7'"),
+        pytest.param(
+            _other_torch,
+            f"torch is '{aot.version('torch')}', allowed is '2.10.7'",
+            marks=pytest.mark.slow,
+        ),
         (_other_cpu, "this CPU has no avx4096"),
-        (_other_processor, "allowed is 'vax'"),
+        pytest.param(_other_processor, "allowed is 'vax'", marks=pytest.mark.slow),
     ],
 )
 def test_elsewhere_graphs_are_compiled(

@@ -182,6 +182,11 @@ def test_wrong_arguments(options: dict[str, Any], message: str, tmp_path: Path) 
     assert not list(tmp_path.iterdir())
 
 
+def test_a_model_elsewhere_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="the model is on meta: allowed is cpu"):
+        spark_compile.export(tiny("llama", "sdpa").to("meta"), tmp_path / "out")
+
+
 def test_a_failed_check_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("spark_compile.exported.verify.MOST_KL", -1.0)
     with pytest.raises(ExportError, match="do not predict what the model does"):

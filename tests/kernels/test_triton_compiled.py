@@ -41,8 +41,7 @@ SHARED_BYTES = {
     "gfx942": 64 << 10, "gfx950": 160 << 10,
 }  # fmt: skip
 SOME_ARE_SLOW = [
-    pytest.param(target, marks=[pytest.mark.slow] * (target not in ("sm_90", "gfx942")))
-    for target in TARGETS
+    pytest.param(target, marks=[pytest.mark.slow] * (target != "sm_90")) for target in TARGETS
 ]
 TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int8: "i8",
