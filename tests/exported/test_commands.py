@@ -14,6 +14,7 @@ import pytest
 import torch
 import uvicorn
 from fastapi.testclient import TestClient
+from transformers import TextStreamer, pipeline
 from typer.testing import CliRunner
 from zoo import tiny
 
@@ -185,3 +186,14 @@ def test_bodies_are_limited(loaded: Any) -> None:
     assert web.post("/v1/completions", content=body).status_code == 413
     chunks = (part for part in [b"{}", b" "])  # of unknown length
     assert web.post("/v1/completions", content=chunks).status_code == 413
+
+
+def test_pipelines_and_streamers_take_it(loaded: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = tokenizer_of(loaded)
+    options: dict[str, Any] = {"max_new_tokens": 9, "do_sample": False}
+    pipe = pipeline("text-generation", model=loaded, tokenizer=tokenizer)
+    said = pipe(PROMPT, return_full_text=False, **options)[0]["generated_text"]
+    assert said.split() == _wanted(PROMPT, 9).split()
+    ids = torch.tensor([[7, 8, 9, 10]])
+    loaded.generate(ids, streamer=TextStreamer(tokenizer, skip_prompt=True), **options)
+    assert capsys.readouterr().out.split() == _wanted(PROMPT, 9).split()
