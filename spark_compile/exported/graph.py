@@ -50,6 +50,10 @@ class Graph:
         sizes = self.dynamic["input_ids"]
         return int(sizes[1].min) if sizes else 1
 
+    def empty_states(self) -> Stored:
+        """The states before the first token."""
+        return {name: torch.zeros(s.shape, dtype=s.dtype) for name, s in self.states.items()}
+
     def run(self, states: Mapping[str, Tensor], ids: Tensor, position: int, row: int) -> Tensor:
         """Run the graph operator by operator, without padding: logits [B, 1, V] of one token."""
         given = [ids, torch.tensor([position]), torch.tensor([row]), *self.inputs[3:]]
@@ -75,7 +79,7 @@ class Graph:
             ExportError: what the graph stores is not portable, or another operator is not ATen.
         """
         graph = replace(self, module=as_aten(self.module)) if portable else self
-        zeros = {name: torch.zeros(s.shape, dtype=s.dtype) for name, s in self.states.items()}
+        zeros = self.empty_states()
         states = dict.fromkeys(zeros)
         if with_weights:
             module: nn.Module = _WithWeights(graph)

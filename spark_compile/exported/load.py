@@ -34,4 +34,6 @@ def load(folder: str | Path, *, inner: str = "inductor") -> ExportedModel:
     check_files(path, manifest)
     from .model import ExportedModel  # transformers, which takes a second to import
 
-    return ExportedModel(path, manifest, inner).eval()
+    model = ExportedModel(path, manifest, inner)
+    model.eval()  # type: ignore[no-untyped-call]
+    return model

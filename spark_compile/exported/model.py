@@ -231,14 +231,6 @@ class ExportedModel(PreTrainedModel, GenerationMixin):
             whole[:, :count] = mask
         return whole
 
-    def stored_bytes(self) -> int:
-        """Bytes of the states of one generation."""
-        return self.manifest.state_bytes
-
-    def eval(self) -> Self:
-        """The model itself."""
-        return self
-
 
 def _config(folder: Path) -> PreTrainedConfig:
     """The model's config; a bare one for a model that has none."""

@@ -13,6 +13,10 @@ from ..cli_options import fail, first_line
 from ..report import SparkError
 from .telling import Folder, as_size, shown_warnings
 
+Inner = Annotated[
+    str, typer.Option(help="inductor compiles first, eager runs operator by operator.")
+]
+
 
 def run(
     folder: Folder,
@@ -26,14 +30,12 @@ def run(
         typer.Option(help="Take the most probable token, whatever the config says."),
     ] = False,
     seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
-    inner: Annotated[
-        str, typer.Option(help="inductor compiles first, eager runs operator by operator.")
-    ] = "inductor",
+    inner: Inner = "inductor",
 ) -> None:
     """Generate text with an exported folder, as its generation config says."""
     text = sys.stdin.read() if prompt == "-" else prompt
     from .load import load
-    from .streaming import TimedStreamer, prompt_tokens
+    from .streaming import TimedStreamer, prompt_tokens, room_after
 
     try:
         with shown_warnings(quiet=False):
@@ -47,10 +49,8 @@ def run(
             ready_s = time.perf_counter() - start_s
             streamer = TimedStreamer(tokenizer)
             sampling: dict[str, Any] = {"do_sample": False} if greedy else {}
-            room = model.manifest.max_tokens - ids.shape[1]
-            model.generate(
-                ids, max_new_tokens=min(max_new_tokens, room), streamer=streamer, **sampling
-            )
+            new = min(max_new_tokens, room_after(model, ids))
+            model.generate(ids, max_new_tokens=new, streamer=streamer, **sampling)
     except (SparkError, ValueError, OSError) as error:
         fail(first_line(error, 600))
     share = model.manifest.state_bytes / model.manifest.dense_bytes
@@ -66,9 +66,7 @@ def serve(
     folder: Folder,
     host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
-    inner: Annotated[
-        str, typer.Option(help="inductor compiles first, eager runs operator by operator.")
-    ] = "inductor",
+    inner: Inner = "inductor",
 ) -> None:
     """Answer OpenAI's /v1/completions and /v1/chat/completions with an exported folder."""
     try:

@@ -15,9 +15,10 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from .decoder import ExportError
 from .jobs import END, Job
 from .model import ExportedModel
-from .streaming import encoded
+from .streaming import encoded, room_after
 
 MOST_BODY_BYTES = 1 << 20
 MOST_WAITING = 16
@@ -93,8 +94,9 @@ def app_for(model: ExportedModel, tokenizer: Any, name: str) -> FastAPI:
         where = ".".join(str(part) for part in first["loc"][1:])
         return _error(400, f"{where}: {first['msg']}")
 
+    @app.exception_handler(ExportError)  # of the prompt
     @app.exception_handler(RequestError)
-    async def refused(_request: Request, error: RequestError) -> JSONResponse:
+    async def refused(_request: Request, error: Exception) -> JSONResponse:
         return _error(400, str(error))
 
     @app.get("/v1/models")
@@ -171,10 +173,7 @@ class _Engine:
         for field in UNKNOWN:
             if (asked.model_extra or {}).get(field):
                 raise RequestError(f"{field} is set: allowed is to leave it out")
-        room = self._model.manifest.max_tokens - ids.shape[1]
-        if ids.shape[1] == 0 or room < 1:
-            most = self._model.manifest.max_tokens - 1
-            raise RequestError(f"the prompt has {ids.shape[1]} tokens: allowed are 1 to {most}")
+        room = room_after(self._model, ids)
         wanted = asked.max_completion_tokens or asked.max_tokens or room
         keywords: dict[str, Any] = {"max_new_tokens": min(wanted, room)}
         if asked.temperature == 0:

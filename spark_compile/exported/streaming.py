@@ -51,10 +51,20 @@ def prompt_tokens(model: ExportedModel, text: str, *, raw: bool) -> tuple[Any, T
     tokenizer = tokenizer_of(model)
     chat = tokenizer.chat_template and not raw
     ids = encoded(tokenizer, [{"role": "user", "content": text}] if chat else text)
+    room_after(model, ids)
+    return tokenizer, ids
+
+
+def room_after(model: ExportedModel, ids: Tensor) -> int:
+    """How many tokens may follow a prompt of ids [1, S].
+
+    Raises:
+        ExportError: the prompt is empty, or leaves no room for an answer.
+    """
     most = model.manifest.max_tokens
     if not 0 < ids.shape[1] < most:
         raise ExportError(f"the prompt has {ids.shape[1]} tokens: allowed are 1 to {most - 1}")
-    return tokenizer, ids
+    return most - ids.shape[1]
 
 
 def tokenizer_of(model: ExportedModel) -> Any:

@@ -81,19 +81,13 @@ def _divergence(wanted: Tensor, found: Tensor) -> float:
 
 def _predicted(graphs: Mapping[str, Graph], ids: Tensor, prompt: int) -> Tensor:
     """Log probabilities after the prompt and after each further token, of the first batch entry."""
-    states = empty_states(graphs["decode"])
+    states = graphs["decode"].empty_states()
     rows = [graphs["prefill"].run(states, ids[:, :prompt], 0, prompt - 1)]
     rows += [
         graphs["decode"].run(states, ids[:, at : at + 1], at, 0)
         for at in range(prompt, ids.shape[1])
     ]
     return torch.cat([row[0] for row in rows]).double().log_softmax(-1)
-
-
-def empty_states(graph: Graph) -> dict[str, Tensor]:
-    """The states before the first token."""
-    shapes = {name: (state.shape, state.dtype) for name, state in graph.states.items()}
-    return {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
 
 
 def exactly(graph: Graph) -> Graph:
