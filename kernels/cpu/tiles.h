@@ -22,10 +22,16 @@ struct alignas(64) TileConfig {
 
 #if !defined(SPARK_EMULATED_TILES)
 
-#define TILE_CONFIGURE(config) _tile_loadconfig(config)
+// GCC's headers do not say what these two instructions read: of the configuration the first 8 bytes, of
+// a tile's rows nothing. It then leaves out stores to the rest, or makes them afterwards.
+#define TILE_CONFIGURE(config) asm volatile("ldtilecfg %0" ::"m"(*(config)))
+#define TILE_LOAD(tile, from, step_bytes) \
+  do { \
+    asm volatile("" ::: "memory"); \
+    _tile_loadd(tile, from, step_bytes); \
+  } while (0)
 #define TILE_RELEASE() _tile_release()
 #define TILE_ZERO(tile) _tile_zero(tile)
-#define TILE_LOAD(tile, from, step_bytes) _tile_loadd(tile, from, step_bytes)
 #define TILE_STORE(tile, to, step_bytes) _tile_stored(tile, to, step_bytes)
 // Adds the product of bfloat16 tiles, pairs of whose numbers meet, to a tile of floats.
 #define TILE_ADD_BF16(sums, left, right) _tile_dpbf16ps(sums, left, right)
