@@ -2,10 +2,12 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
+# What pip is asked for where there is no torch yet.
+PIP_TORCH ?= torch==2.13.0
 # Extra arguments: make test ARGS="-k cli", make demo ARGS="--context 1000".
 ARGS ?=
 
-.PHONY: setup demo test test-all sanitize bench-kernels bench-decode bench-quality coverage gpu fuzz check
+.PHONY: setup demo test test-all bench-check sanitize bench-kernels bench-decode bench-quality coverage gpu fuzz check
 .PHONY: format clean
 
 setup: $(STAMP)
@@ -14,7 +16,7 @@ setup: $(STAMP)
 # with a newer build that brings gigabytes of CUDA libraries.
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install torch==2.13.0
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install $(PIP_TORCH)
 	$(BIN)/python -c 'import torch; print("torch==" + torch.__version__)' > $(VENV)/torch.txt
 	$(BIN)/python -m pip install -c $(VENV)/torch.txt -e '.[dev]'
 	touch $@
@@ -28,28 +30,33 @@ test: setup
 test-all: setup
 	$(BIN)/pytest -q -n 2 --dist worksteal --durations=15 $(ARGS)
 
+# What the rewriting gives and how many instructions kernels and passes take, against
+# benchmarks/expected; needs valgrind. ARGS=--update expects from now on what is measured now.
+bench-check: setup
+	$(BIN)/python -m benchmarks check --kinds exact,counted $(ARGS)
+
 # Several minutes each, on an otherwise idle machine; results go to benchmarks/results.
 bench-kernels: setup
-	$(BIN)/python -m benchmarks.bench_kernels $(ARGS)
+	$(BIN)/python -m benchmarks kernels $(ARGS)
 
 bench-decode: setup
-	$(BIN)/python -m benchmarks.bench_decode $(ARGS)
+	$(BIN)/python -m benchmarks decode $(ARGS)
 
 # Quality of the cache formats at equal bytes, ours and others', on two real models; an hour or more. Goes
 # on where it was stopped; ARGS='--model smollm2 --context 1024 --windows 2 --only "int8,KIVI*"' is short.
 # With '.[bench]' installed, optimum-quanto is compared too.
 bench-quality: setup
-	$(BIN)/python -m benchmarks.quality $(ARGS)
+	$(BIN)/python -m benchmarks quality $(ARGS)
 
 # Every causal language model of transformers, tiny; an hour or more. Goes on where it was stopped;
 # ARGS="--fresh" starts again, ARGS="--jobs 2" runs two at a time. Also writes docs/coverage.md.
 coverage: setup
-	$(BIN)/python -m benchmarks.coverage $(ARGS)
+	$(BIN)/python -m benchmarks coverage $(ARGS)
 
 # Needs a GPU: numerics first, then the sweep.
 gpu: setup
 	$(BIN)/pytest -q tests/gpu tests/kernels/test_triton_numerics.py
-	$(BIN)/python -m benchmarks.gpu --out benchmarks/results
+	$(BIN)/python -m benchmarks gpu
 
 # The CPU kernels' tests under AddressSanitizer and UBSan, for every level this machine can run; "amx"
 # with emulated tiles: what is read and written is the same.

@@ -22,7 +22,8 @@ from rich.table import Table
 from . import pictures
 from .decode_models import COMPETITORS, DYNAMIC, LLAMA, SMOLLM2, STATIC, model_title, set_up
 from .decode_run import Process, Settings, growth, measure_context, with_speedups
-from .measure import busy_warning, machine_facts, wide_console, write_json
+from .measure import busy_warning, machine_facts, wide_console
+from .results import Metric, Result, ratios
 
 CONTEXTS = {
     # 8192 positions less those of the tokens that are decoded.
@@ -30,6 +31,10 @@ CONTEXTS = {
     LLAMA: (1024, 2048, 4096, 8192, 32768),
 }
 GROWTH_CONTEXTS = (512, 2048, 4096, 7800)
+KEYS = ["model", "context", "competitor"]
+METRICS = {"kv_bytes": Metric("exact"), "peak_bytes": Metric("ratio")} | ratios(
+    "more", ["speedup_over_DynamicCache", "speedup_over_StaticCache"]
+)
 
 
 def context_table(rows: list[dict[str, Any]]) -> Table:
@@ -130,22 +135,15 @@ def main(
     console, machine = wide_console(), machine_facts()
     console.print(busy_warning(machine))
     asked = [int(t) for t in contexts.split(",")] if contexts else []
-    rows: list[dict[str, Any]] = []
-    slopes: list[dict[str, Any]] = []
+    result = Result(name, KEYS, METRICS, [], dataclasses.asdict(settings), machine, ["cpu", "isa"])
     for model in models.split(","):
         lengths = asked or list(CONTEXTS[model])
         for measured in measure_model(model, lengths, competitors.split(","), settings, console):
-            rows += measured
-            smollm2 = [row for row in rows if row["model"] == model_title(SMOLLM2, layers)]
-            slopes = growth(smollm2, asked or GROWTH_CONTEXTS)
+            result.rows += measured
             # After each context, so that a long run that is interrupted keeps its results.
-            result = write_json(
-                name, machine, dataclasses.asdict(settings), rows=rows, growth=slopes
-            )
-    if slopes:
+            path = result.write()
+    smollm2 = [row for row in result.rows if row["model"] == model_title(SMOLLM2, layers)]
+    if slopes := growth(smollm2, asked or GROWTH_CONTEXTS):
         console.print(growth_table(slopes))
-    console.print(f"{result}\n{pictures.decode(rows, result.with_suffix('.png'))}", markup=False)
-
-
-if __name__ == "__main__":
-    typer.run(main)
+    picture = pictures.decode(result.rows, path.with_suffix(".png"))
+    console.print(f"{path}\n{picture}", markup=False)

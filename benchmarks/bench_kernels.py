@@ -27,8 +27,8 @@ from .measure import (
     machine_facts,
     spread,
     wide_console,
-    write_json,
 )
+from .results import Result, ratios
 from .store_case import CAT, COPY, build_contenders, step_contenders
 
 BASELINES = {"attend": PACKED, "step": CAT, "build": COPY}
@@ -36,6 +36,8 @@ MAKERS = {"attend": Case.contenders, "step": step_contenders, "build": build_con
 CONTEXTS = "4096,8192,16384,32768,65536,131072"
 BUILD_TOKENS = (1024, 4096, 32768)
 """Prompts."""
+KEYS = ["operation", "shape", "batch", "context", "contender"]
+METRICS = ratios("more", ["speedup", "limit_share"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,9 +171,5 @@ def main(
             rows += measured
             gc.collect()
     how = dataclasses.asdict(settings) | {"read_way": reader.name}
-    result = write_json(name, machine, how, rows=rows)
+    result = Result(name, KEYS, METRICS, rows, how, machine, ["cpu", "isa"]).write()
     console.print(f"{result}\n{pictures.kernels(rows, result.with_suffix('.png'))}", markup=False)
-
-
-if __name__ == "__main__":
-    typer.run(main)

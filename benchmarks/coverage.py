@@ -77,7 +77,3 @@ def main(
         docs.mkdir(parents=True, exist_ok=True)
         (docs / "coverage.md").write_text(markdown(header, rows))
         console.print(f"{path}\n{docs / 'coverage.md'}", markup=False)
-
-
-if __name__ == "__main__":
-    typer.run(main)

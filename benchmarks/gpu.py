@@ -1,26 +1,25 @@
 """The Triton kernels on a GPU: numerics first, then a sweep against dense attention.
 
-    python -m benchmarks.gpu --out benchmarks/results
+    python -m benchmarks gpu
 
-Writes ``gpu-<device>.json``. Every time is the median of CUDA events with the cache flushed between
-calls; bytes are those that a call has to read, so that bytes / s over the bandwidth of reading is
-how near the attention is to the limit of the memory. The kernels are measured through CUDA graphs,
-as Inductor would run them: otherwise short contexts measure Python.
+Writes ``results/gpu-<device>.jsonl``. Every time is the median of CUDA events with the cache
+flushed between calls; bytes are those that a call has to read, so that bytes / s over the bandwidth
+of reading is how near the attention is to the limit of the memory. The kernels are measured through
+CUDA graphs, as Inductor would run them: otherwise short contexts measure Python.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Annotated, Any, NamedTuple
 from unittest import mock
 
 import torch
+import typer
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -29,6 +28,9 @@ from spark_compile.kernels.formats import kept_channels, parse
 from spark_compile.kernels.reference.store import ALL
 from spark_compile.kernels.spec import Spec, parse_spec
 from spark_compile.kernels.triton import blocks
+
+from .measure import machine_facts
+from .results import Result, ratios
 
 WINDOW, RECENT, SINKS = 32, 96, 4
 BUDGET_S = 420.0
@@ -246,49 +248,45 @@ def tuned(shape: Shape, flush: Tensor) -> dict[str, float]:
     return dict(sorted(times.items(), key=lambda item: item[1]))
 
 
-def main() -> None:
-    """Numerics, then as much of the sweep as the time allows."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--seconds", type=float, default=BUDGET_S)
-    parser.add_argument("--tune", action="store_true", help="try block shapes in place of others")
-    options = parser.parse_args()
+def check_numerics(shapes: Sequence[Shape]) -> None:
+    """Compare every shape, with fewer tokens, with the reference.
+
+    Raises:
+        SystemExit: they differ.
+    """
+    for shape in shapes:
+        small = shape._replace(batch=min(shape.batch, 2), tokens=2048)
+        found = numerics(small)
+        print(small, json.dumps(found), flush=True)
+        allowed = 1e-3 if small.dtype == torch.float32 else 2e-2
+        if found["largest_difference"] > allowed * max(1.0, found["largest_output"]):
+            sys.exit(f"the kernels differ from the reference: {small}: {found}")
+
+
+def main(
+    seconds: Annotated[float, typer.Option(help="after which no shape is begun")] = BUDGET_S,
+    tune: Annotated[bool, typer.Option(help="try block shapes in place of others")] = False,
+) -> None:
+    """Numerics of the Triton kernels on a GPU, then as much of the sweep as the time allows."""
     if not torch.cuda.is_available():
         sys.exit("no GPU: torch.cuda.is_available() is False")
     from spark_compile.kernels.triton import ops  # noqa: F401  (defines spark_triton)
 
     begin, device = time.monotonic(), torch.cuda.get_device_name()
     flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
-    bandwidth = read_bandwidth(flush)
-    result: dict[str, Any] = {
-        "device": device, "torch": torch.__version__, "read_bytes_per_s": bandwidth,
-        "numerics": [], "sweep": [], "left_out": 0,
-    }  # fmt: skip
-    shapes = list(sweep())
+    bandwidth, shapes, rows = read_bandwidth(flush), list(sweep()), []
+    check_numerics(shapes)
     for shape in shapes:
-        small = shape._replace(batch=min(shape.batch, 2), tokens=2048)
-        entry = {**small._asdict(), "dtype": str(small.dtype), **numerics(small)}
-        result["numerics"].append(entry)
-        print(json.dumps(entry), flush=True)
-        allowed = 1e-3 if small.dtype == torch.float32 else 2e-2
-        if entry["largest_difference"] > allowed * max(1.0, entry["largest_output"]):
-            sys.exit(f"the kernels differ from the reference: {entry}")
-    for shape in shapes:
-        if time.monotonic() - begin > options.seconds:
-            result["left_out"] += 1
-            continue
-        entry = measured(shape, flush, bandwidth, not options.tune and shape.value == "dense")
-        if options.tune:
+        if time.monotonic() - begin > seconds:
+            break
+        entry = measured(shape, flush, bandwidth, not tune and shape.value == "dense")
+        if tune:
             entry["blocks_ms"] = tuned(shape, flush)
-        result["sweep"].append(entry)
+        rows.append(entry)
         print(json.dumps(entry), flush=True)
         torch.cuda.empty_cache()
-    options.out.mkdir(parents=True, exist_ok=True)
-    name = "-".join(device.lower().split()).replace("/", "-")
-    path = options.out / f"gpu-{name}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print(path)
-
-
-if __name__ == "__main__":
-    main()
+    name = "gpu-" + "-".join(device.lower().split()).replace("/", "-")
+    settings = {"shapes": len(shapes), "read_bytes_per_s": bandwidth}
+    machine, keys = machine_facts() | {"device": device}, [*Shape._fields]
+    metrics = ratios("more", ["of_read_bandwidth"])
+    print(Result(name, keys, metrics, rows, settings, machine, ["device"]).write())

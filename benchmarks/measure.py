@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
 import os
 import platform
 import statistics
@@ -142,20 +141,6 @@ def busy_warning(facts: dict[str, Any]) -> str:
 def wide_console() -> Console:
     """A console whose tables are whole where output goes to a file or a pipe."""
     return Console(width=None if sys.stdout.isatty() else 120)
-
-
-def write_json(
-    name: str, machine: dict[str, Any], settings: dict[str, Any], **content: Any
-) -> Path:
-    """Write ``results/<name>.json`` and return its path."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    data = {"name": name, "machine": machine, "settings": settings, **content}
-    # Replaced as a whole: a run that is stopped here must not lose what it has.
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text(json.dumps(data, indent=1) + "\n")
-    scratch.replace(path)
-    return path
 
 
 def _first_field(path: Path, name: str) -> str:

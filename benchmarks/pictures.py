@@ -18,6 +18,29 @@ LEAST_KL = 1e-8
 """What is below is rounding of float32."""
 
 
+def history(
+    metrics: dict[str, list[float | None]], commits: Sequence[str], path: Path, kind: str
+) -> Path:
+    """Metrics relative to their first values over commits; those that never moved are left out."""
+    moved = {
+        name: values
+        for name, values in metrics.items()
+        if any(value is not None and abs(value - 1) > 0.005 for value in values)
+    }
+    figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
+    for name, values in moved.items():
+        axis.plot(range(len(commits)), values, marker=".", label=name.removeprefix(f"{kind}: "))
+    axis.axhline(1, color="0.7", linewidth=0.8)
+    axis.set_xticks(range(len(commits)), commits, rotation=60, ha="right", fontsize=7)
+    axis.set_ylabel("relative to the first run")
+    axis.set_title(f"{kind}: {len(moved)} of {len(metrics)} metrics have changed")
+    if moved:
+        axis.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return path
+
+
 def kernels(rows: Rows, path: Path) -> Path:
     """Speed of attention relative to the best dense form, one panel per shape and batch."""
     operation = rows[0]["operation"]  # attend, unless a run left it out

@@ -1,6 +1,6 @@
 """What a long prompt takes: peak memory and time of a prefill, whole and in chunks.
 
-    python -m benchmarks.prefill_memory
+    python -m benchmarks memory
 
 A decoder in SmolLM2-135M's shape with random weights reads prompts by ``generate``, with
 transformers' own ``prefill_chunk_size`` where it reads them in chunks, and chooses one token. Every
@@ -11,28 +11,49 @@ and compiled code there.
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import json
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import transformers
+import typer
 from rich.table import Table
 
 import spark_compile
 from spark_compile.demo.worker import memory_bytes, reset_peak
 from spark_compile.transformers_names import cache_argument
 
-from .measure import machine_facts, wide_console, write_json
+from .measure import wide_console
+from .results import Metric, Result
 
 ROOT = Path(__file__).parent.parent
 DENSE = "dense"
 BUDGETS = ("near-lossless", "smallest")
+KEYS = ["cache", "chunk", "context"]
+METRICS = {
+    "kv_bytes": Metric("exact"),
+    "peak_bytes": Metric("ratio"),
+    "stays_bytes": Metric("ratio"),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How every way is measured."""
+
+    contexts: list[int]
+    layers: int
+    dtype: str
+    threads: int
+    inner: str
+    regional: bool
 
 
 def shape(layers: int, positions: int) -> transformers.LlamaConfig:
@@ -49,9 +70,7 @@ def shape(layers: int, positions: int) -> transformers.LlamaConfig:
     )
 
 
-def measure(
-    budget: str, chunk: int, contexts: Sequence[int], options: argparse.Namespace
-) -> list[dict[str, Any]]:
+def measure(budget: str, chunk: int, options: Settings) -> list[dict[str, Any]]:
     """One way to read prompts, in this process: a row of figures for each context.
 
     Args:
@@ -60,7 +79,7 @@ def measure(
     """
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    config = shape(options.layers, max(contexts) + 8)
+    config = shape(options.layers, max(options.contexts) + 8)
     dtype = getattr(torch, options.dtype)
     model: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     if budget != DENSE:
@@ -69,7 +88,7 @@ def measure(
     name = cache_argument(model.prepare_inputs_for_generation)
     arguments = {"max_new_tokens": 1, "do_sample": False, "prefill_chunk_size": chunk or None}
     rows = []
-    for tokens in contexts:
+    for tokens in options.contexts:
         prompt = torch.randint(config.vocab_size, (1, tokens))
         for _ in range(2):
             cache = transformers.DynamicCache(config=config)
@@ -114,44 +133,35 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
     return made
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--contexts", default="1024,4096,7800", help="tokens of the prompts")
-    parser.add_argument("--chunks", default="0,512", help="tokens read at once; 0: all")
-    parser.add_argument("--caches", default=",".join((DENSE, *BUDGETS)))
-    parser.add_argument("--layers", type=int, default=30)
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--inner", default="inductor")
-    parser.add_argument("--regional", action="store_true", help="compile layer by layer")
-    parser.add_argument("--name", default="prefill-memory", help="of the result file")
-    parser.add_argument("--way", help=argparse.SUPPRESS)  # of a worker: cache:chunk
-    return parser.parse_args()
-
-
-def main() -> None:
-    """Measure each way in a process of its own, print a table and write the result file."""
-    options = _arguments()
-    contexts = [int(tokens) for tokens in options.contexts.split(",")]
-    if options.way:
-        cache, _, chunk = options.way.partition(":")
+def main(
+    contexts: Annotated[str, typer.Option(help="tokens of the prompts")] = "1024,4096,7800",
+    chunks: Annotated[str, typer.Option(help="tokens read at once; 0: all")] = "0,512",
+    caches: str = ",".join((DENSE, *BUDGETS)),
+    layers: int = 30,
+    dtype: str = "bfloat16",
+    threads: int = 2,
+    inner: str = "inductor",
+    regional: Annotated[bool, typer.Option(help="compile layer by layer")] = False,
+    name: Annotated[str, typer.Option(help="of the result file")] = "prefill-memory",
+    way: Annotated[str, typer.Option(help="cache:chunk, of a worker", hidden=True)] = "",
+) -> None:
+    """Measure the memory of prefills, each way in a process of its own."""
+    lengths = [int(tokens) for tokens in contexts.split(",")]
+    settings = Settings(lengths, layers, dtype, threads, inner, regional)
+    if way:
+        cache, _, chunk = way.partition(":")
         # Answers have a channel of their own, because libraries may print.
         answers, sys.stdout = sys.stdout, sys.stderr
-        print(json.dumps(measure(cache, int(chunk), contexts, options)), file=answers)
+        print(json.dumps(measure(cache, int(chunk), settings)), file=answers)
         return
-    console, machine = wide_console(), machine_facts()
+    console = wide_console()
     rows: list[dict[str, Any]] = []
-    for cache in options.caches.split(","):
-        for chunk in options.chunks.split(","):
-            command = [sys.executable, "-m", "benchmarks.prefill_memory", *sys.argv[1:]]
-            command.append(f"--way={cache}:{chunk}")
+    for cache in caches.split(","):
+        for chunk in chunks.split(","):
+            command = [sys.executable, "-m", "benchmarks", *sys.argv[1:], f"--way={cache}:{chunk}"]
             with console.status(f"{cache}, chunks of {chunk}"):
                 done = subprocess.run(command, stdout=subprocess.PIPE, check=True, cwd=ROOT)
             rows += json.loads(done.stdout)
     console.print(table(rows))
-    settings = {name: value for name, value in vars(options).items() if name != "way"}
-    console.print(write_json(options.name, machine, settings, rows=rows), markup=False)
-
-
-if __name__ == "__main__":
-    main()
+    result = Result(name, KEYS, METRICS, rows, dataclasses.asdict(settings), comparable=["cpu"])
+    console.print(result.write(), markup=False)

@@ -8,7 +8,6 @@ what is measured). Results are written after every window, and a later run goes 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -27,11 +26,18 @@ from .quality_models import MODELS, disjoint_windows, essays, load
 from .quality_report import quality_table, summary, with_front
 from .quality_run import LAST_TOKENS, SCORED_TOKENS, Window, prepared, read_window
 from .quality_run import measure as measure_window
+from .results import Metric, Result, ratios
+
+STATE = ("family", "what", "compile_s", "error")
+"""What is kept of a method besides its windows."""
+METRICS = {"packed_share": Metric("exact"), "whole_share": Metric("exact")} | ratios(
+    "less", ["kl", "perplexity"]
+)
 
 
 @dataclass
 class Results:
-    """One result file: a model and a context."""
+    """One result file: a model and a context. A row has its windows under "measured"."""
 
     name: str
     settings: dict[str, Any]
@@ -41,18 +47,21 @@ class Results:
 
     @property
     def path(self) -> Path:
-        return measure.RESULTS / f"{self.name}.json"
+        return measure.RESULTS / f"{self.name}.jsonl"
 
     def go_on(self, known: Iterable[Method]) -> None:
         """Take over what an earlier run with equal settings has measured of methods still known."""
         if not self.path.exists():
             return
-        data = json.loads(self.path.read_text())
-        versions = all(data["machine"][n] == self.machine[n] for n in ("torch", "transformers"))
-        if data["settings"] != self.settings or not versions:
+        earlier = Result.read(self.path)
+        versions = all(earlier.machine[n] == self.machine[n] for n in ("torch", "transformers"))
+        if earlier.settings != self.settings or not versions:
             return
         whats = {method.name: method.what for method in known}
-        self.methods = {n: e for n, e in data["methods"].items() if e["what"] == whats.get(n)}
+        for row in earlier.rows:
+            if row["what"] == whats.get(row["method"]):
+                entry = {name: row[name] for name in STATE if name in row}
+                self.methods[row["method"]] = {**entry, "windows": row["measured"]}
 
     def entry(self, method: Method) -> dict[str, Any]:
         """The entry of a method, made if needed."""
@@ -70,9 +79,16 @@ class Results:
 
     def save(self) -> None:
         """Write all of it."""
-        measure.write_json(
-            self.name, self.machine, self.settings, methods=self.methods, rows=self.rows()
-        )
+        failed = [name for name, entry in self.methods.items() if not entry["windows"]]
+        summaries = [{"method": name} for name in failed] + self.rows()
+        rows = [_with_state(row, self.methods[row["method"]]) for row in summaries]
+        Result(self.name, ["method"], METRICS, rows, self.settings, self.machine).write(self.path)
+
+
+def _with_state(row: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
+    """A row and what going on needs of a method."""
+    state = {part: entry[part] for part in STATE if part in entry}
+    return {**row, **state, "measured": entry["windows"]}
 
 
 class Windows:
@@ -196,7 +212,3 @@ def main(
             failed |= bool(results.errors())
     if failed:
         raise typer.Exit(1)
-
-
-if __name__ == "__main__":
-    typer.run(main)

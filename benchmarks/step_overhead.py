@@ -1,6 +1,6 @@
 """What a decode step of a small model pays around its compiled graph.
 
-    python -m benchmarks.step_overhead --context 1024
+    python -m benchmarks overhead --context 1024
     PYTHONPATH=<another checkout> python benchmarks/step_overhead.py
 
 Of a decoder in SmolLM2-135M's shape with random weights: the time of Dynamo's guards, of the
@@ -12,16 +12,18 @@ of the backend only what every version has, so that versions can be compared in 
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import gc
 import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import torch
 import transformers
+import typer
 from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 
 import spark_compile
@@ -120,13 +122,27 @@ def most_arguments(program: Any) -> tuple[int, str]:
     return max((len(target._schema.arguments), str(target)) for target in own)
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Options:
+    """What is measured."""
+
+    context: int = 1024
+    steps: int = 40
+    layers: int = 30
+    inner: str = "eager"
+    dtype: str = "bfloat16"
+    key_ratio: float = 0.8
+    stored: str = "model"
+
+
+def measure(options: Options) -> dict[str, Any]:
     """The figures of one model at one context."""
     with Graphs() as watched:
-        return {**vars(options), "torch": torch.__version__, **_measure(options, watched)}
+        chosen = dataclasses.asdict(options)
+        return {**chosen, "torch": torch.__version__, **_measure(options, watched)}
 
 
-def _measure(options: argparse.Namespace, watched: Graphs) -> dict[str, Any]:
+def _measure(options: Options, watched: Graphs) -> dict[str, Any]:
     model = smollm2(options.layers, getattr(torch, options.dtype))
 
     def step(model: Any, ids: torch.Tensor, cache: Any) -> torch.Tensor:
@@ -171,21 +187,21 @@ def _measure(options: argparse.Namespace, watched: Graphs) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Print the figures as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--context", type=int, default=1024)
-    parser.add_argument("--steps", type=int, default=40, help="measured; at least one packs")
-    parser.add_argument("--layers", type=int, default=30)
-    parser.add_argument("--inner", default="eager")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--key-ratio", type=float, default=0.8)
-    parser.add_argument("--stored", default="model", help="model or int8: keys and values")
-    options = parser.parse_args()
+def main(
+    context: int = Options.context,
+    steps: Annotated[int, typer.Option(help="measured; at least one packs")] = Options.steps,
+    layers: int = Options.layers,
+    inner: str = Options.inner,
+    dtype: str = Options.dtype,
+    key_ratio: float = Options.key_ratio,
+    stored: Annotated[str, typer.Option(help="model or int8: keys and values")] = Options.stored,
+) -> None:
+    """Print, as JSON, what a step pays around its graph."""
     torch.set_num_threads(1)
+    options = Options(context, steps, layers, inner, dtype, key_ratio, stored)
     with torch.no_grad():
         print(json.dumps(measure(options), indent=1))
 
 
-if __name__ == "__main__":
-    main()
+if __name__ == "__main__":  # a file of another version is run by itself
+    typer.run(main)

@@ -95,7 +95,7 @@ def library(level: str, *, standalone: bool = False) -> Iterator[Path]:
     """
     if os.name != "posix":
         raise BuildFailed(f"they are for Linux and macOS, this is {sys.platform}")
-    limit, compiler = compile_seconds(), _compiler()
+    limit, compiler = compile_seconds(), compiler_command()
     command = [*compiler, *_arguments(level), *([_STANDALONE] if standalone else [])]
     name = f"{level}-{_key(compiler, command)}"
     with contextlib.ExitStack() as temporary:
@@ -189,7 +189,7 @@ def _extra_flags() -> list[str]:
     return os.environ.get("SPARK_COMPILE_CXXFLAGS", "").split()
 
 
-def _compiler() -> list[str]:
+def compiler_command() -> list[str]:
     """The compiler that Inductor uses; unlike there, $CXX may have arguments ("ccache g++")."""
     from torch._inductor import config
 

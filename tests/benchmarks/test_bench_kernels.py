@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 
@@ -112,15 +110,6 @@ def test_interleave_times_whole_periods():
     contender = Contender("a", [lambda: log.append(1)], 1, period=7)
     measure.interleave([contender], repeats=2, pass_ms=0)
     assert len(log) == 2 + 2 * 7
-
-
-def test_json_tells_the_machine(tmp_path, monkeypatch):
-    monkeypatch.setattr(measure, "RESULTS", tmp_path)
-    path = measure.write_json("x", measure.machine_facts(), {"repeats": 1}, rows=[{"a": 1}])
-    data = json.loads(path.read_text())
-    assert data["rows"] == [{"a": 1}]
-    assert data["settings"] == {"repeats": 1}
-    assert {"cpu", "cores", "threads", "torch", "date"} <= data["machine"].keys()
 
 
 def test_other_load_counts_what_is_not_ours(monkeypatch):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import json
 import math
 from types import SimpleNamespace
 
@@ -19,6 +18,7 @@ from benchmarks.quality_peers import PerChannel, PerToken, Rounded
 from benchmarks.quality_report import mean_and_error, summary, with_front
 from benchmarks.quality_run import LAST_TOKENS, SCORED_TOKENS, QualityError, prepared, read_window
 from benchmarks.quality_run import measure as measure_window
+from benchmarks.results import Result
 from spark_compile import kv_bytes
 
 CONTEXT = 200
@@ -170,7 +170,7 @@ def on_a_tiny_model(monkeypatch, tmp_path, model):
     monkeypatch.setattr(quality, "load", lambda name: (model, Tokenizer()))
     monkeypatch.setattr(quality, "essays", lambda: "What is written well is read with joy. " * 60)
     monkeypatch.setattr(quality, "methods", lambda _: (INT8, KIVI))
-    return tmp_path / f"quality-smollm2-{CONTEXT}.json"
+    return tmp_path / f"quality-smollm2-{CONTEXT}.jsonl"
 
 
 def run(windows, only="*", fresh=False):
@@ -192,10 +192,9 @@ def test_results_are_written_and_gone_on_with(on_a_tiny_model, monkeypatch, caps
     assert asked == ["int8", "int8", "KIVI-4"]  # the first time to compile
     run(2, only="KIVI*")
     assert asked[3:] == ["KIVI-4"]
-    data = json.loads(path.read_text())
-    assert {n: len(e["windows"]) for n, e in data["methods"].items()} == {"int8": 1, "KIVI-4": 2}
-    assert [row["method"] for row in data["rows"]] == ["int8", "KIVI-4"]
-    assert data["machine"]["torch"] == torch.__version__
+    result = Result.read(path)
+    assert [(r["method"], len(r["measured"])) for r in result.rows] == [("int8", 1), ("KIVI-4", 2)]
+    assert result.machine["torch"] == torch.__version__
     assert path.with_suffix(".png").stat().st_size > 10_000
     shown = capsys.readouterr().out
     assert "53.1%" in shown
@@ -206,9 +205,9 @@ def test_results_are_written_and_gone_on_with(on_a_tiny_model, monkeypatch, caps
     monkeypatch.setattr(quality, "methods", lambda _: (changed,))
     run(1)
     assert asked[6:] == ["KIVI-4"]
-    data = json.loads(path.read_text())
-    assert list(data["methods"]) == ["KIVI-4"]
-    assert data["rows"][0]["packed_share"] == 1
+    (row,) = Result.read(path).rows
+    assert row["method"] == "KIVI-4"
+    assert row["packed_share"] == 1
 
 
 def test_a_method_that_fails_is_told_and_tried_again(on_a_tiny_model, monkeypatch, capsys):
@@ -216,10 +215,10 @@ def test_a_method_that_fails_is_told_and_tried_again(on_a_tiny_model, monkeypatc
     monkeypatch.setattr(quality, "methods", lambda _: (odd, KIVI))
     with pytest.raises(typer.Exit):
         run(1)
-    data = json.loads(on_a_tiny_model.read_text())
-    assert data["methods"]["odd"]["error"]
-    assert not data["methods"]["odd"]["windows"]
-    assert [row["method"] for row in data["rows"]] == ["KIVI-4"]
+    failed, done = Result.read(on_a_tiny_model).rows
+    assert (failed["method"], done["method"]) == ("odd", "KIVI-4")
+    assert failed["error"]
+    assert not failed["measured"]
     assert "odd" in capsys.readouterr().out
     monkeypatch.setattr(quality, "methods", lambda _: (KIVI,))
     run(1)

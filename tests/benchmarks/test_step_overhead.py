@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
-
 import torch
 
-from benchmarks.step_overhead import measure
+from benchmarks.step_overhead import Options, measure
 from spark_compile.runtime import SparkGraph
 
 
 def test_figures_of_a_small_model():
     call = SparkGraph.__call__
-    options = argparse.Namespace(
-        context=80, steps=2, layers=1, inner="eager", dtype="float32", key_ratio=0.5, stored="model"
-    )
+    options = Options(context=80, steps=2, layers=1, dtype="float32", key_ratio=0.5)
     with torch.no_grad():
         found = measure(options)
     assert found["graphs"] == 2, "prefill and decode"

@@ -129,18 +129,18 @@ def test_a_compiler_may_have_arguments(monkeypatch: pytest.MonkeyPatch, fake: Pa
         (str(fake), [str(fake)]),  # its name has a space
     ):
         with torch._inductor.config.patch({"cpp.cxx": (None, text)}):
-            assert build._compiler() == command
+            assert build.compiler_command() == command
     monkeypatch.setenv("CXX", "")
     with (
         torch._inductor.config.patch({"cpp.cxx": (None, "")}),
         pytest.raises(build.BuildFailed, match="no C\\+\\+ compiler: CXX is ''"),
     ):
-        build._compiler()
+        build.compiler_command()
 
 
 def test_gcc_before_12_can_compile_the_sources() -> None:
     """It lacks a builtin; names that nothing defines stand for that where the compiler is newer."""
-    compiler = build._compiler()
+    compiler = build.compiler_command()
     if "clang" in build._run([*compiler, "--version"]):
         pytest.skip("this compiler is not GCC")
     for level in ("plain", "avx2", "avx512"):
