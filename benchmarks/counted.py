@@ -27,11 +27,12 @@ ROOT = Path(__file__).parents[1]
 SOURCE = Path(__file__).with_name("callgrind.c")
 RUNS = {"plain": ("kernels",), "avx2": ("kernels",), "off": ("passes",)}
 """Levels of the kernels (docs/kernels.md), and what is counted at each."""
+WAYS = "AVX2,AVX512VL,AVX512F,AVX_Fast_Unaligned_Load,ERMS,FSRM,SSSE3,Fast_Unaligned_Copy"
 FIXED = {
     "PYTHONHASHSEED": "0",
     "OMP_NUM_THREADS": "1",
     "ATEN_CPU_CAPABILITY": "default",
-    "GLIBC_TUNABLES": "glibc.cpu.hwcaps=-AVX2,-AVX512VL,-AVX512F,-ERMS,-FSRM"
+    "GLIBC_TUNABLES": f"glibc.cpu.hwcaps=-{WAYS.replace(',', ',-')}"
     ":glibc.cpu.x86_non_temporal_threshold=0xc0000",
 }
 METRICS = {"instructions": Metric("counted")}

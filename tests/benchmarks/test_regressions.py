@@ -119,7 +119,7 @@ def test_a_lost_match_is_red(llama, monkeypatch):
 
 
 def test_a_grown_byte_is_red(llama):
-    grown = exact.result([exact.measure("llama", "sdpa", "growing", recent=8)])
+    grown = exact.result([exact.measure("llama", "sdpa", "growing", recent_tokens=8)])
     found = {d.metric: d for d in compare.differences(llama, grown)}
     assert found["stored_bytes"].fails
     assert not found["rewritten"].fails
