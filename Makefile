@@ -4,10 +4,12 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 # What pip is asked for where there is no torch yet.
 PIP_TORCH ?= torch==2.13.0
+# Further requirements, such as another version of transformers.
+PIP_ALSO ?=
 # Extra arguments: make test ARGS="-k cli", make demo ARGS="--context 1000".
 ARGS ?=
 
-.PHONY: setup demo test test-all bench-check sanitize bench-kernels bench-decode bench-quality coverage gpu fuzz check
+.PHONY: setup demo test test-all test-matrix bench-check sanitize bench-kernels bench-decode bench-quality coverage gpu fuzz check
 .PHONY: format clean
 
 setup: $(STAMP)
@@ -18,7 +20,7 @@ $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install $(PIP_TORCH)
 	$(BIN)/python -c 'import torch; print("torch==" + torch.__version__)' > $(VENV)/torch.txt
-	$(BIN)/python -m pip install -c $(VENV)/torch.txt -e '.[dev]'
+	$(BIN)/python -m pip install -c $(VENV)/torch.txt -e '.[dev]' $(PIP_ALSO)
 	touch $@
 
 demo: setup
@@ -29,6 +31,19 @@ test: setup
 
 test-all: setup
 	$(BIN)/pytest -q -n 2 --dist worksteal --durations=15 $(ARGS)
+
+# The fast tests with the oldest and newest torch and transformers that pyproject.toml allows, and what lies
+# between, each pair in an environment of its own; gigabytes where pip finds no CPU build of a torch.
+MATRIX ?= 'torch==2.11.*,transformers==5.0.*' 'torch==2.13.0,transformers==5.0.*' \
+	'torch==2.13.0,transformers<6' 'torch<2.16,transformers<6'
+test-matrix:
+	for pair in $(MATRIX); do \
+		torch=$${pair%,*} transformers=$${pair#*,}; \
+		echo "== $$torch, $$transformers"; \
+		$(MAKE) test VENV=".matrix/$$(echo $$pair | tr -dc 'a-z0-9.')" PIP_TORCH="'$$torch'" \
+			PIP_ALSO="'$$transformers'" || failed="$$failed $$pair"; \
+	done; \
+	test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 
 # What the rewriting gives and how many instructions kernels and passes take, against
 # benchmarks/expected; needs valgrind. ARGS=--update expects from now on what is measured now.
