@@ -16,13 +16,14 @@ from torch._subclasses import FakeTensorMode
 from . import dynamo, reuse
 from .adoption import give_back
 from .config import SparkConfig
+from .copies import Whole
 from .generation import called_modules, watch_generate
 from .kernels.eviction import parse_scorer
 from .passes.lower import as_dense, fake_inputs, lower
 from .passes.pipeline import run_passes
 from .passes.program import PassFailed, Program
 from .plan import Plan, loaded
-from .regional import compile_blocks
+from .regional import clear, compile_blocks
 from .report import GraphReport, OptionError, SparkError, note_activity, record, warn_once
 from .runtime import SparkGraph
 from .state import SparkTensor
@@ -155,7 +156,8 @@ def optimize(
     ``torch.compile(model).generate`` runs the uncompiled original: ``torch.compile`` returns a
     wrapper whose other methods are those of the model inside. Compiling in place does not. Of a
     wrapper whose ``generate`` calls a model inside, such as PEFT's, that model is compiled too. A
-    ``generate`` that ends without having run a compiled graph gives a SparkWarning.
+    ``generate`` that ends without having run a compiled graph gives a SparkWarning. Copies of the
+    model, deep or shallow or through ``pickle``, are compiled in the same way.
 
     Args:
         model: any decoder, or a wrapper around one.
@@ -190,9 +192,10 @@ def optimize(
             )
         compile_blocks(model, options, complain)
     else:
-        limit = dynamo.recompile_limit(dynamo.MOST_GRAPHS)
+        clear(model)
+        compile_whole = Whole(options, dynamo.recompile_limit(dynamo.MOST_GRAPHS))
         for module in called_modules(model):
-            module.compile(backend="spark", options=options, **limit)
+            compile_whole(module)
     watch_generate(model, complain)
     return model
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
+
+from .copies import clear_calls, set_call
 
 
 def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
@@ -49,37 +51,70 @@ def compile_blocks(
             f"{type(model).__name__} has no repeated blocks (an nn.ModuleList of modules that "
             "consist of modules): compile it as a whole, without regional=True"
         )
+    clear(model)
     idle = set(blocks)
     for path, block in blocks.items():
-        _compile_block(block, backend, options, path, idle)
+        _Block(backend, options, path, idle)(block)
+    model.register_forward_hook(_FirstCall(len(blocks), next(iter(blocks)), idle, complain))
 
-    def check(*_: object) -> None:
-        handle.remove()
-        if len(idle) == len(blocks):
-            complain(
-                f"nothing is compiled: the model called none of its {len(blocks)} blocks "
-                f"({next(iter(blocks))}, ...), only parts of them; leave out regional=True"
+
+def clear(model: nn.Module) -> None:
+    """Undo what has been compiled in a model, which is to be compiled anew."""
+    clear_calls(model)
+    _remove(model, lambda hook: isinstance(hook, _FirstCall))
+
+
+def _remove(model: nn.Module, chosen: Callable[[object], bool]) -> None:
+    for key in [key for key, hook in model._forward_hooks.items() if chosen(hook)]:
+        del model._forward_hooks[key]
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Compiles a block's call."""
+
+    backend: str
+    options: Mapping[str, Any]
+    path: str
+    idle: set[str]
+    """Paths of the blocks that no call has come to; of copies in one go, one set."""
+
+    def __call__(self, block: nn.Module) -> None:
+        call: Any = block._call_impl
+
+        def region(*args: Any, **kwargs: Any) -> Any:
+            return call(*args, **kwargs)
+
+        # Dynamo keeps graphs with the code object, and those of all modules of a class, or of all
+        # of transformers' layers, would count against one limit and be searched through at each
+        # call.
+        region.__code__ = region.__code__.replace(co_name=self.path.replace(".", "_"))
+        compiled = torch.compile(region, backend=self.backend, options=dict(self.options) or None)
+
+        def first_call(*args: Any, **kwargs: Any) -> Any:
+            self.idle.discard(self.path)
+            set_call(block, compiled, self)
+            return compiled(*args, **kwargs)
+
+        set_call(block, first_call, self)
+
+
+@dataclass(frozen=True)
+class _FirstCall:
+    """The hook that looks, after a model's first call, whether that came to any block.
+
+    Not a closure: it is copied and pickled with the model.
+    """
+
+    count: int
+    first: str
+    idle: set[str]
+    complain: Callable[[str], None]
+
+    def __call__(self, model: nn.Module, *_: object) -> None:
+        _remove(model, lambda hook: hook is self)
+        if len(self.idle) == self.count:
+            self.complain(
+                f"nothing is compiled: the model called none of its {self.count} blocks "
+                f"({self.first}, ...), only parts of them; leave out regional=True"
             )
-
-    handle: RemovableHandle = model.register_forward_hook(check)
-
-
-def _compile_block(
-    block: nn.Module, backend: str, options: Mapping[str, Any], path: str, idle: set[str]
-) -> None:
-    call: Any = block._call_impl
-
-    def region(*args: Any, **kwargs: Any) -> Any:
-        return call(*args, **kwargs)
-
-    # Dynamo keeps graphs with the code object, and those of all modules of a class, or of all of
-    # transformers' layers, would count against one limit and be searched through at each call.
-    region.__code__ = region.__code__.replace(co_name=path.replace(".", "_"))
-    compiled = torch.compile(region, backend=backend, options=dict(options) or None)
-
-    def first_call(*args: Any, **kwargs: Any) -> Any:
-        idle.discard(path)
-        block._compiled_call_impl = compiled
-        return compiled(*args, **kwargs)
-
-    block._compiled_call_impl = first_call

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-import pickle
+import io
 import warnings
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from zoo import CACHE, tiny
 
 from spark_compile import SparkError, SparkWarning, optimize
+from spark_compile.report import collect_report
 
 NOTHING = "ran nothing that spark has compiled"
 
@@ -164,22 +165,59 @@ def test_another_model_that_runs_what_was_refused_is_no_reason_to_complain() -> 
         optimize(Speaker(), **refused).generate(prompt(13))
 
 
-@pytest.mark.parametrize("again", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
-@pytest.mark.parametrize("wrapper", [lambda inner: inner, Adapter])
-def test_a_copy_generates_with_its_own_weights(again: Any, wrapper: Any) -> None:
-    model, tokens = optimize(wrapper(Speaker()), **EXACT), prompt(13)
-    copied = again(model)
+def saved(model: nn.Module) -> Any:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, saved])
+@pytest.mark.parametrize("wrapper", [lambda inner: inner, Adapter], ids=["whole", "adapter"])
+@pytest.mark.parametrize("regional", [False, True], ids=["", "regional"])
+def test_a_copy_is_compiled_with_its_own_weights(wrapper: Any, again: Any, regional: bool) -> None:
+    tokens = prompt(13)
+    model = optimize(wrapper(Speaker()), regional=regional, strict=True, **EXACT)
+    copies = [again(again(model))]
+    expected, _ = model.generate(tokens)
+    copies.append(again(model))
     with torch.no_grad():
-        for parameter in copied.parameters():
+        for parameter in (p for copied in copies for p in copied.parameters()):
             parameter.zero_()
-    with pytest.warns(SparkWarning, match=NOTHING):
-        assert not copied.generate(tokens)[0].any()
-    assert is_compressed(model.generate(tokens)[1])
-    optimize(copied, strict=True, **EXACT)
+    for copied in copies:
+        logits, past = copied.generate(tokens)
+        assert is_compressed(past)
+        assert not logits.any()
+        assert "generate" not in vars(copied)
+    assert torch.equal(model.generate(tokens)[0], expected)
+
+
+def test_a_shallow_copy_is_compiled() -> None:
+    model, tokens = optimize(Speaker(), strict=True, **EXACT), prompt(13)
+    expected, _ = model.generate(tokens)
+    copied = copy.copy(model)
+    copied._modules = {
+        **model._modules,
+        "tokens": nn.Embedding.from_pretrained(torch.zeros(32, 32)),
+    }
     logits, past = copied.generate(tokens)
     assert is_compressed(past)
-    assert not logits.any()
-    assert "generate" not in vars(copied)
+    assert not torch.equal(logits, expected)
+
+
+def test_what_is_not_compiled_is_copied_as_it_is() -> None:
+    optimize(Speaker(), **EXACT)
+    with collect_report() as report:
+        copy.deepcopy(Speaker()).generate(prompt(13))
+    assert not report.graphs
+
+
+@pytest.mark.parametrize("regional", [False, True])
+def test_a_copy_is_compiled_in_another_way(regional: bool) -> None:
+    copied = copy.deepcopy(optimize(Speaker(), regional=regional, **EXACT))
+    optimize(copied, regional=not regional, strict=True, **{**EXACT, "key_format": "int8"})
+    _, past = copied.generate(prompt(13))
+    assert past[0][0].spec.key.NAME == "int8"
 
 
 def test_a_generate_of_the_instance_stays() -> None:
