@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import SymInt, fx
+from torch import SymInt, Tensor, fx
 
 from ..kernels.spec import Side
 from ..state import new_state
@@ -21,7 +21,7 @@ def stored_tensors(program: Program, state: fx.Node) -> dict[str, Any]:
         fake = program.states[state]
         with program.graph.inserting_before(state):
             stored: dict[str, Any] = {
-                name: _placeholder(program, f"{state.name}_{name}", value)
+                name: _placeholder(program, f"{state.name}_{name}", _apart(program, value))
                 for name, value in fake.stored().items()
             }
             stored["length"] = length = fake.tokens
@@ -29,6 +29,16 @@ def stored_tensors(program: Program, state: fx.Node) -> dict[str, Any]:
                 stored["length"] = _placeholder(program, f"{state.name}_length", length)
         program.stored[state] = stored
     return program.stored[state]
+
+
+def _apart(program: Program, value: Tensor) -> Tensor:
+    """A fake tensor of the same layout on a storage of its own.
+
+    Pages of caches that have packed nothing share one, which no step writes to: a graph that is
+    compiled for that would be another one than those that pack.
+    """
+    with program.fake_mode:
+        return value.new_empty_strided(value.shape, value.stride())
 
 
 def _placeholder(program: Program, name: str, value: object) -> fx.Node:

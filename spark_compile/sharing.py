@@ -12,11 +12,15 @@ import math
 import mmap
 import threading
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor
 
 _LARGE_BYTES = 1 << 17
+_BLANK = "_spark_blank"
+"""Attribute of pages that many caches share: what keeps the storage known as long as one lives."""
+_blanks: weakref.WeakValueDictionary[tuple[Any, ...], Tensor] = weakref.WeakValueDictionary()
 
 lock = threading.RLock()
 """Held from asking whether a buffer may be written to until the writer has its share."""
@@ -87,6 +91,31 @@ def _new_pages(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     return torch.frombuffer(room, dtype=torch.uint8).view(shape)
 
 
+def blank_pages(like: Tensor) -> Tensor:
+    """Pages of caches that have packed nothing: as good as ``like``, and all share one storage."""
+    shape = (*like.shape[:2], 2, like.shape[3])  # Dynamo holds a size of one for constant
+    # Dynamo guards on whether a tensor was made in inference mode.
+    key = shape, like.device, torch.is_inference_mode_enabled()
+    with lock:
+        blank = _blanks.get(key)
+        if blank is None:
+            blank = _blanks[key] = like.new_zeros(shape)
+    # A tensor of its own: Dynamo guards on which of its inputs are the same object.
+    pages = like.new_empty(0).set_(blank.untyped_storage(), 0, blank.shape, blank.stride())
+    setattr(pages, _BLANK, blank)
+    return pages
+
+
+def unshared(buffer: Tensor) -> Tensor:
+    """The same bytes in a storage that no other cache has, as a file has to have them."""
+    return buffer.clone() if hasattr(buffer, _BLANK) else buffer
+
+
 def is_writable(buffer: Tensor) -> bool:
-    """A tensor made in inference mode cannot be written to outside it."""
+    """Whether a buffer may be written to by the one handle that sees what will be written.
+
+    A tensor made in inference mode cannot be written to outside it.
+    """
+    if hasattr(buffer, _BLANK):
+        return False
     return torch.is_inference_mode_enabled() or not buffer.is_inference()

@@ -18,7 +18,7 @@ from . import ops
 from .kernels.reference.store import ALL, Store
 from .kernels.spec import Side
 from .loading import checked
-from .sharing import Share, lock
+from .sharing import Share, blank_pages, lock, unshared
 from .storage import STORED, Counts, StateForm, Storage
 
 
@@ -131,7 +131,7 @@ class SparkTensor(Storage):
     def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
         own = self.mapped(Tensor.clone)  # a handle may be a short view of a long shared storage
         # Detached: without Dynamo's marks, which a tensor would take along as attributes.
-        stored = {name: getattr(own, name).detach() for name in STORED}
+        stored = {name: unshared(getattr(own, name)).detach() for name in STORED}
         form = (self.spec.text, *self.form[1:])
         return rebuild, (type(self).__name__, tuple(self.shape), form, stored)
 
@@ -154,6 +154,10 @@ KINDS: dict[Side, type[SparkTensor]] = {"key": PrunedKeys, "value": StoredValues
 def new_state(side: Side, form: StateForm, pages: Tensor, head: Tensor, length: int) -> SparkTensor:
     """A state of ``length`` tokens (or of that capacity) from what an operator has built."""
     shape = form.shape(side, head, length)
+    if not form.static:
+        stored = form.spec.stored_tokens(length)
+        if not form.spec.pages_due(stored, length):
+            pages = blank_pages(pages)
     state = KINDS[side](shape, form, {"pages": pages, "head": head})
     if not form.static and form.spec.evict is None:  # else the head has them
         packed = int(form.spec.pages_due(length, length)) * form.spec.window

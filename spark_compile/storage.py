@@ -16,7 +16,7 @@ from .kernels.layout import COUNTERS, FIRST, counters
 from .kernels.reference.store import ALL, Store
 from .kernels.spec import Side, Spec
 from .report import SparkError
-from .sharing import Share, copied_pages, is_writable, lock, slack
+from .sharing import Share, blank_pages, copied_pages, is_writable, lock, slack
 
 STORED = ("pages", "head")
 """The stored tensors of a state, in the order in which graphs take and return them."""
@@ -131,7 +131,7 @@ class Storage(torch.Tensor):
 
     @property
     def _stored_tokens(self) -> int:
-        """The length of a growing state without the tokens of its prompt that were evicted."""
+        """The length of a growing state without the evicted tokens of its prompt."""
         return self.tokens - self._read_counts().dropped
 
     def _shares(self) -> tuple[Share, Share]:
@@ -144,10 +144,7 @@ class Storage(torch.Tensor):
             return self._page_share, self._head_share
 
     def _current_head(self) -> Tensor:
-        """The head with this handle's counters.
-
-        Of a growing state a copy: a step in another thread may write into the head meanwhile.
-        """
+        """The head with this handle's counters; of a growing state a copy, that no step changes."""
         return self.head if self.static or is_fake(self.head) else self._copied_head()
 
     def _copied_head(self, rows: int | None = None) -> Tensor:
@@ -191,9 +188,8 @@ class Storage(torch.Tensor):
             queried: there are queries, by which tokens of a prompt are evicted.
         """
         with lock:
-            stored = extra
-            if queried and not self.tokens:
-                stored = int(self.spec.stored_tokens(extra))
+            chosen = queried and not self.tokens
+            stored = int(self.spec.stored_tokens(extra)) if chosen else extra
             return self.trimmed()._grown(stored, extra - stored, keep, shared)
 
     def _grown(self, extra: int, evicted: int, keep: int, shared: bool) -> Self:
@@ -224,8 +220,9 @@ class Storage(torch.Tensor):
             head, new_head = self._copied_head(rows), Share(step + 1)
         first = max(first, total - keep)
         counts = Counts(after, first, step + 1, dropped + evicted)
-        length = total - first + counts.dropped
-        handle = self._handle(length, counts, pages, head, new_pages, new_head)
+        handle = self._handle(
+            total - first + counts.dropped, counts, pages, head, new_pages, new_head
+        )
         new_head.wrote()
         return handle
 
@@ -292,7 +289,9 @@ class Storage(torch.Tensor):
         if not self.static:
             pages = pages[:, :, : max(counts.packed // self.spec.window, 2)]
             head = self._copied_head(self._least_rows(self._stored_tokens))
-        return self._handle(self.tokens, counts, change(pages), change(head))
+        is_blank = not self.static and not counts.packed
+        pages = blank_pages(change(pages)) if is_blank else change(pages)
+        return self._handle(self.tokens, counts, pages, change(head))
 
     def replace_storage(self, pages: Tensor, head: Tensor) -> None:
         """Hold the same number of tokens in other buffers."""

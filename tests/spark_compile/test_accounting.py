@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 from typing import Any
 
@@ -55,6 +56,15 @@ def test_the_bytes_are_those_of_the_declared_fields() -> None:
     # dense values: the row alone, and no constants
     head = 5 * 8 + 8 + dense * VALUE_DIM * 4
     assert kv_bytes(made.values) == rows * (pages * 4 * VALUE_DIM * 4 + head)
+
+
+def test_caches_that_have_packed_nothing_share_their_empty_pages() -> None:
+    """Two pages of room in each would be more than the dense tokens are."""
+    states = [state for length in (5, 9) for state in prefill(CONFIG, length).states]
+    heads = sum(state.head.numel() for state in states)
+    assert kv_bytes(states) - heads == sum(state.pages.numel() for state in states[:2])
+    copies = [copy.deepcopy(state) for state in states]
+    assert kv_bytes((states, copies)) - kv_bytes(states) == heads
 
 
 FORMATS: list[dict[str, Any]] = [
