@@ -9,6 +9,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -136,12 +137,24 @@ def compressed_layers(cache: Any) -> list[str]:
 
 
 def refusals(report: Report) -> dict[str, int]:
-    """Reasons, with the number of modules whose sites were refused or of graphs left alone."""
+    """Reasons, with the number of modules whose sites were refused or of graphs.
+
+    Those are graphs that were left alone, and those without a site that end at a graph break: an
+    attention may be on both sides of it.
+    """
     found = {(site.refusal.reason, site.layer) for graph in report.graphs for site in graph.sites
              if site.refusal is not None}  # fmt: skip
     counts = Counter(reason for reason, _ in found)
     counts.update(graph.left_alone for graph in report.graphs if graph.left_alone is not None)
+    counts.update(_broken(graph.graph_break) for graph in report.graphs
+                  if graph.graph_break is not None and not graph.sites)  # fmt: skip
     return dict(sorted(counts.items()))
+
+
+def _broken(graph_break: str) -> str:
+    """What ``GraphReport.graph_break`` says, without the folders of the file."""
+    what, _, place = graph_break.rpartition(" at ")
+    return f"graph break: {what} at {Path(place).name}"
 
 
 def attempt(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -14,8 +14,9 @@ import pytest
 import torch
 from architectures import BOTH, EAGER, LEFT_ALONE
 
-from benchmarks.coverage_case import Case, Settings
+from benchmarks.coverage_case import Case, Settings, refusals
 from benchmarks.coverage_models import tiny_model
+from spark_compile.report import GraphReport, Report, Site
 
 SETTINGS = Settings(steps=12, again=None)
 OTHER_SIZES = {"bloom", "falcon", "mistral", "phi"}
@@ -65,3 +66,14 @@ def test_an_architecture(name: str, attention: str) -> None:
     elif sites - set(pruned["compressed"]):
         assert pruned["refusals"]
         assert all(re.search(allowed, reason) for reason in pruned["refusals"]), pruned["refusals"]
+
+
+def test_a_graph_break_where_no_site_is_found_is_a_reason() -> None:
+    place = "Unsupported Tensor.item() call at /somewhere/modeling_mpt.py:121"
+    site = Site("0", 4, 2, 8, 8, 64, 32)
+    graphs = [
+        GraphReport("no attention", graph_break=place), GraphReport("no attention"),
+        GraphReport("decode", (site,), graph_break="another break at /somewhere/other.py:1"),
+    ]  # fmt: skip
+    expected = "graph break: Unsupported Tensor.item() call at modeling_mpt.py:121"
+    assert refusals(Report(graphs)) == {expected: 1}
