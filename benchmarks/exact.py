@@ -13,9 +13,9 @@ from unittest import mock
 import torch
 import transformers
 from torch import fx
-from torch._dynamo.backends import registry
 
 import spark_compile
+from spark_compile import backend
 from spark_compile.report import collect_report
 
 from .coverage_case import Settings, compressed_layers, generate
@@ -62,9 +62,7 @@ class Recorder:
 
     def instead_of_eager(self) -> Any:
         """A patch that makes this what ``inner="eager"`` stands for."""
-        lookup = registry.lookup_backend
-        chosen = lambda name: self if name == "eager" else lookup(name)  # noqa: E731
-        return mock.patch.object(registry, "lookup_backend", chosen)
+        return mock.patch.object(backend, "lookup_backend", return_value=self)
 
 
 def measure(name: str, attention: str, cache: str, **options: Any) -> Row:

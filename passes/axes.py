@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import SymInt, fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from ..torch_private import statically_known_true
 from .patterns import CASTS, COPIES, RESHAPES, argument, rank, tensor
 
 _aten = torch.ops.aten

@@ -9,10 +9,8 @@ from typing import Any
 import networkx as nx
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import disable_fake_tensor_cache
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from ..torch_private import disable_fake_tensor_cache, make_fx, statically_known_true
 from .program import Program
 
 

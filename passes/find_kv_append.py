@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .. import ops as _registered  # noqa: F401  (torch.ops.spark)
+from ..torch_private import statically_known_true
 from .axes import equal, same_shape, viewed
 from .dataflow import call
 from .find_attention import CANONICAL as ATTENTION

@@ -15,13 +15,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._functorch.aot_autograd import aot_export_module
-from torch._guards import TracingContext
-from torch._subclasses import FakeTensorMode
-from torch._subclasses.fake_tensor import FakeTensor
 
 from ..config import SparkConfig
 from ..state import SparkTensor
+from ..torch_private import (
+    FakeTensor,
+    FakeTensorMode,
+    TracingContext,
+    aot_export_module,
+    detect_fake_mode,
+    leave_transforms,
+    transform_depth,
+)
 from .program import PassFailed, Program
 from .subclasses import flattened, without_subclasses, wrappers
 from .vmap import without_vmaps
@@ -36,7 +41,7 @@ def fake_inputs(example_inputs: Sequence[Any]) -> tuple[FakeTensorMode, list[Any
     context = TracingContext.try_get()
     mode = context.fake_mode if context is not None else None
     if mode is None:
-        mode = torch._guards.detect_fake_mode(example_inputs) or FakeTensorMode()
+        mode = detect_fake_mode(example_inputs) or FakeTensorMode()
     contexts: Any = {} if context is None else context.tensor_to_context
 
     def fake(value: Any) -> Any:
@@ -74,14 +79,14 @@ def lower(
     wrapped = wrappers(fakes)
     flat = flattened(fakes, wrapped)
     dense = [as_dense(mode, fake) for fake in flat]
-    transforms = torch._C._functorch.get_dynamic_layer_stack_depth()
+    transforms = transform_depth()
     try:
         with torch.fx.traceback.preserve_node_meta(), torch.no_grad():
             module = without_subclasses(without_vmaps(_without_dropout(module)), wrapped)
             exported = aot_export_module(module, dense, trace_joint=False, pre_dispatch=True)
     except Exception as error:
         # A transform that was entered and not exited would stay on the caller's stack.
-        torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(transforms)
+        leave_transforms(transforms)
         first_line = str(error).strip().partition("\n")[0]  # torch adds the model's own traceback
         raise PassFailed(f"pass Lower failed: {type(error).__name__}: {first_line}") from error
     lowered, signature = exported

@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import SymInt, fx
-from torch._subclasses import FakeTensorMode
 
 from ..config import SparkConfig
 from ..kernels.spec import Side
 from ..report import Site
 from ..state import SparkTensor
 from ..storage import StateForm
+from ..torch_private import FakeTensorMode
 
 
 class PassFailed(RuntimeError):

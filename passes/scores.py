@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor
 
+from ..torch_private import FakeTensor
 from .axes import Size, equal, same_shape
 from .patterns import (
     LIKE_PRODUCTS,

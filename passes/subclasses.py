@@ -13,12 +13,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, fx
-from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_leaves, tree_map
 
 from ..state import SparkTensor
+from ..torch_private import (
+    enter_autocast,
+    exit_autocast,
+    is_traceable_wrapper_subclass,
+    make_fx,
+    tree_leaves,
+    tree_map,
+)
 from .vmap import insert
 
 
@@ -91,10 +95,10 @@ def without_subclasses(module: fx.GraphModule, positions: Sequence[int]) -> fx.G
     autocasts: dict[fx.Node, Any] = {}
     try:
         for node in list(module.graph.nodes):
-            if node.target is _enter_autocast:
-                autocasts[node] = _enter_autocast(*node.args)
-            elif node.target is _exit_autocast:
-                _exit_autocast(autocasts.pop(node.args[0]))
+            if node.target is enter_autocast:
+                autocasts[node] = enter_autocast(*node.args)
+            elif node.target is exit_autocast:
+                exit_autocast(autocasts.pop(node.args[0]))
             elif not flat.keys().isdisjoint(node.all_input_nodes):
                 if node.op == "output":
                     raise NotImplementedError("the graph returns a tensor subclass")
@@ -102,7 +106,7 @@ def without_subclasses(module: fx.GraphModule, positions: Sequence[int]) -> fx.G
                 done.append(node)
     finally:
         for entered in reversed(autocasts.values()):
-            _exit_autocast(entered)
+            exit_autocast(entered)
     for node in reversed(done):
         module.graph.erase_node(node)
     module.recompile()

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import fx
-from torch._functorch import predispatch
-from torch.fx.experimental.proxy_tensor import make_fx
+
+from ..torch_private import make_fx, predispatch
 
 
 def without_vmaps(module: fx.GraphModule) -> fx.GraphModule:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .state import SparkTensor
+from .torch_private import storage_identity
 
 
 def kv_bytes(cache: object) -> int:
@@ -27,8 +28,7 @@ def kv_bytes(cache: object) -> int:
         raise TypeError(f"cannot count the bytes of {cache!r}: allowed is a cache or tensors")
     storages: dict[int, int] = {}
     for tensor in _tensors(cache, set()):
-        storage = tensor.untyped_storage()
-        storages[storage._cdata] = storage.nbytes()
+        storages[storage_identity(tensor)] = tensor.untyped_storage().nbytes()
     return sum(storages.values())
 
 

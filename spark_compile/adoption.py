@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .kernels.reference.store import ALL, allocate
 from .passes.program import Adopted
 from .report import SparkError, warn_once
 from .state import SparkTensor, new_state
+from .torch_private import swap_tensors
 
 
 def adopt(buffer: Tensor, how: Adopted, args: Sequence[Any]) -> SparkTensor:
@@ -92,9 +92,8 @@ def _in_place_of(buffer: Tensor, state: SparkTensor) -> SparkTensor:
 
 def _swap(one: Tensor, other: Tensor) -> None:
     """Exchange what two tensor objects are; whoever holds one has the other from then on."""
-    # Not torch.utils.swap_tensors: it refuses objects with weak references, which Dynamo has on
-    # every input. They go on to refer to the same object.
-    torch._C._swap_tensor_impl(one, other)
+    # Weak references go on to refer to the same object.
+    swap_tensors(one, other)
     kind, own = type(one), one.__dict__
     one.__class__ = type(other)
     one.__dict__ = other.__dict__

@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses import FakeTensorMode
 
 from . import dynamo, reuse
 from .adoption import give_back
@@ -27,6 +26,7 @@ from .regional import clear, compile_blocks
 from .report import GraphReport, OptionError, SparkError, note_activity, record, warn_once
 from .runtime import SparkGraph
 from .state import SparkTensor
+from .torch_private import FakeTensorMode, inductor_options, lookup_backend, writes
 
 Compiled = Callable[..., Any]
 InnerCompiler = Callable[[fx.GraphModule, list[Any]], Compiled]
@@ -213,15 +213,13 @@ def inner_compiler(config: SparkConfig, mode: str | None) -> InnerCompiler:
     Raises:
         OptionError: Inductor does not know the mode, or is not the one that compiles.
     """
-    from torch._dynamo.backends.registry import lookup_backend
-
     compiler = lookup_backend(config.inner)
     if mode is None or mode == "default":
         return compiler
     if config.inner != "inductor":
         raise OptionError(f"mode is {mode!r}: allowed with inner={config.inner!r} is None")
     try:
-        patches = torch._inductor.list_mode_options(mode)
+        patches = inductor_options(mode)
     except RuntimeError as error:
         raise OptionError(f"mode is {mode!r}: allowed is a mode of Inductor: {error}") from error
     return lambda module, inputs: compiler(module, inputs, config_patches=patches)  # type: ignore[call-arg]
@@ -242,10 +240,10 @@ def _unrewritten(
     def densely(*args: Any) -> Any:
         note_activity()
         recovered = {i: a.dense() for i, a in enumerate(args) if isinstance(a, SparkTensor)}
-        before = {i: dense._version for i, dense in recovered.items()}
+        before = {i: writes(dense) for i, dense in recovered.items()}
         results = compiled(*(recovered.get(i, a) for i, a in enumerate(args)))
         for i, dense in recovered.items():
-            if dense._version != before[i]:
+            if writes(dense) != before[i]:
                 give_back(args[i], dense)
         return results
 

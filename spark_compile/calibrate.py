@@ -20,6 +20,7 @@ from .plan import Measured, Plan, PlannedLayer
 from .presets import NAMES, TOKENS, dense_bytes, share_named, side_bytes
 from .report import OptionError, warn_once
 from .sensitivity import Layer, Sensitivity, site_spec
+from .torch_private import compiled_call
 
 
 def calibrate(
@@ -63,7 +64,7 @@ def calibrate(
         raise OptionError(
             f"budget is {budget!r}: allowed is a number with 0 < budget <= 1, or one of {NAMES}"
         )
-    if any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in model.modules()):
+    if any(compiled_call(m) is not None or hasattr(m, "_orig_mod") for m in model.modules()):
         raise OptionError("the model is compiled: allowed is one as it was before optimize")
     least = SparkConfig().recent + SparkConfig().window + QUANTIZED_SINKS
     if dtype is not None and dtype not in DTYPES.values():

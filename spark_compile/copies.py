@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .torch_private import call_of, compiled_call, set_compiled_call
+
 _AGAIN = "_spark_again"
 """Attribute of the call that is compiled: what compiles a copy of the module."""
 
@@ -33,15 +35,14 @@ class Whole:
 
     def __call__(self, module: nn.Module) -> None:
         options = dict(self.options)
-        call = torch.compile(module._call_impl, backend="spark", options=options, **self.limit)
+        call = torch.compile(call_of(module), backend="spark", options=options, **self.limit)
         set_call(module, call, self)
 
 
 def set_call(module: nn.Module, call: Callable[..., Any], again: Again) -> None:
     """Let ``module(...)`` be ``call``, and ``again`` see to its copies."""
     setattr(call, _AGAIN, again)
-    # Not by setattr, which a wrapper may hand on to the module inside.
-    vars(module)["_compiled_call_impl"] = call
+    set_compiled_call(module, call)
     # By class, of which modules that are not compiled are copied as before. A method of the
     # instance, __getstate__, could not tell a shallow copy from the module itself.
     cls = type(module)
@@ -53,11 +54,11 @@ def clear_calls(model: nn.Module) -> None:
     """Undo :func:`set_call` for all modules in a model, which is to be compiled in another way."""
     for module in model.modules():
         if _again(module) is not None:
-            del vars(module)["_compiled_call_impl"]
+            set_compiled_call(module, None)
 
 
 def _again(module: nn.Module) -> Again | None:
-    return getattr(vars(module).get("_compiled_call_impl"), _AGAIN, None)
+    return getattr(compiled_call(module), _AGAIN, None)
 
 
 def _reduced(module: nn.Module) -> str | tuple[Any, ...]:

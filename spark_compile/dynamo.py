@@ -18,18 +18,22 @@ from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import fx, nn
-from torch._dynamo.eval_frame import innermost_backend
-from torch._dynamo.guards import GuardBuilder
-from torch._dynamo.source import LocalSource
-from torch._dynamo.symbolic_convert import InstructionTranslator
-from torch._guards import TracingContext
+
+from . import torch_private
+from .torch_private import (
+    GuardBuilder,
+    InstructionTranslator,
+    LocalSource,
+    TracingContext,
+    innermost_backend,
+    limit_log,
+)
 
 Complain = Callable[[str], None]
 MOST_GRAPHS = 32
 """Of a whole model. Prompts in chunks need about ten: first chunks and later ones, of one token and
 of more, each of the sizes that come first and then of all."""
 
-_log = logging.getLogger("torch._dynamo.convert_frame")
 _modules: WeakKeyDictionary[CodeType, WeakSet[nn.Module]] = WeakKeyDictionary()
 _complaints: WeakKeyDictionary[object, Complain] = WeakKeyDictionary()
 """By what Dynamo calls to compile graphs, one for each call of ``torch.compile``."""
@@ -44,7 +48,7 @@ def watch(backend: object, by_options: Callable[[Mapping[str, Any] | None], Comp
             limit before the backend has seen a graph: a hook that breaks each one, a decorator.
     """
     _by_options[backend] = by_options
-    _log.addHandler(_watch)
+    limit_log.addHandler(_watch)
 
 
 def compiling(complain: Complain) -> None:
@@ -60,8 +64,8 @@ def compiling(complain: Complain) -> None:
     root = InstructionTranslator.current_tx().output.root_tx
     _count_by_module(root.f_code, root.f_locals, context)
     _complaints[_compiler()] = complain
-    if _watch not in _log.handlers:
-        _log.addHandler(_watch)
+    if _watch not in limit_log.handlers:
+        limit_log.addHandler(_watch)
 
 
 def graph_break(module: fx.GraphModule) -> str | None:
@@ -81,7 +85,7 @@ def recompile_limit(graphs: int) -> dict[str, int]:
     """
     if "recompile_limit" not in inspect.signature(torch.compile).parameters:
         return {}
-    return {"recompile_limit": max(graphs, torch._dynamo.config.recompile_limit)}
+    return {"recompile_limit": max(graphs, torch_private.recompile_limit())}
 
 
 def forget() -> None:
@@ -109,7 +113,7 @@ def _compiler() -> object:
     """What Dynamo calls to compile graphs of the frame that it is at; nothing else tells whose."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if frame.f_globals.get("__name__") == _log.name and "compiler_fn" in frame.f_locals:
+        if frame.f_globals.get("__name__") == limit_log.name and "compiler_fn" in frame.f_locals:
             return frame.f_locals["compiler_fn"]
         frame = frame.f_back
     return _compiler

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from torch import SymInt, Tensor, fx, nn
-from torch._inductor.utils import fresh_cache
 
 from .backend import compile_graph, inner_compiler
 from .config import SparkConfig
 from .report import Report, SparkWarning, collect_report
+from .torch_private import fresh_inductor_cache
 from .transformers_names import cache_argument, returned_cache
 
 
@@ -51,7 +51,7 @@ def explain(
         call.setdefault("use_cache", True)
     quiet = warnings.catch_warnings(action="ignore", category=SparkWarning)  # the report says it
     # Without it a graph that Inductor has compiled before would be loaded from the cache.
-    cache = fresh_cache() if compile else nullcontext()
+    cache = fresh_inductor_cache() if compile else nullcontext()
     with _weights_off_meta(model), torch.no_grad(), quiet, cache, collect_report() as report:
         output = compiled(**call)
         past = returned_cache(output)

@@ -12,13 +12,13 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
 
 from .kernels.layout import MOST_TOKENS, POSITION, counters
 from .kernels.operands import check_side, check_strides
 from .kernels.reference.store import Store
 from .kernels.spec import Side, Spec, parse_spec
 from .storage import STORED, StateForm
+from .torch_private import is_fake
 
 PARTS = ("kind", "shape", "form", "stored")
 """What a saved state consists of, in its order."""

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .copies import clear_calls, set_call
+from .torch_private import call_of
 
 
 def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
@@ -80,7 +81,7 @@ class _Block:
     """Paths of the blocks that no call has come to; of copies in one go, one set."""
 
     def __call__(self, block: nn.Module) -> None:
-        call: Any = block._call_impl
+        call: Any = call_of(block)
 
         def region(*args: Any, **kwargs: Any) -> Any:
             return call(*args, **kwargs)

@@ -17,7 +17,8 @@ from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
-from torch._dynamo.exc import ShortenTraceback
+
+from .torch_private import ShortenTraceback
 
 
 class SparkWarning(UserWarning):

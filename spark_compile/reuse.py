@@ -17,10 +17,14 @@ from typing import Any
 import sympy  # type: ignore[import-untyped]
 import torch
 from torch import SymInt, Tensor, fx
-from torch._C._dynamo.guards import GlobalStateGuard
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .report import GraphReport
+from .torch_private import (
+    GlobalStateGuard,
+    inductor_config,
+    is_traceable_wrapper_subclass,
+    storage_identity,
+)
 
 _CAPACITY = 64
 _kept: dict[Hashable, _Kept] = {}
@@ -114,10 +118,11 @@ def _modes() -> Hashable:
 
 
 def _inductor_options() -> Hashable:
-    config = torch._inductor.config
+    config = inductor_config()
     if config.triton.cudagraphs:
         raise _Incomparable("a CUDA graph records addresses, of weights too")
-    return config.get_hash()
+    options: str = config.get_hash()
+    return options
 
 
 @dataclass
@@ -186,7 +191,7 @@ def _input(value: Any, fake: Any, sizes: _Sizes, storages: dict[int, int]) -> Ha
         return type(fake), common, _argument(context, {}), inner
     if fake.layout != torch.strided:
         raise _Incomparable(f"layout {fake.layout}")
-    storage = storages.setdefault(value.untyped_storage()._cdata, len(storages))
+    storage = storages.setdefault(storage_identity(value), len(storages))
     view = (*map(sizes.name, fake.stride()), sizes.name(fake.storage_offset()))
     return common, view, storage, fake.is_conj(), fake.is_neg()
 

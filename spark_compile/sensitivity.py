@@ -26,6 +26,7 @@ from .kernels.spec import SIDES, Side, Spec
 from .presets import candidates
 from .report import Report, Site, SparkError, SparkWarning, collect_report
 from .state import SparkTensor
+from .torch_private import call_of
 from .transformers_names import cache_argument, returned_cache
 
 TOGETHER = 4
@@ -177,7 +178,7 @@ def _prefill(model: nn.Module, *, each: bool) -> Callable[..., Any]:
     config = SparkConfig(
         key_format=_ASKING[each], value_format="dense", min_tokens=LONGEST, inner="eager"
     )
-    call: Any = model._call_impl
+    call: Any = call_of(model)
     inner = inner_compiler(config, None)
 
     def backend(module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:

@@ -12,7 +12,6 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
 
 from . import ops
 from .kernels.reference.store import ALL, Store
@@ -20,6 +19,7 @@ from .kernels.spec import Side
 from .loading import checked
 from .sharing import Share, blank_pages, lock, unshared
 from .storage import STORED, Counts, StateForm, Storage
+from .torch_private import is_fake, no_torch_function
 
 
 class SparkTensor(Storage):
@@ -49,7 +49,7 @@ class SparkTensor(Storage):
         state._borrowed = True
         return state
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = no_torch_function  # type: ignore[assignment]
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]

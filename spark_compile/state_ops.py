@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .kernels.layout import LENGTH, counters
 from .kernels.reference.store import ALL, Store, allocate, position_of
 from .report import SparkError, warn_once
 from .state import SparkTensor
+from .torch_private import is_fake, tree_leaves, tree_map_only
 
 
 def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

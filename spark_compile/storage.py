@@ -8,15 +8,14 @@ from copy import copy
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
-import torch._dynamo
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
 
 from .kernels.layout import COUNTERS, FIRST, counters
 from .kernels.reference.store import ALL, Store
 from .kernels.spec import Side, Spec
 from .report import SparkError
 from .sharing import Share, blank_pages, copied_pages, is_writable, lock, slack
+from .torch_private import is_fake, make_wrapper_subclass, maybe_mark_dynamic
 
 STORED = ("pages", "head")
 """The stored tensors of a state, in the order in which graphs take and return them."""
@@ -26,7 +25,7 @@ STORED = ("pages", "head")
 def _growing_marks(dim: int) -> dict[str, Any]:
     """What ``maybe_mark_dynamic`` notes on a tensor; on a state it would go through all inside."""
     marked = torch.empty(0, 0, 0)
-    torch._dynamo.maybe_mark_dynamic(marked, dim)
+    maybe_mark_dynamic(marked, dim)
     return dict(marked.__dict__)
 
 
@@ -74,10 +73,11 @@ class Storage(torch.Tensor):
 
     @staticmethod
     def __new__(cls, shape: tuple[int, ...], form: StateForm, stored: Mapping[str, Tensor]) -> Self:
-        return torch.Tensor._make_wrapper_subclass(
+        made: Self = make_wrapper_subclass(
             cls, shape, dtype=form.spec.format(cls.SIDE).dtype, device=stored["head"].device,
             requires_grad=False,
         )  # fmt: skip
+        return made
 
     def __init__(
         self, shape: tuple[int, ...], form: StateForm, stored: Mapping[str, Tensor]

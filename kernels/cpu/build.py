@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
+from ...torch_private import can_tile, inductor_config
 from ..cache_dir import check_private, private_folder
 
 _SOURCES = Path(__file__).resolve().parent
@@ -62,7 +63,7 @@ def supported() -> tuple[str, ...]:
         if all(has.get(_CAPABILITIES.get(s, s), False) for s in sets)
     ]
     # The kernel of the operating system has to grant the tile registers to this process.
-    if "amx" in runs and not emulated and not torch.cpu._init_amx():
+    if "amx" in runs and not emulated and not can_tile():
         runs.remove("amx")
     return tuple(runs)
 
@@ -191,8 +192,7 @@ def _extra_flags() -> list[str]:
 
 def compiler_command() -> list[str]:
     """The compiler that Inductor uses; unlike there, $CXX may have arguments ("ccache g++")."""
-    from torch._inductor import config
-
+    config = inductor_config()
     # Not Inductor's own search, which waits for a compiler that hangs.
     asked = config.cpp.cxx if isinstance(config.cpp.cxx, (list, tuple)) else (config.cpp.cxx,)
     for text in filter(None, asked):

@@ -13,6 +13,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from ...torch_private import assert_async
 from ..operands import check_build, check_step
 from ..spec import SIDES, Spec, parse_spec
 from .attend import attention
@@ -129,7 +130,7 @@ def _refuse(what: str, allowed: str) -> NoReturn:
 
 def _assert(holds: Tensor, message: str) -> None:
     """Fail where a tensor is not all True, when the graph runs."""
-    torch._assert_async(holds.all(), message)
+    assert_async(holds.all(), message)
 
 
 def _attention(

@@ -124,7 +124,7 @@ def measure(job: Job, emit: Callable[[dict[str, Any]], None], wait: Callable[[],
             _compile(model, job.options, "eager")
             perplexity = _perplexity(model, passage)
         with _stage("compile prefill and decode", emit):
-            torch._dynamo.reset()
+            torch.compiler.reset()
             _compile(model, job.options, job.inner)
             _generate(model, prompt, WARM_UP_TOKENS)
         wait()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.cpu.build import BuildFailed, level, library, supported
+from ..torch_private import compile_package, load_package
 from .decoder import ExportError
 from .folder import Machine, Manifest, ProgramFile, constant_names
 
@@ -84,9 +85,7 @@ def _write(graph: Graph, path: Path) -> None:
         warnings.filterwarnings("ignore", "`isinstance\\(treespec, LeafSpec\\)`", FutureWarning)
         with torch.no_grad():
             program = graph.program(with_weights=True)
-            torch._inductor.aoti_compile_and_package(
-                program, package_path=str(path), inductor_configs=dict(_CONFIG)
-            )
+            compile_package(program, str(path), dict(_CONFIG))
     names = set(constant_names(graph.weights).values())
     if unknown := set(_load(path).get_constant_fqns()) - names:
         raise ValueError(f"it has constants of its own: {', '.join(sorted(unknown))}")
@@ -149,4 +148,4 @@ class Package:
 
 
 def _load(path: Path) -> Any:
-    return torch._inductor.aoti_load_package(str(path))
+    return load_package(str(path))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from ..passes.find_attention import layer_name
+from ..torch_private import OpOverload
 
 VIEWS = frozenset({
     "_conj", "_reshape_alias", "_to_copy", "_unsafe_view", "alias", "chunk", "clone", "contiguous",
@@ -55,7 +56,7 @@ def module_of(node: fx.Node) -> str:
 def operator(node: fx.Node) -> str:
     """The operator's name without its namespace and overload."""
     target = node.target
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, OpOverload):
         return str(target.overloadpacket.__name__)
     return getattr(target, "__name__", str(target))
 
@@ -67,7 +68,7 @@ def short_name(node: fx.Node) -> str:
 
 
 def is_spark(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "spark"
+    return isinstance(node.target, OpOverload) and node.target.namespace == "spark"
 
 
 def wanted_nodes(graph: fx.Graph) -> set[fx.Node]:
@@ -116,7 +117,7 @@ def readers_of(node: fx.Node) -> Iterator[fx.Node]:
 
 def argument_name(reader: fx.Node, operand: fx.Node) -> str:
     """What the operator that reads a value calls it."""
-    if isinstance(reader.target, torch._ops.OpOverload):
+    if isinstance(reader.target, OpOverload):
         for argument, value in zip(reader.target._schema.arguments, reader.args, strict=False):
             if value is operand:
                 return str(argument.name)
@@ -125,7 +126,7 @@ def argument_name(reader: fx.Node, operand: fx.Node) -> str:
 
 def writes_into(reader: fx.Node, operand: fx.Node) -> bool:
     """Whether an operator changes one of its operands."""
-    if not isinstance(reader.target, torch._ops.OpOverload):
+    if not isinstance(reader.target, OpOverload):
         return False
     arguments = zip(reader.target._schema.arguments, reader.args, strict=False)
     return any(

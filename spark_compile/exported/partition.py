@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from rich.table import Table
 from torch import Tensor, fx
-from torch.fx.passes.infra.partitioner import CapabilityBasedPartitioner
-from torch.fx.passes.operator_support import OperatorSupportBase
+
+from ..torch_private import CapabilityBasedPartitioner, OperatorSupportBase
 
 SMALLEST = 5
 """Operators of the smallest subgraph, torch-tensorrt's own ``min_block_size``."""

@@ -9,6 +9,7 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from ..kernels.reference import portable as kernels
+from ..torch_private import OpOverload
 from .decoder import ExportError
 
 _FUNCTIONS = {
@@ -32,7 +33,7 @@ def check_aten(program: ExportedProgram) -> None:
     for module in program.graph_module.modules():
         if isinstance(module, fx.GraphModule):
             targets = {node.target for node in module.graph.nodes if node.op == "call_function"}
-            foreign |= {t for t in targets if isinstance(t, torch._ops.OpOverload)}
+            foreign |= {t for t in targets if isinstance(t, OpOverload)}
     names = sorted(str(target) for target in foreign if target.namespace != "aten")
     if names:
         raise ExportError(

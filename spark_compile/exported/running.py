@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch._dynamo.backends.registry import lookup_backend
 from torch.export.graph_signature import InputKind
 
 from ..report import warn_once
+from ..torch_private import drop_false_symbols, lookup_backend
 from .aot import Package, misfit
 from .decoder import Phase
 from .folder import Manifest
@@ -40,7 +40,7 @@ def runner(
     call: Callable[..., Sequence[Tensor]] = module
     if inner != "eager":
         values = [node.meta["val"] for node in module.graph.find_nodes(op="placeholder")]
-        _drop_false_symbols(values)
+        drop_false_symbols(values)
         with torch.no_grad():
             call = lookup_backend(inner)(module, values)
 
@@ -49,14 +49,3 @@ def runner(
             return call(*fixed, *states, *inputs)[0]
 
     return run
-
-
-def _drop_false_symbols(values: Sequence[object]) -> None:
-    """Let a loaded program's sizes be what Inductor expects.
-
-    torch 2.13 notes the value of every product of sizes that it reads as if that were a symbol.
-    """
-    mode = torch._guards.detect_fake_mode(values)
-    known = getattr(getattr(mode, "shape_env", None), "backed_var_to_val", {})
-    for name in [name for name in known if not name.is_symbol]:
-        del known[name]

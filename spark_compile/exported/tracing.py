@@ -22,6 +22,7 @@ from ..passes.pipeline import run_passes
 from ..passes.program import PassFailed, PlainInput, Program, StateInput
 from ..report import GraphReport
 from ..storage import STORED
+from ..torch_private import detect_fake_mode
 from .decoder import Decoder, ExportError, Phase
 from .graph import Graph
 
@@ -42,7 +43,7 @@ def trace(
     exported = _exported(decoder, inputs, dynamic, max_tokens)
     graph = exported.graph_module
     fakes = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
-    mode = torch._guards.detect_fake_mode(fakes)
+    mode = detect_fake_mode(fakes)
     assert mode is not None
     try:
         program = lower(graph, mode, fakes, config or SparkConfig())
