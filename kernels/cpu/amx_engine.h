@@ -60,7 +60,7 @@ class AmxEngine {
     p_.each_run(block, [&](const Run& run) {
       if (f.int8) read_column(run.keys.at<bf16>(f.step), run.count, key_steps_ + run.first);
       if (f.has_planes()) return f.int8 ? pruned_keys<int8_t>(run) : pruned_keys<bf16>(run);
-      const Requests ahead = requests(run);
+      const AwakeRequests ahead = requests(run);
       const Tokens rows = run.keys.rows(f.channels);
       f.int8 ? plain_keys<int8_t>(rows, run.first, run.count, &ahead) : plain_keys<bf16>(rows, run.first, run.count, &ahead);
     });
@@ -110,6 +110,8 @@ class AmxEngine {
     }
   }
 
+  static void stay_awake() { TILE_STAY_AWAKE(); }
+
   // Sums of packed and of dense tokens have the same order.
   void finish_packed(Partial, int64_t) {}
 
@@ -126,14 +128,14 @@ class AmxEngine {
   }
 
  protected:
-  Requests requests(const Run& run) const {
+  AwakeRequests requests(const Run& run) const {
     const Format& values = *p_.values.format;
-    return {Ahead(*p_.keys.format), Ahead(values, 0, early_bytes(values)), run.keys, run.values};
+    return {{Ahead(*p_.keys.format), Ahead(values, 0, early_bytes(values)), run.keys, run.values}};
   }
 
   // Keys that have every channel, those from `first` on of a block.
   template <class K>
-  void plain_keys(const Tokens& rows, int first, int count, const Requests* ahead) {
+  void plain_keys(const Tokens& rows, int first, int count, const AwakeRequests* ahead) {
     bf16* key = &keys_[first * key_width_];
     for (int t = 0; t < count; ++t, key += key_width_) {
       if (ahead) (*ahead)(t);
@@ -176,7 +178,7 @@ class AmxEngine {
     // Copies: what is stored below might, for all the compiler knows, change a member.
     const bool whole = CHANNELS;
     const Format f = *p_.keys.format;
-    const Requests ahead = requests(run);
+    const AwakeRequests ahead = requests(run);
     const int64_t width = whole ? CHANNELS : key_width_, plane = whole ? CHANNELS / 8 : f.plane(), kept = f.kept;
     const bf16* amplitudes = run.keys.at<bf16>(f.scale);
     const uint8_t *keep = run.keys.at<uint8_t>(f.keep), *negative = run.keys.at<uint8_t>(f.negative);
@@ -226,6 +228,7 @@ class AmxEngine {
     for (int t = 0; t < BLOCK; t += 2) {
       const bf16 *even = find(t), *odd = find(t + 1);
       bf16* tile = pair(t);
+      if (t % 8 == 0) stay_awake();
       if (odd && width == channels) {
         for (int64_t j = 0; j < width; j += 32, tile += 1024) put_pair(tile, load_words(even + j), load_words(odd + j));
       } else {
@@ -241,6 +244,7 @@ class AmxEngine {
     const auto value = [&](int t) { return t < block.count ? PrunedValue<V>(p_.values, places.next()) : PrunedValue<V>(); };
     for (int t = 0; t < BLOCK; t += 2) {
       PrunedValue<V> even = value(t), odd = value(t + 1);
+      if (t % 8 == 0) stay_awake();
       steps_[t] = even.step, steps_[t + 1] = odd.step;
       bf16* tile = pair(t);
       for (int64_t j = 0; j < width; j += 32, tile += 1024) put_pair(tile, even.next(j), odd.next(j));

@@ -68,6 +68,7 @@ class AmxInt8Engine : public AmxEngine<N> {
     std::fill_n(steps_, BLOCK, 0.0f);
     p_.each_run(block, [&](const Run& run) { read_column(run.values.at<bf16>(f.step), run.count, steps_ + run.first); });
     for (int t = 0; t < BLOCK; t += 4) {
+      if (t % 8 == 0) this->stay_awake();
       const bool whole = t + 4 <= block.count && channels == width;
       Place four[4] = {};
       const int8_t* from[4] = {};
@@ -138,7 +139,7 @@ class AmxInt8Engine : public AmxEngine<N> {
 
   // Keys that have every channel.
   void copy_levels(const Run& run) {
-    const Requests ahead = this->requests(run);
+    const AwakeRequests ahead = this->requests(run);
     const int64_t channels = p_.key_dim;
     const int8_t* row = run.keys.at<int8_t>(p_.keys.format->channels);
     int8_t* kept = &kept_[run.first * key_width_];
@@ -152,7 +153,7 @@ class AmxInt8Engine : public AmxEngine<N> {
   template <int CHANNELS>
   [[gnu::noinline]] void expand_bytes(const Run& run) {
     const bool whole = CHANNELS;
-    const Requests ahead = this->requests(run);
+    const AwakeRequests ahead = this->requests(run);
     const Format f = *p_.keys.format;
     const int64_t width = whole ? CHANNELS : key_width_, plane = whole ? CHANNELS / 8 : f.plane(), channels = f.kept;
     const int8_t* row = run.keys.at<int8_t>(f.channels);

@@ -50,7 +50,7 @@ class AmxQuantizedEngine : public AmxInt8Engine<N> {
     if (!block.packed || !turns_keys_) return Base::expand_keys(block);
     const Format& f = *p_.keys.format;
     p_.each_run(block, [&](const Run& run) {
-      const Requests ahead{Ahead(f), Ahead(*p_.values.format), run.keys, run.values};
+      const AwakeRequests ahead{{Ahead(f), Ahead(*p_.values.format), run.keys, run.values}};
       each_part([&](const Part& part, int64_t at) {
         int8_t* out = &kept_[run.first * key_width_ + at];
         expand_part<0>(part, run.keys.rows(f.channels), run.count, out, key_width_, at ? nullptr : &ahead);
@@ -73,10 +73,11 @@ class AmxQuantizedEngine : public AmxInt8Engine<N> {
     std::fill_n(steps_, BLOCK, 0.0f);
     p_.each_run(block, [&](const Run& run) {
       read_amplitudes(run.values.at<uint8_t>(f.scale), 1, run.count, steps_ + run.first);
-      expand_part<0>(f.parts[0], run.values.rows(f.channels), run.count, &levels_[run.first * width], width, nullptr);
+      expand_part<0>(f.parts[0], run.values.rows(f.channels), run.count, &levels_[run.first * width], width, static_cast<const AwakeRequests*>(nullptr));
     });
     // What is left of earlier blocks meets weights of 0.
     for (int t = 0; t < BLOCK; t += 4) {
+      if (t % 8 == 0) this->stay_awake();
       for (int64_t j = 0; j < width; j += 64) {
         __m512i rows[4];
         for (int i = 0; i < 4; ++i) rows[i] = _mm512_loadu_si512(&levels_[(t + i) * width + j]);

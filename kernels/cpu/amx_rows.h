@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include "digit_products.h"
+#include "tiles.h"
 
 namespace spark {
 
@@ -71,6 +72,16 @@ struct PrunedValue {
   int64_t plane = 0;
   __m512i fill = {};
   int left = 0;  // stored channels; more bits may be set than there are
+};
+
+// Requests, and products now and then while keys are expanded.
+struct AwakeRequests {
+  Requests requests;
+
+  void operator()(int t) const {
+    requests(t);
+    if (t % 8 == 0) TILE_STAY_AWAKE();
+  }
 };
 
 // `count` bfloat16 numbers as floats; nothing after them is read or written.

@@ -136,6 +136,7 @@ void attend_block(const Problem& p, Engine& engine, const Block& block, Weights<
     const int count = std::min<int64_t>(Engine::QUERIES, rows - first);
     engine.scores(block, first, count, weights.rows + first);
     for (int64_t row = first; row < first + count; ++row) {
+      engine.stay_awake();
       finish_scores(p, block, positions, row, weights.rows[row]);
       weights.rescale[row] = partial.softmax[row].update(weights.rows[row]);
     }

@@ -229,6 +229,7 @@ class FloatEngine {
     add_values<1>(weights, sums);
   }
 
+  void stay_awake() {}
   // Sums of levels become those of the values.
   void finish_packed(Partial partial, int64_t rows) {
     if (!p_.packed || p_.values.format->kind != Kind::quantized) return;

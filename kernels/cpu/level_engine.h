@@ -78,7 +78,7 @@ class LevelEngine : public FloatEngine<T> {
     p_.each_run(block, [&](const Run& run) {
       int8_t* out = &levels_[run.first * value_width_];
       if (f.kind == Kind::quantized) {
-        expand_part<VALUES>(f.parts[0], run.values.rows(f.channels), run.count, out, value_width_, nullptr);
+        expand_part<VALUES>(f.parts[0], run.values.rows(f.channels), run.count, out, value_width_, static_cast<const Requests*>(nullptr));
         const uint8_t* codes = run.values.at<uint8_t>(f.scale);
         for (int t = 0; t < run.count; ++t) steps_[run.first + t] = spark::amplitudes()[codes[t]];
       } else {

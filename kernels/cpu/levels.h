@@ -64,9 +64,9 @@ inline void expand_levels(const uint8_t* codes, int64_t channels, int8_t* out) {
 
 // The levels of one part, plus OFFSET, of `count` tokens, whose codes are `step` bytes apart, as rows of `width` bytes.
 // CHANNELS: of the part, whose row then has room for multiples of 64; or 0 for any number.
-template <int BITS, int OFFSET, int CHANNELS>
+template <int BITS, int OFFSET, int CHANNELS, class Each>
 [[gnu::noinline]] void expand_tokens(const uint8_t* codes, int64_t step, int count, int64_t channels, int8_t* out, int64_t width,
-                                     const Requests* ahead) {
+                                     const Each* ahead) {
   constexpr int LOW = low_width(BITS), HIGH = high_width(BITS);
   for (int t = 0; t < count; ++t, codes += step, out += width) {
     if (ahead) (*ahead)(t);
@@ -83,8 +83,9 @@ template <int BITS, int OFFSET, int CHANNELS>
   }
 }
 
-template <int OFFSET>
-inline void expand_part(const Part& part, const Tokens& rows, int count, int8_t* out, int64_t width, const Requests* ahead) {
+// ahead: called for each token, if there is one.
+template <int OFFSET, class Each>
+inline void expand_part(const Part& part, const Tokens& rows, int count, int8_t* out, int64_t width, const Each* ahead) {
   const uint8_t* codes = reinterpret_cast<const uint8_t*>(rows.data + part.codes);
   with_bits(part.bits, [&](auto bits) {
     switch (part.channels) {
