@@ -6,10 +6,9 @@
 #pragma once
 
 #include "amx_engine.h"
+#include "amx_values.h"
 
 namespace spark {
-
-constexpr float DIGITS = 127.0f * 128.0f;  // the largest number of two digits
 
 template <int N>
 class AmxInt8Engine : public AmxEngine<N> {
@@ -21,14 +20,16 @@ class AmxInt8Engine : public AmxEngine<N> {
  public:
   static constexpr int BLOCK = N;
   static int64_t padded(int64_t channels) { return round_up(channels, 64); }
-  static int64_t padded_rows(int64_t rows) { return round_up(rows, 16); }
+  // Two digits of eight queries at a time.
+  static int64_t digit_rows(int64_t rows) { return 2 * std::min<int64_t>(rows, 8); }
+  static int64_t padded_rows(int64_t rows) { return round_up(rows, digit_rows(rows)); }
 
   explicit AmxInt8Engine(const Problem& p) : AmxInt8Engine(p, p.keys.format->int8, padded(p.key_dim)) {}
   // int8_keys: whether products with packed keys are of int8; key_width: their numbers per token.
   AmxInt8Engine(const Problem& p, bool int8_keys, int64_t key_width)
-      : Base(p, 16, padded(p.value_dim)), p_(p), int8_keys_(int8_keys),
+      : Base(p, digit_rows(p.query_rows()), padded(p.value_dim)), p_(p), int8_keys_(int8_keys),
         has_signs_(p.keys.format->kind == Kind::spark && p.keys.format->recovers),
-        key_width_(key_width), value_width_(padded(p.value_dim)),
+        key_width_(key_width), value_width_(padded(p.value_dim)), low_row_(digit_rows(p.query_rows()) / 2),
         kept_(scratch<int8_t>(int8_keys_ * BLOCK * key_width_ + 64)),
         signs_(scratch<int8_t>(int8_keys_ * BLOCK * key_width_)), values_(scratch<int8_t>(64 * value_width_)),
         eights_(int8_keys_ * (p.query_rows() + 7) / 8), digits_(scratch<int8_t>(2 * eights_ * 16 * key_width_)),
@@ -79,7 +80,7 @@ class AmxInt8Engine : public AmxEngine<N> {
           if (whole && j >= early) Ahead(f, j, j + 64)(four[i]);
           rows[i] = whole ? _mm512_loadu_si512(from[i] + j) : from[i] ? some_bytes(from[i] + j, channels - j) : __m512i{};
         }
-        put_four(rows, &values_[j * 64 + t * 16]);
+        put_four(rows, &values_[(j + tile_row(t)) * 64]);
       }
     }
   }
@@ -176,49 +177,37 @@ class AmxInt8Engine : public AmxEngine<N> {
     }
   }
 
-  // Up to eight queries: the high digits of their weights are rows 0 to 7 of a tile, the low ones
-  // rows 8 to 15. Four sums side by side, as in multiply().
+  // Up to eight queries: the high digits of their weights are the first rows of a tile, the low ones follow.
   void accumulate_eight(float (*weights)[BLOCK], int count, const float* rescale, float* sums) {
     const int64_t width = value_width_;
     const int8_t* values = values_.get();
-    alignas(64) int8_t digits[16][64] = {};
-    alignas(64) int32_t parts[4][16][16];
+    alignas(64) int8_t digits[16][64];  // rows of queries that are not there may be anything
+    alignas(64) int32_t parts[8][16][16];
     float units[8];
     for (int r = 0; r < count; ++r) {
-      F scaled[BLOCK / 16], top{};
-      uint32_t nan = 0;  // no digits are worth it
-      for (int i = 0; i < BLOCK / 16; ++i) {
-        scaled[i] = load(weights[r] + 16 * i) * load(steps_ + 16 * i);
-        top = spark::max(top, scaled[i]);
-        nan |= lane_bits(scaled[i] != scaled[i]);
-      }
-      const float largest = maximum(top), inverse = largest > 0 ? DIGITS / largest : 0.0f;
-      units[r] = nan ? NAN : largest / DIGITS;
-      for (int i = 0; i < BLOCK / 16; ++i) split(scaled[i] * inverse, digits[r] + 16 * i, digits[r + 8] + 16 * i);
+      F scaled[4] = {};
+      for (int i = 0; i < BLOCK / 16; ++i) scaled[i] = load(weights[r] + 16 * i) * load(steps_ + 16 * i);
+      units[r] = split_weights(scaled, digits[r], digits[low_row_ + r]);
     }
     TILE_LOAD(1, digits, 64);
-    for (int64_t j = 0; j < width; j += 64, values += 4096) {
-      TILE_ZERO(0);
-      TILE_LOAD(5, values, 64);
-      TILE_ADD_INT8(0, 1, 5);
-      TILE_ZERO(2);
-      TILE_LOAD(7, values + 1024, 64);
-      TILE_ADD_INT8(2, 1, 7);
-      TILE_ZERO(3);
-      TILE_LOAD(5, values + 2048, 64);
-      TILE_ADD_INT8(3, 1, 5);
-      TILE_ZERO(4);
-      TILE_LOAD(7, values + 3072, 64);
-      TILE_ADD_INT8(4, 1, 7);
-      TILE_STORE(0, parts[0], 64);
-      TILE_STORE(2, parts[1], 64);
-      TILE_STORE(3, parts[2], 64);
-      TILE_STORE(4, parts[3], 64);
+    for (int64_t j = 0; j < width; j += 128) {
+      const int64_t stop = std::min<int64_t>(j + 128, width);
+      for (int64_t at = j; at < stop; at += 32, values += 2048) {
+        TILE_ZERO(3);
+        TILE_LOAD(5, values, 64);
+        TILE_ADD_INT8(3, 1, 5);
+        TILE_ZERO(6);
+        TILE_LOAD(7, values + 1024, 64);
+        TILE_ADD_INT8(6, 1, 7);
+        TILE_STORE(3, parts[(at - j) / 16], 64);
+        TILE_STORE(6, parts[(at - j) / 16 + 1], 64);
+      }
       for (int r = 0; r < count; ++r) {
-        for (int i = 0; i < 4; ++i) {
-          float* at = sums + r * width + j + 16 * i;
-          const F fresh = joined(load<__m512i>(parts[i][r]), load<__m512i>(parts[i][r + 8])) * units[r];
-          store(at, load(at) * (rescale ? rescale[r] : 1.0f) + fresh);
+        const float kept = rescale ? rescale[r] : 1.0f;
+        for (int64_t at = j; at < stop; at += 16) {
+          const auto& part = parts[(at - j) / 16];
+          const F fresh = joined(load<__m512i>(part[r]), load<__m512i>(part[low_row_ + r])) * units[r];
+          store(sums + r * width + at, load(sums + r * width + at) * kept + fresh);
         }
       }
     }
@@ -228,7 +217,10 @@ class AmxInt8Engine : public AmxEngine<N> {
   template <bool SIGNS>
   void score_eight(int64_t first, int count, float (*scores)[BLOCK]) {
     alignas(64) int32_t kept[BLOCK][16], signs[BLOCK][16];
-    for (int t = 0; t < BLOCK; t += 32) multiply<SIGNS>(first, t, 0, key_width_, kept + t, signs + t);
+    for (int t = 0; t < BLOCK; t += 32) {
+      multiply(&kept_[t * key_width_], digits(first, 0), key_width_, kept + t);
+      if (SIGNS) multiply(&signs_[t * key_width_], digits(first, 1), key_width_, signs + t);
+    }
     for (int t = 0; t < BLOCK; t += 16) {
       const F step = load(key_steps_ + t), amplitude = load(amplitudes_ + t);
       for (int r = 0; r < count; r += 4) {
@@ -252,38 +244,25 @@ class AmxInt8Engine : public AmxEngine<N> {
     for (int i = 0; i < 4; ++i) numbers[i] = joined(bit_cast<__m512i>(numbers[i]), bit_cast<__m512i>(low[i]));
   }
 
-  // Products of 32 tokens with the digits of eight queries, columns [from, to); sums side by side.
-  template <bool SIGNS>
-  void multiply(int64_t first, int token, int64_t from, int64_t to, int32_t (*kept)[16], int32_t (*signs)[16]) {
-    const int64_t width = key_width_, at = token * width, half = at + 16 * width;
-    const int8_t *query = digits(first, 0), *weighted = digits(first, 1);
+  // Products of 32 tokens with the digits of eight queries, in `channels` columns; sums side by side.
+  void multiply(const int8_t* keys, const int8_t* query, int64_t channels, int32_t (*dots)[16]) {
+    const int64_t width = key_width_;
     TILE_ZERO(0);
     TILE_ZERO(2);
-    TILE_ZERO(3);
-    TILE_ZERO(4);
-    for (int64_t j = from; j < to; j += 64) {
+    for (int64_t j = 0; j < channels; j += 64) {
       TILE_LOAD(7, query + j * 16, 64);
-      TILE_LOAD(5, &kept_[at + j], width);
+      TILE_LOAD(5, keys + j, width);
       TILE_ADD_INT8(0, 5, 7);
-      TILE_LOAD(5, &kept_[half + j], width);
-      TILE_ADD_INT8(2, 5, 7);
-      if (!SIGNS) continue;
-      TILE_LOAD(7, weighted + j * 16, 64);
-      TILE_LOAD(5, &signs_[at + j], width);
-      TILE_ADD_INT8(3, 5, 7);
-      TILE_LOAD(5, &signs_[half + j], width);
-      TILE_ADD_INT8(4, 5, 7);
+      TILE_LOAD(4, keys + 16 * width + j, width);
+      TILE_ADD_INT8(2, 4, 7);
     }
-    TILE_STORE(0, kept[0], 64);
-    TILE_STORE(2, kept[16], 64);
-    if (!SIGNS) return;
-    TILE_STORE(3, signs[0], 64);
-    TILE_STORE(4, signs[16], 64);
+    TILE_STORE(0, dots[0], 64);
+    TILE_STORE(2, dots[16], 64);
   }
 
   const Problem& p_;
   const bool int8_keys_, has_signs_;
-  const int64_t key_width_, value_width_;
+  const int64_t key_width_, value_width_, low_row_;
   Scratch<int8_t> kept_, signs_, values_;
   const int64_t eights_;
   Scratch<int8_t> digits_;

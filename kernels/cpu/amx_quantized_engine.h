@@ -27,7 +27,7 @@ class AmxQuantizedEngine : public AmxInt8Engine<N> {
   explicit AmxQuantizedEngine(const Problem& p)
       : Base(p, is_int8(*p.keys.format), width_of(*p.keys.format)), p_(p), turns_keys_(p.keys.format->kind == Kind::quantized),
         turns_values_(p.values.format->kind == Kind::quantized), key_head_(*p.keys.format), value_head_(*p.values.format),
-        levels_(scratch<int8_t>(turns_values_ * BLOCK * value_width_ + 64)), biases_(scratch<float>(p.query_rows() + 8)) {}
+        levels_(scratch<int8_t>(4 * value_width_)), biases_(scratch<float>(p.query_rows() + 8)) {}
 
   void start(int64_t b, int64_t h) {
     if (turns_values_ && p_.packed) value_head_.read(p_.values, b, h);
@@ -69,21 +69,17 @@ class AmxQuantizedEngine : public AmxInt8Engine<N> {
   void expand_values(const Block& block) {
     if (!block.packed || !turns_values_) return Base::expand_values(block);
     const Format& f = *p_.values.format;
-    const int64_t width = value_width_;
     std::fill_n(steps_, BLOCK, 0.0f);
     p_.each_run(block, [&](const Run& run) {
       read_amplitudes(run.values.at<uint8_t>(f.scale), 1, run.count, steps_ + run.first);
-      expand_part<0>(f.parts[0], run.values.rows(f.channels), run.count, &levels_[run.first * width], width, static_cast<const AwakeRequests*>(nullptr));
     });
-    // What is left of earlier blocks meets weights of 0.
-    for (int t = 0; t < BLOCK; t += 4) {
-      if (t % 8 == 0) this->stay_awake();
-      for (int64_t j = 0; j < width; j += 64) {
-        __m512i rows[4];
-        for (int i = 0; i < 4; ++i) rows[i] = _mm512_loadu_si512(&levels_[(t + i) * width + j]);
-        put_four(rows, &this->values_[j * 64 + t * 16]);
+    with_bits(f.parts[0].bits, [&](auto bits) {
+      switch (f.dim) {
+        case 64: return put_values<bits, 64>(block);
+        case 128: return put_values<bits, 128>(block);
+        default: put_values<bits, 0>(block);
       }
-    }
+    });
   }
 
   void finish_packed(Partial partial, int64_t rows) {
@@ -125,6 +121,30 @@ class AmxQuantizedEngine : public AmxInt8Engine<N> {
     }
   }
 
+  // Levels of values. CHANNELS: of a value, or 0 for any number.
+  template <int BITS, int CHANNELS>
+  [[gnu::noinline]] void put_values(const Block& block) {
+    const Field& field = p_.values.format->channels;
+    const int64_t width = value_width_;
+    Places places(p_.values, block);
+    for (int t = 0; t < block.count; t += 4) {
+      if (t % 8 == 0) this->stay_awake();
+      const uint8_t* codes[4];
+      // What is in place of tokens that are not there meets weights of 0.
+      for (int i = 0; i < 4; ++i) codes[i] = t + i < block.count ? places.next().template at<uint8_t>(field) : codes[0];
+      int8_t* tile = &this->values_[tile_row(t) * 64];
+      if constexpr (can_four_levels<BITS, CHANNELS>()) put_four_levels<BITS, CHANNELS>(codes, tile);
+      else {
+        for (int i = 0; i < 4; ++i) expand_levels<BITS, 0>(codes[i], p_.value_dim, &levels_[i * width]);
+        for (int64_t j = 0; j < width; j += 64) {
+          __m512i rows[4];
+          for (int i = 0; i < 4; ++i) rows[i] = _mm512_loadu_si512(&levels_[i * width + j]);
+          put_four(rows, tile + 64 * j);
+        }
+      }
+    }
+  }
+
   static void read_amplitudes(const uint8_t* codes, int step, int count, float* numbers) {
     const std::array<float, 256>& worth = amplitudes();
     for (int t = 0; t < count; ++t) numbers[t] = worth[codes[t * step]];
@@ -134,8 +154,8 @@ class AmxQuantizedEngine : public AmxInt8Engine<N> {
     alignas(64) int32_t dots[BLOCK][16];
     int p = 0;
     each_part([&](const Part& part, int64_t at) {
-      const int64_t stop = at + round_up(part.channels, 64);
-      for (int t = 0; t < BLOCK; t += 32) this->template multiply<false>(first, t, at, stop, dots + t, nullptr);
+      const int64_t channels = round_up(part.channels, 64);
+      for (int t = 0; t < BLOCK; t += 32) this->multiply(&kept_[t * key_width_ + at], this->digits(first, 0) + at * 16, channels, dots + t);
       for (int t = 0; t < BLOCK; t += 16) {
         const F amplitude = load(part_amplitudes_[p] + t);
         for (int r = 0; r < count; r += 4) {

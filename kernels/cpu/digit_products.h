@@ -5,15 +5,19 @@
 
 namespace spark {
 
-// 64 channels of four tokens, in tiles of 16 channels whose rows are four tokens; with 32 tokens half of
-// the rows stay zero.
-inline void put_four(const __m512i* rows, int8_t* tile) {
+// 64 bytes of each of four tokens, four tokens' next to each other. The first vector gets the first four bytes
+// of each quarter.
+inline void side_by_side(const __m512i* rows, __m512i* fours) {
   const __m512i a = _mm512_unpacklo_epi8(rows[0], rows[1]), b = _mm512_unpackhi_epi8(rows[0], rows[1]);
   const __m512i c = _mm512_unpacklo_epi8(rows[2], rows[3]), d = _mm512_unpackhi_epi8(rows[2], rows[3]);
-  _mm512_store_si512(tile, _mm512_unpacklo_epi16(a, c));
-  _mm512_store_si512(tile + 1024, _mm512_unpackhi_epi16(a, c));
-  _mm512_store_si512(tile + 2048, _mm512_unpacklo_epi16(b, d));
-  _mm512_store_si512(tile + 3072, _mm512_unpackhi_epi16(b, d));
+  fours[0] = _mm512_unpacklo_epi16(a, c), fours[1] = _mm512_unpackhi_epi16(a, c);
+  fours[2] = _mm512_unpacklo_epi16(b, d), fours[3] = _mm512_unpackhi_epi16(b, d);
+}
+// 64 channels of four tokens, in tiles of 16 channels whose rows are four tokens.
+inline void put_four(const __m512i* rows, int8_t* tile) {
+  __m512i fours[4];
+  side_by_side(rows, fours);
+  for (int i = 0; i < 4; ++i) _mm512_store_si512(tile + 1024 * i, fours[i]);
 }
 
 // The quarters of four vectors, transposed: the first one gets all first quarters.

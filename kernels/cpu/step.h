@@ -154,10 +154,10 @@ void run(const Problem& p) {
     // The longer a block, the less its products are waited for, as long as it fits the first-level cache.
     const bool is_short = std::max(p.key_dim, p.value_dim) <= 64;
     const Kind keys = p.keys.format->kind, values = p.values.format->kind;
-    if (can_quantized_tiles(p)) return is_short ? attend<T, AmxQuantizedEngine<64>>(p) : attend<T, AmxQuantizedEngine<32>>(p);
+    if (can_quantized_tiles(p)) return attend<T, AmxQuantizedEngine<64>>(p);
     const bool tiles = keys != Kind::pruned && keys != Kind::quantized;
     if (tiles && values == Kind::int8) {
-      return is_short ? attend<T, AmxInt8Engine<64>>(p) : attend<T, AmxInt8Engine<32>>(p);
+      return attend<T, AmxInt8Engine<64>>(p);
     }
     if (tiles && values != Kind::spark && values != Kind::quantized) {
       return is_short ? attend<T, AmxEngine<64>>(p) : attend<T, AmxEngine<32>>(p);
