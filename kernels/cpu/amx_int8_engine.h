@@ -216,17 +216,17 @@ class AmxInt8Engine : public AmxEngine<N> {
   // Up to eight queries with all tokens of a packed block.
   template <bool SIGNS>
   void score_eight(int64_t first, int count, float (*scores)[BLOCK]) {
-    alignas(64) int32_t kept[BLOCK][16], signs[BLOCK][16];
-    for (int t = 0; t < BLOCK; t += 32) {
-      multiply(&kept_[t * key_width_], digits(first, 0), key_width_, kept + t);
-      if (SIGNS) multiply(&signs_[t * key_width_], digits(first, 1), key_width_, signs + t);
-    }
+    alignas(64) int32_t kept[32][16], signs[32][16];
     for (int t = 0; t < BLOCK; t += 16) {
+      if (t % 32 == 0) {
+        multiply(&kept_[t * key_width_], digits(first, 0), key_width_, kept);
+        if (SIGNS) multiply(&signs_[t * key_width_], digits(first, 1), key_width_, signs);
+      }
       const F step = load(key_steps_ + t), amplitude = load(amplitudes_ + t);
       for (int r = 0; r < count; r += 4) {
         F k[4], s[4] = {};
-        whole_numbers(kept + t, r, k);
-        if (SIGNS) whole_numbers(signs + t, r, s);
+        whole_numbers(kept + t % 32, r, k);
+        if (SIGNS) whole_numbers(signs + t % 32, r, s);
         for (int i = 0; i < 4; ++i) {
           F dot = k[i] * (units(first, 0)[r + i] * step);
           if (SIGNS) dot += s[i] * (units(first, 1)[r + i] * amplitude);

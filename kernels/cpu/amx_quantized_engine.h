@@ -89,7 +89,7 @@ class AmxQuantizedEngine : public AmxInt8Engine<N> {
     Base::finish(partial.sums, rows);
     for (int64_t row = 0; row < rows; ++row) {
       float* sums = partial.sums + row * value_width_;
-      value_head_.restore(sums, partial.softmax[row].total);
+      value_head_.restore(sums, partial.softmax[row].total());
       for (int64_t at = 0; at < value_width_; at += 32) {
         float ordered[32];
         std::copy_n(sums + at, 32, ordered);
@@ -135,7 +135,9 @@ class AmxQuantizedEngine : public AmxInt8Engine<N> {
       int8_t* tile = &this->values_[tile_row(t) * 64];
       if constexpr (can_four_levels<BITS, CHANNELS>()) put_four_levels<BITS, CHANNELS>(codes, tile);
       else {
-        for (int i = 0; i < 4; ++i) expand_levels<BITS, 0>(codes[i], p_.value_dim, &levels_[i * width]);
+        for (int i = 0; i < 4; ++i) {
+          expand_tokens<BITS, 0, CHANNELS, AwakeRequests>(codes[i], 0, 1, p_.value_dim, &levels_[i * width], width, nullptr);
+        }
         for (int64_t j = 0; j < width; j += 64) {
           __m512i rows[4];
           for (int i = 0; i < 4; ++i) rows[i] = _mm512_loadu_si512(&levels_[i * width + j]);
@@ -151,16 +153,16 @@ class AmxQuantizedEngine : public AmxInt8Engine<N> {
   }
 
   void score_eight(int64_t first, int count, float (*scores)[BLOCK]) {
-    alignas(64) int32_t dots[BLOCK][16];
+    alignas(64) int32_t dots[32][16];
     int p = 0;
     each_part([&](const Part& part, int64_t at) {
       const int64_t channels = round_up(part.channels, 64);
-      for (int t = 0; t < BLOCK; t += 32) this->multiply(&kept_[t * key_width_ + at], this->digits(first, 0) + at * 16, channels, dots + t);
       for (int t = 0; t < BLOCK; t += 16) {
+        if (t % 32 == 0) this->multiply(&kept_[t * key_width_ + at], this->digits(first, 0) + at * 16, channels, dots);
         const F amplitude = load(part_amplitudes_[p] + t);
         for (int r = 0; r < count; r += 4) {
           F k[4];
-          Base::whole_numbers(dots + t, r, k);
+          Base::whole_numbers(dots + t % 32, r, k);
           for (int i = 0; i < 4; ++i) {
             const F before = p ? load(&scores[r + i][t]) : splat(biases_[first + r + i]);
             store(&scores[r + i][t], before + k[i] * (units(first, 0)[r + i] * amplitude));

@@ -107,4 +107,21 @@ inline void split(F x, int8_t* high, int8_t* low) {
   _mm_storeu_si128((__m128i*)high, _mm512_cvtepi32_epi8(tens));
   _mm_storeu_si128((__m128i*)low, _mm512_cvtepi32_epi8(ones));
 }
+
+// Four columns of rows 0, 4, 8 and 12 of a tile.
+inline F four_rows(const float* tile) {
+  __m512 v = _mm512_castps128_ps512(_mm_loadu_ps(tile));
+  v = _mm512_mask_broadcast_f32x4(v, 0x00f0, _mm_loadu_ps(tile + 4 * 16));
+  v = _mm512_mask_broadcast_f32x4(v, 0x0f00, _mm_loadu_ps(tile + 8 * 16));
+  return _mm512_mask_broadcast_f32x4(v, 0xf000, _mm_loadu_ps(tile + 12 * 16));
+}
+
+// The 4 x 4 numbers in each quarter, transposed: rows of tokens become rows of queries.
+inline void transpose(F* v) {
+  const __m512 a = _mm512_unpacklo_ps(v[0], v[1]), b = _mm512_unpackhi_ps(v[0], v[1]);
+  const __m512 c = _mm512_unpacklo_ps(v[2], v[3]), d = _mm512_unpackhi_ps(v[2], v[3]);
+  v[0] = _mm512_shuffle_ps(a, c, 0x44), v[1] = _mm512_shuffle_ps(a, c, 0xee);
+  v[2] = _mm512_shuffle_ps(b, d, 0x44), v[3] = _mm512_shuffle_ps(b, d, 0xee);
+}
+
 }  // namespace spark

@@ -79,7 +79,10 @@ void finish_scores(const Problem& p, const Block& block, const int64_t* position
 // Running maximum and sum of a query's softmax. Scores become weights; returns what the weighted
 // sum so far has to be multiplied with.
 struct Softmax {
-  float max = -INF, total = 0;
+  float max = -INF;
+  F totals{};  // of the weights, lane by lane
+
+  float total() const { return sum(totals); }
 
   template <int BLOCK>
   float update(float (&scores)[BLOCK]) {
@@ -87,17 +90,20 @@ struct Softmax {
     for (int t = LANES; t < BLOCK; t += LANES) {
       largest = spark::max(largest, load(scores + t));
     }
-    const float seen = std::max(max, maximum(largest));
-    const float base = seen == -INF ? 0.0f : seen;
-    F weights{};
+    float rescale = 1.0f;
+    // Few blocks have a larger one, and folding lanes takes as long as all their weights.
+    if (lane_bits(largest > splat(max))) {
+      const float seen = std::max(max, maximum(largest));
+      rescale = max == -INF ? 0.0f : std::exp(max - seen);
+      totals *= rescale;
+      max = seen;
+    }
+    const float base = max == -INF ? 0.0f : max;
     for (int t = 0; t < BLOCK; t += LANES) {
       const F weight = exp_nonpositive(load(scores + t) - base);
       store(scores + t, weight);
-      weights += weight;
+      totals += weight;
     }
-    const float rescale = max == -INF ? 0.0f : max == seen ? 1.0f : std::exp(max - seen);
-    total = total * rescale + sum(weights);
-    max = seen;
     return rescale;
   }
 };
@@ -185,7 +191,7 @@ void merge_row(const Problem& p, const Partial* chunks, int64_t count, int64_t b
   bool nan = false;  // of a score: the largest one does not show it
   for (int64_t c = 0; c < count; ++c) {
     max = std::max(max, chunks[c].softmax[row].max);
-    nan |= std::isnan(chunks[c].softmax[row].total);
+    nan |= std::isnan(chunks[c].softmax[row].total());
   }
   T* output = p.output.at<T>(b, head, i);
   if (nan) return (void)std::fill_n(output, p.value_dim, from_float<T>(NAN));
@@ -198,7 +204,7 @@ void merge_row(const Problem& p, const Partial* chunks, int64_t count, int64_t b
     const Softmax& softmax = chunks[c].softmax[row];
     if (softmax.max == -INF) continue;
     const float share = std::exp(softmax.max - max), *part = chunks[c].sums + row * width;
-    total += softmax.total * share;
+    total += softmax.total() * share;
     for (int64_t j = 0; j < p.value_dim; ++j) sums[j] += part[j] * share;
   }
   for (int64_t j = 0; j < p.value_dim; ++j) output[j] = from_float<T>(sums[j] / total);

@@ -233,7 +233,7 @@ class FloatEngine {
   // Sums of levels become those of the values.
   void finish_packed(Partial partial, int64_t rows) {
     if (!p_.packed || p_.values.format->kind != Kind::quantized) return;
-    for (int64_t row = 0; row < rows; ++row) value_head_.restore(partial.sums + row * value_width_, partial.softmax[row].total);
+    for (int64_t row = 0; row < rows; ++row) value_head_.restore(partial.sums + row * value_width_, partial.softmax[row].total());
   }
   void finish(float*, int64_t) {}
 

@@ -151,13 +151,15 @@ template <class T>
 void run(const Problem& p) {
 #if defined(SPARK_AMX)
   if constexpr (std::is_same_v<T, bf16>) {
-    // The longer a block, the less its products are waited for, as long as it fits the first-level cache.
+    // The longer a block, the less its products are waited for, as long as it fits the first-level cache: of
+    // bytes 64 tokens do, of bfloat16 or two planes with short rows.
     const bool is_short = std::max(p.key_dim, p.value_dim) <= 64;
     const Kind keys = p.keys.format->kind, values = p.values.format->kind;
-    if (can_quantized_tiles(p)) return attend<T, AmxQuantizedEngine<64>>(p);
+    const bool fits = is_short || keys != Kind::spark || !p.keys.format->int8;
+    if (can_quantized_tiles(p)) return fits ? attend<T, AmxQuantizedEngine<64>>(p) : attend<T, AmxQuantizedEngine<32>>(p);
     const bool tiles = keys != Kind::pruned && keys != Kind::quantized;
     if (tiles && values == Kind::int8) {
-      return attend<T, AmxInt8Engine<64>>(p);
+      return fits ? attend<T, AmxInt8Engine<64>>(p) : attend<T, AmxInt8Engine<32>>(p);
     }
     if (tiles && values != Kind::spark && values != Kind::quantized) {
       return is_short ? attend<T, AmxEngine<64>>(p) : attend<T, AmxEngine<32>>(p);
