@@ -161,18 +161,6 @@ inline I load_codes(const uint8_t* p) {
   return v;
 #endif
 }
-inline void store_codes(uint8_t* p, I codes) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
-  // GCC would take the numbers out of the vector one by one.
-  const __m256i low = _mm256_shuffle_epi8(__m256i(codes), _mm256_set1_epi32(0x0c080400));
-  _mm_storel_epi64((__m128i*)p, _mm_unpacklo_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1)));
-#else
-  typedef uint8_t Bytes __attribute__((vector_size(LANES)));
-  const Bytes bytes = __builtin_convertvector(codes, Bytes);
-  std::memcpy(p, &bytes, LANES);
-#endif
-}
-
 // Calls f(j, parts) for LANES channels from j on, whose parts of codes are the lowest WIDTH bits. Of calls
 // that overlap the last one is right, and some of the lanes behind the last channel are none. Up to
 // LANES bytes after the plane are read.

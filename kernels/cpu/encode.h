@@ -152,16 +152,16 @@ class Encoder {
     const T stored = from_float<T>(nan ? NAN : maximum(top) / 127);
     *place.at<T>(f_.step) = stored;
     const float step = to_float(stored), unit = step > 0 ? step : 1.0f;
-    typedef int8_t Bytes __attribute__((vector_size(LANES)));
     for (int64_t j = 0; j < width_; j += LANES) {
       F level = load(&numbers_[j]) / unit;
       level = select(level != level, F{}, level);  // as the reference's integers have NaN
       level = spark::max(select(level > splat(127.0f), splat(127.0f), level), splat(-127.0f));
       // 1.5 * 2^23: what the sum loses is what rounding to a whole number takes.
-      const Bytes bytes = __builtin_convertvector(__builtin_convertvector((level + 12582912.0f) - 12582912.0f, I), Bytes);
-      std::memcpy(&levels_[j], &bytes, LANES);
+      store_low_bytes(&levels_[j], __builtin_convertvector((level + 12582912.0f) - 12582912.0f, I));
     }
-    kept_.compress(levels_.get(), f_.dim, place.at<int8_t>(f_.channels));
+    int8_t* channels = place.at<int8_t>(f_.channels);
+    if (f_.kind == Kind::int8) std::memcpy(channels, levels_.get(), f_.dim);
+    else kept_.compress(levels_.get(), f_.dim, channels);
   }
 
   const Format& f_;

@@ -86,7 +86,7 @@ class QuantizedEncoder {
     const float amplitude = BITS >= 5 ? largest(channels) / float((1 << BITS) - 1) : refitted<BITS>(channels);
     const uint8_t code = amplitude_code(amplitude, BITS >= 5);
     const Nearest<BITS> nearest(positive(amplitudes()[code]));
-    for (int64_t j = 0; j < channels; j += LANES) store_codes(&codes_[j], nearest.code(load(&numbers_[j])));
+    for (int64_t j = 0; j < channels; j += LANES) store_low_bytes(&codes_[j], nearest.code(load(&numbers_[j])));
     std::fill_n(&codes_[channels], 8, uint8_t(0));
     pack_codes<BITS>(codes_.get(), channels, packed);
     return code;

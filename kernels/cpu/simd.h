@@ -51,6 +51,18 @@ inline V load(const void* address) {
   return v;
 }
 inline void store(float* address, F v) { std::memcpy(address, &v, sizeof(F)); }
+// The lowest byte of each lane.
+inline void store_low_bytes(void* p, I numbers) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  // GCC would take the numbers out of the vector one by one.
+  const __m256i low = _mm256_shuffle_epi8(__m256i(numbers), _mm256_set1_epi32(0x0c080400));
+  _mm_storel_epi64((__m128i*)p, _mm_unpacklo_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1)));
+#else
+  typedef uint8_t Bytes __attribute__((vector_size(LANES)));
+  const Bytes bytes = __builtin_convertvector(numbers, Bytes);
+  std::memcpy(p, &bytes, LANES);
+#endif
+}
 inline F splat(float x) { return F{} + x; }
 inline I splat(int32_t x) { return I{} + x; }
 
