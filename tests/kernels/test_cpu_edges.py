@@ -120,27 +120,32 @@ def test_no_new_tokens(keep: int | None, position: list[int] | None) -> None:
         check_step(cache, (new[0], *tokens_of(spec, 0)[1:]), None, None, None, keep, None)
 
 
-@pytest.mark.parametrize("what", [math.nan, math.inf, -math.inf])
+NOT_FINITE = (math.nan, math.inf, -math.inf)
+
+
+@pytest.mark.parametrize("what", NOT_FINITE)
 @pytest.mark.parametrize("where", ["a key", "a value", "a query", "a new key"])
 def test_numbers_that_are_not_finite(where: str, what: float) -> None:
-    for dtype in DTYPES:
-        pairs = itertools.product(FORMATS, ("dense", "int8", "pruned", "quantized-4"))
-        for name, values in (*pairs, *(("dense", name) for name in QUANTIZED)):
-            spec = spec_of(name, values, dtype)
-            prompt, new = tokens_of(spec, 40), tokens_of(spec, 2)
-            rows = {"a key": prompt[1], "a value": prompt[2], "a query": new[0]}
-            rows.get(where, new[1])[0, 1, 1, 3] = what
-            query, *stored = prompt
-            builders = (ops.build, reference.build)
-            caches = [Cache(spec, *b(*stored, [query], spec.text, None)) for b in builders]
-            rest = (None, None, None, None, None, spec.text)
-            outputs = [
-                operator(*new, *cache.tensors, *rest)
-                for operator, cache in zip((ops.step, reference.step), caches, strict=True)
-            ]
-            assert torch.equal(*(output.isfinite() for output in outputs)), (dtype, name)
-            finite = outputs[1].isfinite()
-            assert_close(outputs[0][finite], outputs[1][finite], dtype)
+    """Each dtype with each pair of formats at each place, with one of the three numbers."""
+    pairs = itertools.product(FORMATS, ("dense", "int8", "pruned", "quantized-4"))
+    pairs = itertools.chain(pairs, (("dense", name) for name in QUANTIZED))
+    for number, (name, values) in enumerate(pairs, NOT_FINITE.index(what)):
+        dtype = DTYPES[number % 3]
+        spec = spec_of(name, values, dtype)
+        prompt, new = tokens_of(spec, 40), tokens_of(spec, 2)
+        rows = {"a key": prompt[1], "a value": prompt[2], "a query": new[0]}
+        rows.get(where, new[1])[0, 1, 1, 3] = what
+        query, *stored = prompt
+        builders = (ops.build, reference.build)
+        caches = [Cache(spec, *b(*stored, [query], spec.text, None)) for b in builders]
+        rest = (None, None, None, None, None, spec.text)
+        outputs = [
+            operator(*new, *cache.tensors, *rest)
+            for operator, cache in zip((ops.step, reference.step), caches, strict=True)
+        ]
+        assert torch.equal(*(output.isfinite() for output in outputs)), (dtype, name)
+        finite = outputs[1].isfinite()
+        assert_close(outputs[0][finite], outputs[1][finite], dtype)
 
 
 PLANES = (("spark", "pruned"), ("spark-int8", "pruned-int8"), ("spark-none", "int8"))

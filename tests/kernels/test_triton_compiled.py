@@ -233,12 +233,24 @@ def on(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "hip", "7" if amd else None)
 
 
-@pytest.mark.parametrize("target", SOME_ARE_SLOW)
+@pytest.mark.parametrize(
+    ("target", "configurations"),
+    [
+        pytest.param("sm_90", USUAL[::2], id="sm_90"),
+        pytest.param("sm_90", USUAL[1::2], id="sm_90-others", marks=pytest.mark.slow),
+        *(
+            pytest.param(target, USUAL, id=target, marks=pytest.mark.slow)
+            for target in TARGETS
+            if target != "sm_90"
+        ),
+    ],
+)
 def test_attention_spills_nothing(
-    target: str, calls: list[Call], monkeypatch: pytest.MonkeyPatch
-) -> None:
+    target: str, configurations: tuple[Step, ...], calls: list[Call],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     on(target, monkeypatch)
-    for configuration in USUAL:
+    for configuration in configurations:
         configuration.start()
     check([call for call in calls if call.kernel is launch.attend_split], target)
 

@@ -94,9 +94,10 @@ class Cache:
 
     def __init__(
         self, spec: Spec, tokens: int = 23, *, heads: tuple[int, int] = (2, 1), pages: int = 12,
-        garbage: int = 255,
+        garbage: int = 255, batch: int = 1,
     ) -> None:  # fmt: skip
-        self.spec, self.heads, self.stored = spec, heads, list[Tensor]()
+        """The interpreter runs a kernel for each batch entry and key head, one after the other."""
+        self.spec, self.heads, self.batch, self.stored = spec, heads, batch, list[Tensor]()
         query = self.queries(min(tokens, 7))
         for side, rows in zip(SIDES, self.new(tokens), strict=True):
             empty = allocate(rows, spec, side, pages, int(spec.tail_rows(tokens)))
@@ -109,11 +110,12 @@ class Cache:
 
     def queries(self, tokens: int) -> Tensor:
         format = self.spec.key
-        return torch.randn(2, self.heads[0], tokens, format.head_dim, dtype=format.dtype)
+        sizes = self.batch, self.heads[0], tokens, format.head_dim
+        return torch.randn(sizes, dtype=format.dtype)
 
     def new(self, tokens: int) -> list[Tensor]:
-        formats = (self.spec.key, self.spec.value)
-        return [torch.randn(2, self.heads[1], tokens, f.head_dim, dtype=f.dtype) for f in formats]
+        sizes, formats = (self.batch, self.heads[1], tokens), (self.spec.key, self.spec.value)
+        return [torch.randn(*sizes, f.head_dim, dtype=f.dtype) for f in formats]
 
     def sides(self) -> list[Store]:
         return [
@@ -174,7 +176,7 @@ def scattered(tensor: Tensor) -> Tensor:
 @pytest.mark.parametrize(("key", "value"), some_are_slow(*product(KEYS, VALUES), every=7))
 def test_every_pair_of_formats(key: str, value: str) -> None:
     """A page is packed in the first step and read in the second."""
-    cache = Cache(spec_of(key, value), tokens=24)
+    cache = Cache(spec_of(key, value), tokens=24, batch=2)
     for tokens in (1, 3):
         cache.step(tokens)
 
@@ -189,8 +191,8 @@ def test_every_pair_of_formats(key: str, value: str) -> None:
 def test_the_first_page_is_packed(key: str, sinks: int) -> None:
     """With it, the constants are fixed."""
     cache = Cache(spec_of(key, "quantized(bits=5)", sinks=sinks), tokens=7 + sinks)
-    for _ in range(7):
-        cache.step()
+    for tokens in (1, 1, 1, 4):
+        cache.step(tokens)
     assert cache.sides()[0].packed == 8
 
 
@@ -294,16 +296,18 @@ def test_evicted_tokens_are_not_seen_and_their_pages_used_again() -> None:
 
 @pytest.mark.parametrize("spread", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_masks_offsets_caps_and_sinks(spread: bool) -> None:
-    hows: tuple[tuple[dict[str, Any], Any], ...] = (
-        ({"softcap": 3.0}, lambda n: {"mask": torch.rand(2, 1, 3, n) < 0.7}),
-        ({"sinks": 2}, lambda n: {"mask": torch.randn(3, n), "causal_offset": 15}),
-        ({}, lambda n: {"mask": torch.rand(2, 6, 1, n) < 0.7, "sinks": torch.randn(6)}),
-        ({}, lambda n: {"mask": torch.randn(2, 6, 3, 1), "causal_offset": 0}),
-        ({}, lambda n: {"mask": torch.rand(1, 1, 3, n + 9) < 0.7}),
-        ({"softcap": 2.0}, lambda n: {"sinks": torch.randn(6), "causal_offset": n - 3}),
-    )
-    for changes, how in hows:
-        cache = Cache(spec_of(**changes), heads=(6, 2))
+    one, two = {"heads": (3, 1)}, {"heads": (6, 2), "batch": 2}
+    hows: tuple[tuple[dict[str, Any], dict[str, Any], Any], ...] = (
+        ({"softcap": 3.0}, two, lambda n: {"mask": torch.rand(2, 1, 3, n) < 0.7}),
+        ({"sinks": 2}, one, lambda n: {"mask": torch.randn(3, n), "causal_offset": 15}),
+        ({}, two, lambda n: {"mask": torch.rand(2, 6, 1, n) < 0.7, "sinks": torch.randn(6)}),
+        ({}, two, lambda n: {"mask": torch.randn(2, 6, 3, 1), "causal_offset": 0}),
+        ({}, one, lambda n: {"mask": torch.rand(1, 1, 3, n + 9) < 0.7}),
+        ({"softcap": 2.0}, {"heads": (6, 2)},
+         lambda n: {"sinks": torch.randn(6), "causal_offset": n - 3}),
+    )  # fmt: skip
+    for changes, sizes, how in hows:
+        cache = Cache(spec_of(**changes), **sizes)
         given = how(cache.visible + 3)
         if spread and "mask" in given:
             given["mask"] = scattered(given["mask"])
@@ -313,11 +317,11 @@ def test_masks_offsets_caps_and_sinks(spread: bool) -> None:
 def test_a_mask_begins_with_the_first_token_that_is_not_evicted() -> None:
     cache = Cache(spec_of(), tokens=24)
     cache.step(keep=11)
-    cache.step(mask=torch.rand(2, 1, 1, 12) < 0.5)
+    cache.step(mask=torch.rand(1, 1, 1, 12) < 0.5)
 
 
 def test_a_query_that_sees_nothing() -> None:
-    cache = Cache(spec_of())
+    cache = Cache(spec_of(), batch=2)
     mask = torch.ones(2, 1, 2, cache.visible + 2, dtype=torch.bool)
     mask[1, :, 1] = False
     output = cache.step(2, mask=mask)
@@ -372,7 +376,8 @@ def test_a_position_after_the_last_token_appends() -> None:
 
 @pytest.mark.parametrize("key", ["spark(kept=5)", "int8", "dense", "quantized(bits=4,scaled=True)"])
 def test_no_operand_has_to_be_contiguous(key: str) -> None:
-    cache = Cache(spec_of(key, "pruned(kept=3)"), heads=(6, 2), tokens=24)
+    heads = (6, 2) if key == "spark(kept=5)" else (3, 1)
+    cache = Cache(spec_of(key, "pruned(kept=3)"), heads=heads, tokens=24, batch=2)
     for tokens in (3, 1):
         cache.step(tokens, spread=True)
 
@@ -416,15 +421,15 @@ def test_build(key: str, value: str, tokens: int) -> None:
         ({"sinks": 2}, torch.ops.spark_triton.build),
         ({"min_tokens": 20}, EAGER["build"]),
     ):
-        cache = Cache(replace(spec_of(key, value), **changes))
+        cache = Cache(replace(spec_of(key, value), **changes), batch=1 if changes else 2)
         given = (*cache.new(tokens), [cache.queries(tokens), cache.queries(3)])
         rest = (cache.spec.text, 40)
         expected = list(REFERENCE.build(*given, *rest))
         result = list(operator(scattered(given[0]), *given[1:], *rest))
         assert [t.shape for t in result] == [t.shape for t in expected]
         check_same(result, expected, cache.spec)
-        cache.stored = result
-        cache.step(4)
+    cache.stored = result
+    cache.step(4)
 
 
 def test_what_the_kernels_cannot_do_goes_to_the_reference() -> None:
@@ -434,7 +439,7 @@ def test_what_the_kernels_cannot_do_goes_to_the_reference() -> None:
 
 
 def test_what_does_not_fit_is_named() -> None:
-    cache = Cache(spec_of(), pages=6, heads=(4, 2))
+    cache = Cache(spec_of(), pages=6, heads=(4, 2), batch=2)
     names = ("query", "new_key", "new_value", "key_pages", "key_head", "value_pages", "value_head")
     given = dict(zip(names, (cache.queries(1), *cache.new(1), *cache.stored), strict=True))
     for changes, message in (

@@ -18,6 +18,11 @@ from spark_compile import PrunedKeys, StoredValues, kv_bytes, optimize
 OPTIONS: dict[str, Any] = {"window": 4, "inner": "eager", "strict": True}
 
 
+def llama() -> Any:
+    """One layer: how a model generates has nothing to do with their number."""
+    return tiny("llama", "sdpa", layers=1)
+
+
 def exact(model: Any) -> Any:
     """A compiled copy that stores every channel."""
     return optimize(copy.deepcopy(model), key_ratio=0.0, **OPTIONS)
@@ -39,7 +44,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_way_of_generating(way: str) -> None:
-    model, ids = tiny("llama", "sdpa"), prompts(1, 20)
+    model, ids = llama(), prompts(1, 20)
     if way == "prompt lookup":
         ids = ids[:, :10].repeat(1, 2)
     arguments = {"max_new_tokens": 25, "min_new_tokens": 25, **WAYS[way]}
@@ -50,7 +55,7 @@ def test_a_way_of_generating(way: str) -> None:
 
 
 def test_assisted_decoding_crops_both_caches() -> None:
-    model, assistant = tiny("llama", "sdpa"), tiny("gpt2", "sdpa")
+    model, assistant = llama(), tiny("gpt2", "sdpa", layers=1)
     arguments = {"max_new_tokens": 20, "do_sample": False}
     ids = prompts(1, 12)
     expected = model.generate(ids, assistant_model=assistant, **arguments)
@@ -71,7 +76,7 @@ def test_a_left_padded_batch_twice_with_other_lengths() -> None:
 @pytest.mark.slow
 def test_padding_over_several_chunks() -> None:
     """Rows of queries that see nothing at all do not spoil the others."""
-    model, ids = tiny("llama", "sdpa"), prompts(2, 21)
+    model, ids = llama(), prompts(2, 21)
     mask = torch.ones_like(ids)
     mask[0, :11] = 0
     arguments = {"attention_mask": mask, "max_new_tokens": 8, "prefill_chunk_size": 4}
@@ -82,7 +87,7 @@ def test_padding_over_several_chunks() -> None:
 @pytest.mark.slow
 def test_one_model_again_and_again() -> None:
     """The same prompt, another batch size, and the first prompt again."""
-    model = tiny("llama", "sdpa")
+    model = llama()
     compiled, first = exact(model), prompts(1, 15)
     for ids in (first, first, prompts(3, 15), first):
         arguments = {"max_new_tokens": 12, "do_sample": False}
@@ -92,7 +97,7 @@ def test_one_model_again_and_again() -> None:
 @pytest.mark.slow
 def test_models_take_turns() -> None:
     """Step by step in one process, each with a cache of its own."""
-    models = [tiny("llama", "sdpa"), tiny("gpt2", "eager")]
+    models = [llama(), tiny("gpt2", "eager")]
     runs = [(model, exact(model)) for model in models]
     caches = [[transformers.DynamicCache(config=m.config) for m in run] for run in runs]
     steps = [[prompts(1, length) for _ in models] for length in (13, *[1] * 9)]
@@ -113,7 +118,7 @@ def in_threads(*calls: Callable[[], torch.Tensor]) -> list[torch.Tensor]:
 
 
 def test_two_threads_generate_at_once() -> None:
-    models, ids = [tiny("llama", "sdpa"), tiny("qwen3", "sdpa")], [prompts(2, 15), prompts(1, 22)]
+    models, ids = [llama(), tiny("qwen3", "sdpa", layers=1)], [prompts(2, 15), prompts(1, 22)]
     arguments = {"max_new_tokens": 30, "min_new_tokens": 30, "do_sample": False}
     expected = [model.generate(i, **arguments) for model, i in zip(models, ids, strict=True)]
     compiled = [exact(model) for model in models]
@@ -128,7 +133,7 @@ def test_two_threads_generate_at_once() -> None:
 
 
 def test_one_model_in_one_thread_after_another() -> None:
-    model, arguments = tiny("llama", "sdpa"), {"max_new_tokens": 15, "do_sample": False}
+    model, arguments = llama(), {"max_new_tokens": 15, "do_sample": False}
     compiled = exact(model)
     for ids in (prompts(1, 15), prompts(1, 15)):
         (actual,) = in_threads(lambda tokens=ids: compiled.generate(tokens, **arguments))
@@ -138,7 +143,7 @@ def test_one_model_in_one_thread_after_another() -> None:
 @pytest.mark.slow
 def test_turns_hand_their_cache_on() -> None:
     """A conversation: each turn gets the cache of the one before, and what the user adds."""
-    model = tiny("llama", "sdpa")
+    model = llama()
     compiled = exact(model)
     arguments = {"max_new_tokens": 9, "do_sample": False, "return_dict_in_generate": True}
     added = [prompts(1, length) for length in (14, 5, 5)]
@@ -158,7 +163,7 @@ def test_turns_hand_their_cache_on() -> None:
 @pytest.mark.slow
 def test_a_prefix_becomes_a_batch() -> None:
     """A cache of one sequence, repeated for three that go on in different ways."""
-    model, prefix, rest = tiny("llama", "sdpa"), prompts(1, 20), prompts(3, 4)
+    model, prefix, rest = llama(), prompts(1, 20), prompts(3, 4)
     whole = torch.cat((prefix.expand(3, -1), rest), dim=1)
     arguments = {"max_new_tokens": 10, "do_sample": False}
     compiled, cache = exact(model), transformers.DynamicCache(config=model.config)
@@ -174,7 +179,7 @@ def test_a_prefix_becomes_a_batch() -> None:
 @pytest.mark.filterwarnings("ignore::spark_compile.SparkWarning")
 def test_a_cache_made_of_tuples(filler: str) -> None:
     """Keys and values of each layer, as older code hands them on, filled by either model."""
-    model, ids = tiny("llama", "sdpa"), prompts(1, 18)
+    model, ids = llama(), prompts(1, 18)
     compiled, cache = exact(model), transformers.DynamicCache(config=model.config)
     with torch.no_grad():
         (model if filler == "dense" else compiled)(input_ids=ids, **{CACHE: cache})
@@ -189,7 +194,7 @@ def test_a_cache_made_of_tuples(filler: str) -> None:
 
 def test_turns_share_a_prefix() -> None:
     """Two continuations of one cache, one through deepcopy, do not see each other's tokens."""
-    model, ids = tiny("llama", "sdpa"), prompts(1, 20)
+    model, ids = llama(), prompts(1, 20)
     compiled = exact(model)
     cache = transformers.DynamicCache(config=model.config)
     with torch.no_grad():
@@ -218,7 +223,7 @@ def test_the_cache_holds_states_that_store_less() -> None:
 
 def test_few_graphs_for_two_thousand_tokens() -> None:
     """A prompt and 2,000 tokens take at most three graphs, however the storage grows."""
-    model = optimize(tiny("llama", "sdpa"), key_ratio=0.8, **{**OPTIONS, "window": 32})
+    model = optimize(llama(), key_ratio=0.8, **{**OPTIONS, "window": 32})
     model.config.max_position_embeddings = 4096
     counters.clear()
     cache = transformers.DynamicCache(config=model.config)

@@ -48,10 +48,19 @@ WITHOUT_ORACLE: dict[str, tuple[type, dict[str, Any]]] = {
 """The oracle of the tests knows no layers that read the cache of others."""
 
 
-def tiny(name: str, attention: str) -> Any:
-    """A model of the architecture in eval mode; the same weights at every call."""
+def tiny(name: str, attention: str, layers: int | None = None) -> Any:
+    """A model of the architecture in eval mode; the same weights at every call.
+
+    Args:
+        layers: number of its first layers that it has; None is all. Compiling takes most of the
+            time of a test, and half of that with one.
+    """
     kind, fields = (ARCHITECTURES | WITHOUT_ORACLE)[name]
     config = kind(**fields)
+    if layers is not None:
+        config.num_hidden_layers = layers
+        if getattr(config, "layer_types", None) is not None:
+            config.layer_types = config.layer_types[:layers]
     config._attn_implementation = attention
     torch.manual_seed(7)
     return t.AutoModelForCausalLM.from_config(config).eval()
