@@ -40,9 +40,6 @@ SHARED_BYTES = {
     "sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx90a": 64 << 10,
     "gfx942": 64 << 10, "gfx950": 160 << 10,
 }  # fmt: skip
-SOME_ARE_SLOW = [
-    pytest.param(target, marks=[pytest.mark.slow] * (target != "sm_90")) for target in TARGETS
-]
 TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int8: "i8",
     torch.uint8: "u8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64",
@@ -193,6 +190,10 @@ USUAL = (
     Step(), Step(**FULL), Step(**FULL, queries=9), Step(**FULL, dtype=torch.float32),
     Step(**BITS), Step(**BITS, queries=9, mask=torch.bool), Step("int8", "int8"),
 )  # fmt: skip
+OTHERS = (
+    USUAL[1], Step("int8", "spark(kept={0})", dtype=torch.float32), Step(**BITS),
+    Step("quantized(bits=4-2-2-1,scaled=True)", "int8", dim=256), Step(keep=None),
+)  # fmt: skip
 FORMATS = (
     ("dense", "dense"), ("int8", "int8"), ("spark(kept={0})", "pruned(kept={0})"), INT8,
     ("quantized(bits=6,scaled=True)", "quantized(bits=6)"),
@@ -209,6 +210,15 @@ EVERY = tuple(
     )
     if blocks.fits(dim, dim, dtype)
 )
+
+
+def half_are_fast(steps: tuple[Step, ...]) -> list[Any]:
+    """Targets and what is compiled for them; fast is every second step on one target."""
+    slow = [("sm_90", steps[1::2]), *((target, steps) for target in TARGETS if target != "sm_90")]
+    return [
+        pytest.param("sm_90", steps[::2], id="sm_90"),
+        *(pytest.param(*case, id=f"{case[0]}-slow", marks=pytest.mark.slow) for case in slow),
+    ]
 
 
 def check(calls: list[Call], target: str) -> None:
@@ -233,18 +243,7 @@ def on(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "hip", "7" if amd else None)
 
 
-@pytest.mark.parametrize(
-    ("target", "configurations"),
-    [
-        pytest.param("sm_90", USUAL[::2], id="sm_90"),
-        pytest.param("sm_90", USUAL[1::2], id="sm_90-others", marks=pytest.mark.slow),
-        *(
-            pytest.param(target, USUAL, id=target, marks=pytest.mark.slow)
-            for target in TARGETS
-            if target != "sm_90"
-        ),
-    ],
-)
+@pytest.mark.parametrize(("target", "configurations"), half_are_fast(USUAL))
 def test_attention_spills_nothing(
     target: str, configurations: tuple[Step, ...], calls: list[Call],
     monkeypatch: pytest.MonkeyPatch,
@@ -266,14 +265,12 @@ def test_no_configuration_of_attention_spills(
     check([call for call in calls if call.kernel is launch.attend_split], target)
 
 
-@pytest.mark.parametrize("target", SOME_ARE_SLOW)
-def test_the_other_kernels_spill_nothing(target: str, calls: list[Call]) -> None:
-    for configuration in (
-        USUAL[1], Step("int8", "spark(kept={0})", dtype=torch.float32), Step(**BITS),
-        Step("quantized(bits=4-2-2-1,scaled=True)", "int8", dim=256),
-    ):  # fmt: skip
+@pytest.mark.parametrize(("target", "configurations"), half_are_fast(OTHERS))
+def test_the_other_kernels_spill_nothing(
+    target: str, configurations: tuple[Step, ...], calls: list[Call]
+) -> None:
+    for configuration in configurations:
         configuration.start()
-    USUAL[0]._replace(keep=None).start()
     check([call for call in calls if call.kernel is not launch.attend_split], target)
 
 
