@@ -183,7 +183,7 @@ def main(
     contexts = [int(tokens) for tokens in context.split(",")]
     wanted, runs = suites.split(","), []
     if "ruler" in wanted:
-        console.print(tasks_suites.LEFT_OUT)
+        console.print(tasks_report.LEFT_OUT)
         names = matching(tasks, tasks_suites.RULER)
         path = tokenizer.name_or_path
         runs += [(tasks_suites.ruler(names, tokens, path, text), tokens) for tokens in contexts]
