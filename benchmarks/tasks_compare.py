@@ -51,6 +51,8 @@ class Line:
     """Score less that of the dense cache on the same samples, by task."""
     perplexity: Value | None
     """Of the essays."""
+    samples: int
+    """Least of a task."""
 
     @property
     def average(self) -> Value:
@@ -73,25 +75,47 @@ def settings(rows: Rows) -> list[Setting]:
 
 
 def lines(rows: Rows, setting: Setting) -> list[Line]:
-    """The methods that have all tasks of a setting, from most bytes to fewest."""
-    tasks: dict[str, dict[str, dict[str, Any]]] = {}
-    for key, row in rows.items():
-        if (key.context, key.question) == setting and key.task != ESSAYS:
-            tasks.setdefault(key.method, {})[key.task] = row
-    most, dense = max(map(len, tasks.values())), tasks.get(DENSE, {})
-    found = []
-    for method, own in tasks.items():
+    """From most bytes to fewest the methods that have all tasks which half of the methods have."""
+    tasks = _by_method(rows, setting)
+    named = dict.fromkeys(task for own in tasks.values() for task in own)
+    compared = [t for t in named if 2 * sum(t in own for own in tasks.values()) >= len(tasks)]
+    dense, found = tasks.get(DENSE, {}), []
+    for method, all_rows in tasks.items():
+        if not set(compared) <= set(all_rows):
+            continue
+        own = {task: all_rows[task] for task in compared}
         essays = rows.get(Key(method, ESSAYS, setting.context, VISIBLE))
-        both = [task for task in own if task in dense]
         line = Line(
             method,
             statistics.fmean(row["share"] for row in own.values()),
             {task: Value(row["score"], row["stderr"]) for task, row in own.items()},
-            {task: _change(own[task]["scores"], dense[task]["scores"]) for task in both},
+            {t: _change(own[t]["scores"], dense[t]["scores"]) for t in own if t in dense},
             Value(essays["score"], essays["stderr"]) if essays else None,
+            min(row["samples"] for row in own.values()),
         )
-        found += [line] if len(own) == most else []
+        found.append(line)
     return sorted(found, key=lambda line: -line.share)
+
+
+def not_compared(rows: Rows, setting: Setting, found: Sequence[Line]) -> dict[Key, Value]:
+    """What has been measured besides."""
+    shown = {(line.method, task) for line in found for task in line.scores}
+    return {
+        key: Value(row["score"], row["stderr"])
+        for key, row in rows.items()
+        if (key.context, key.question) == setting
+        and key.task != ESSAYS
+        and (key.method, key.task) not in shown
+    }
+
+
+def _by_method(rows: Rows, setting: Setting) -> dict[str, dict[str, dict[str, Any]]]:
+    """The rows of a setting by method and task."""
+    tasks: dict[str, dict[str, dict[str, Any]]] = {}
+    for key, row in rows.items():
+        if (key.context, key.question) == setting and key.task != ESSAYS:
+            tasks.setdefault(key.method, {})[key.task] = row
+    return tasks
 
 
 def relative(found: Sequence[Line]) -> dict[str, tuple[float, float]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,19 @@ from rich.table import Table
 from . import measure
 from .pictures import plt
 from .quality_models import MODELS
-from .tasks_compare import PAPER, Line, Rows, Setting, Value, lines, relative, settings
+from .tasks_compare import (
+    PAPER,
+    Line,
+    Rows,
+    Setting,
+    Value,
+    lines,
+    not_compared,
+    relative,
+    settings,
+)
 from .tasks_methods import SNAPKV_NAME
-from .tasks_results import read
+from .tasks_results import Key, read
 
 PAGE = Path(__file__).parents[1] / "docs" / "results.md"
 LEFT_OUT = "RULER's ruler_qa_squad and ruler_qa_hotpot are left out: their texts come from a hub."
@@ -60,8 +70,9 @@ def write(console: Console) -> None:
         for setting in settings(rows):
             found = lines(rows, setting)
             name = f"{title}, {setting.context:,} tokens, question {setting.question}"
+            besides = _besides(not_compared(rows, setting, found))
             console.print(table(name, found))
-            parts.append(f"### {name}\n\n{_page_table(found)}\n{_findings(found)}")
+            parts.append(f"### {name}\n\n{_page_table(found)}\n{_findings(found)}{besides}")
             compared.append((name, relative(found)))
     parts.append(_paper([(name, own) for name, own in compared if own]))
     PAGE.write_text("\n".join(parts))
@@ -144,13 +155,14 @@ def _conditions(header: dict[str, Any]) -> str:
 
 def _page_table(found: Sequence[Line]) -> str:
     tasks = list(found[0].scores)
-    rows = [["method", "stored", "average", "change", *map(_short, tasks), "perplexity"]]
+    names = ["method", "stored", "average", "change", *map(_short, tasks), "perplexity"]
+    rows = [[*names, "samples"]]
     rows.append(["---", *["---:"] * (len(rows[0]) - 1)])
     for line in found:
         lost = line.lost()
         cells = [percent(line.scores[task]) + " ↓" * (task in lost) for task in tasks]
         summary = [f"{line.share:.1%}", percent(line.average), percent(line.change)]
-        rows.append([line.method, *summary, *cells, _perplexity(line)])
+        rows.append([line.method, *summary, *cells, _perplexity(line), str(line.samples)])
     return _markdown(rows)
 
 
@@ -175,6 +187,12 @@ def _findings(found: Sequence[Line]) -> str:
                 f"(the paper, on LongBench: {margin:+.1f})."
             )
     return "".join(f"- {sentence}\n" for sentence in said)
+
+
+def _besides(found: Mapping[Key, Value]) -> str:
+    """Measurements that are in no table, since other methods lack them."""
+    named = [f"{key.method} {_short(key.task)} {percent(value)}" for key, value in found.items()]
+    return f"- Measured besides: {', '.join(named)}.\n" if named else ""
 
 
 def _paper(compared: Sequence[tuple[str, dict[str, tuple[float, float]]]]) -> str:

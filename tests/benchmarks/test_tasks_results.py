@@ -10,7 +10,7 @@ from rich.console import Console
 
 from benchmarks import measure, tasks_report
 from benchmarks.quality_methods import ours
-from benchmarks.tasks_compare import lines, relative, settings
+from benchmarks.tasks_compare import lines, not_compared, relative, settings
 from benchmarks.tasks_methods import DENSE, SNAPKV_NAME, methods
 from benchmarks.tasks_results import ESSAYS, Key, Results, read, summary
 
@@ -106,10 +106,17 @@ def test_differences_are_those_of_the_same_samples(results):
     assert relative([dense]) == {}
 
 
-def test_methods_without_all_tasks_are_left_out(results):
+def test_tasks_are_compared_that_half_of_the_methods_have(results):
     written = filled(results())
-    written.add(Key("late", "ruler_vt", 1024, "visible"), ours("late"), [1.0], [0.5], 1)
-    assert len(lines(written.rows, settings(written.rows)[0])) == 3
+    late, alone = Key("late", "ruler_vt", 1024, "visible"), Key(DENSE, "ruler_fwe", 1024, "visible")
+    written.add(late, ours("late"), [1.0], [0.5], 1)
+    written.add(alone, ours(DENSE), [0.5], [1.06], 1)
+    setting = settings(written.rows)[0]
+    found = lines(written.rows, setting)
+    assert [line.method for line in found] == [DENSE, SNAPKV_NAME, SPARK]
+    assert list(found[0].scores) == ["niah_single_1", "ruler_vt"]
+    assert found[0].samples == 3
+    assert not_compared(written.rows, setting, found) == {late: (1, None), alone: (0.5, None)}
 
 
 def test_the_page(results, monkeypatch, tmp_path):
