@@ -73,14 +73,12 @@ class _Answered(transformers.StoppingCriteria):
 class TasksLM(HFLM):  # type: ignore[misc]
     """Answers one prompt at a time, greedily, and notes what its cache stores."""
 
-    def __init__(
-        self, model: Any, tokenizer: Any, question: str, answer_tokens: int | None = None
-    ) -> None:
+    def __init__(self, model: Any, tokenizer: Any, question: str, answer_tokens: int = 0) -> None:
         """
         Args:
             question: "visible": a prompt is read at once. "hidden": what comes before the question
                 is read and stored first, so that no format and no eviction knows of the question.
-            answer_tokens: the most that an answer may take; by default a task's own number.
+            answer_tokens: the most that an answer may take; 0 stands for a task's own number.
         """
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=1)
         self._hides, self._answer_tokens = question == HIDDEN, answer_tokens
@@ -124,7 +122,7 @@ class TasksLM(HFLM):  # type: ignore[misc]
         criteria.append(_First(cache, self.shares))
         if "outputs" in self._request.doc:
             criteria.append(_Answered(self.tokenizer, length, self._request.doc["outputs"]))
-        if self._answer_tokens is not None:
+        if self._answer_tokens:
             max_length = min(max_length, length + self._answer_tokens)
         past = {cache_argument(self.model.prepare_inputs_for_generation): cache}
         return self.model.generate(

@@ -19,6 +19,10 @@ VISIBLE, HIDDEN = "visible", "hidden"
 _VERSIONS = ("torch", "transformers", "lm_eval")
 
 
+class ResultsError(ValueError):
+    """Results that do not belong together."""
+
+
 class Key(NamedTuple):
     """What a row is of."""
 
@@ -33,13 +37,24 @@ class Key(NamedTuple):
 class Results:
     """One result file. Later rows of a key replace earlier ones."""
 
-    def __init__(self, model: str, settings: dict[str, Any], machine: dict[str, Any]) -> None:
-        """Go on with the file that an earlier run with equal settings and versions has left."""
+    def __init__(
+        self, model: str, settings: dict[str, Any], machine: dict[str, Any], fresh: bool = False
+    ) -> None:
+        """Go on with the file of an earlier run, or begin one.
+
+        Args:
+            fresh: begin in any case.
+
+        Raises:
+            ResultsError: there is a file of other settings or versions.
+        """
         self.path = measure.RESULTS / f"tasks-{model}.jsonl"
         self.header: dict[str, Any] = {"machine": machine, "settings": settings}
         self.rows: dict[Key, dict[str, Any]] = {}
-        header, rows = read(self.path)
-        if header and _alike(header, self.header):
+        header, rows = ({}, {}) if fresh else read(self.path)
+        if header:
+            if differing := _differing(header, self.header):
+                raise ResultsError(f"{self.path} is of other settings: {differing}")
             self.header, self.rows = header, rows
         self.commit = machine["commit"]
         measure.RESULTS.mkdir(exist_ok=True)
@@ -99,6 +114,8 @@ def read(path: Path) -> tuple[dict[str, Any], dict[Key, dict[str, Any]]]:
     return found[0], {Key(*(row[name] for name in Key._fields)): row for row in found[1:]}
 
 
-def _alike(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    versions = all(one["machine"].get(n) == other["machine"].get(n) for n in _VERSIONS)
-    return versions and one["settings"] == other["settings"]
+def _differing(one: dict[str, Any], other: dict[str, Any]) -> str:
+    """What two first lines differ in, and both say of it."""
+    pairs = [(n, one["machine"].get(n), other["machine"].get(n)) for n in _VERSIONS]
+    pairs += [(n, one["settings"].get(n), value) for n, value in other["settings"].items()]
+    return ", ".join(f"{name} {a}, now {b}" for name, a, b in pairs if a != b)

@@ -14,7 +14,7 @@ from lm_eval.api.model import LM
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from benchmarks import measure, tasks, tasks_report, tasks_suites
+from benchmarks import measure, tasks, tasks_bench, tasks_report, tasks_suites
 from benchmarks.quality_methods import SNAPKV, ours
 from benchmarks.tasks_methods import compiled
 from benchmarks.tasks_model import TasksLM, question_start
@@ -169,7 +169,7 @@ def test_longbench_on_made_up_records(name, monkeypatch):
     task = tasks_suites.longbench([name])[name]
     assert asked == [(tasks_suites.LONGBENCH_DATA, name)]
     scripted = Scripted(texts)
-    assert tasks.answer(scripted, name, task, [0, 1]) == pytest.approx(expected, abs=1e-6)
+    assert tasks_bench.answer(scripted, name, task, [0, 1]) == pytest.approx(expected, abs=1e-6)
     prompt = scripted.prompts[0]
     assert "A long story." in prompt[: question_start(prompt, record)]
 
@@ -181,17 +181,17 @@ def on_a_tiny_model(monkeypatch, tmp_path, model, tokenizer, needle):
     monkeypatch.setattr(tasks, "load", lambda name: (model, tokenizer))
     monkeypatch.setattr(tasks, "essays", lambda: TEXT * 4)
     monkeypatch.setattr(tasks, "methods", lambda *_: (DENSE, INT8))
-    monkeypatch.setattr(tasks, "compiled", lambda model, *_: model)  # takes seconds
+    monkeypatch.setattr(tasks_bench, "compiled", lambda model, *_: model)  # takes seconds
     monkeypatch.setattr(tasks_suites, "hub_is_there", lambda: False)
     monkeypatch.setattr(tasks_suites, "ruler", lambda *_: needle)
     return tmp_path
 
 
-def run(samples=1, only="int8", suites="ruler,essays,longbench", **options):
+def run(samples=1, only="int8", suites="ruler,essays,longbench"):
     tasks.main(
         model="smollm2", context=str(CONTEXT), question="hidden", samples=samples, suites=suites,
         only=only, tasks="*", answer_tokens=4, dtype="float32", inner="eager", threads=1,
-        report=False, **options,
+        fresh=False, report=False,
     )  # fmt: skip
 
 
@@ -202,8 +202,8 @@ def test_runs_go_on_where_they_stopped(on_a_tiny_model, monkeypatch, capsys):
         asked.append(list(numbers))
         return answer(model, name, task, numbers)
 
-    answer = tasks.answer
-    monkeypatch.setattr(tasks, "answer", watched)
+    answer = tasks_bench.answer
+    monkeypatch.setattr(tasks_bench, "answer", watched)
     run()
     shown = " ".join(capsys.readouterr().out.split())
     assert tasks_suites.NO_HUB in shown

@@ -12,20 +12,22 @@ from benchmarks import measure, tasks_report
 from benchmarks.quality_methods import ours
 from benchmarks.tasks_compare import lines, not_compared, relative, settings
 from benchmarks.tasks_methods import DENSE, SNAPKV_NAME, methods
-from benchmarks.tasks_results import ESSAYS, Key, Results, read, summary
+from benchmarks.tasks_results import ESSAYS, Key, Results, ResultsError, read, summary
 
 MACHINE = {
     "torch": "2", "transformers": "5", "lm_eval": "0", "commit": "c", "cpu": "x", "threads": 1,
     "date": "2026-01-01T00:00:00",
 }  # fmt: skip
-SETTINGS = {"model": "smollm2", "dtype": "bfloat16", "answer_tokens": None, "inner": "eager"}
+SETTINGS = {"model": "smollm2", "dtype": "bfloat16", "answer_tokens": 0, "inner": "eager"}
 SPARK = f"{SNAPKV_NAME} + spark .5"
 
 
 @pytest.fixture
 def results(monkeypatch, tmp_path):
     monkeypatch.setattr(measure, "RESULTS", tmp_path)
-    return lambda settings=SETTINGS, machine=MACHINE: Results("smollm2", settings, machine)
+    return lambda settings=SETTINGS, machine=MACHINE, fresh=False: Results(
+        "smollm2", settings, machine, fresh
+    )
 
 
 def filled(results):
@@ -61,13 +63,15 @@ def test_what_is_measured_is_not_measured_again(results):
     assert len(results().path.read_text().splitlines()) == 2
 
 
-def test_other_settings_or_versions_begin_anew(results):
+def test_other_settings_or_versions_are_not_mixed(results):
     key, method = Key("m", "t", 1024, "visible"), ours("m")
     results().add(key, method, [1.0], [1], 1)
     assert results(machine=MACHINE | {"cpu": "y"}).rows
-    assert not results(SETTINGS | {"dtype": "float32"}).rows
-    results().add(key, method, [1.0], [1], 1)
-    assert not results(machine=MACHINE | {"lm_eval": "1"}).rows
+    with pytest.raises(ResultsError, match="of other settings: dtype bfloat16, now float32"):
+        results(SETTINGS | {"dtype": "float32"})
+    with pytest.raises(ResultsError, match="lm_eval 0, now 1"):
+        results(machine=MACHINE | {"lm_eval": "1"})
+    assert not results(SETTINGS | {"dtype": "float32"}, fresh=True).rows
 
 
 def test_half_a_line_is_dropped(results):
