@@ -13,21 +13,26 @@ from spark_compile import SparkConfig
 from spark_compile.kernels.formats import kept_channels
 from spark_compile.presets import SHARES
 
+from . import quality_methods
 from .quality_methods import SNAPKV, Ours, ours
 
 DENSE = "dense"
 SNAPKV_NAME, PYRAMIDKV_NAME = "SnapKV 128", "PyramidKV 128"
 BUDGETS = (0.52, 0.28, 0.20)
+KEYS_ALONE = ("spark .5", "spark .8", "think .5", "think .8")
+"""Without eviction: where that loses an answer, no format of what is left can show anything."""
 
 
 def methods(head_dim: int, layers: int) -> tuple[Ours, ...]:
     """What is compared on a model of some layers with heads of D channels."""
     # The last layer has 67 tokens, of which 64 are those that observe.
     pyramid = {"evict": f"pyramidkv(tokens=128,layers={layers})", "sink_tokens": 3}
+    others = {method.name: method for method in quality_methods.methods(head_dim)}
     return (
-        ours(DENSE),
+        others[DENSE],
         *(Ours(name, SparkConfig(budget=name)) for name in SHARES),
         *(Ours(f"budget {share:.2f}", SparkConfig(budget=share)) for share in BUDGETS),
+        *(others[name] for name in KEYS_ALONE),
         *_evicted(SNAPKV_NAME, SNAPKV, head_dim),
         *_evicted(PYRAMIDKV_NAME, pyramid, head_dim),
     )

@@ -139,7 +139,13 @@ def test_the_page(results, monkeypatch, tmp_path):
 def test_methods_are_those_of_the_issue():
     names = [method.name for method in methods(64, 30)]
     assert names[:4] == [DENSE, "near-lossless", "balanced", "smallest"]
-    assert {"budget 0.52", "budget 0.28", "budget 0.20", "PyramidKV 128 + think .8"} < set(names)
+    assert {
+        "budget 0.52",
+        "budget 0.28",
+        "budget 0.20",
+        "spark .8",
+        "PyramidKV 128 + think .8",
+    } < set(names)
     spark = next(m for m in methods(64, 30) if m.name == f"{SNAPKV_NAME} + spark .8")
     assert spark.config.key_format == "spark(kept=13)"
     assert spark.config.evict == "snapkv(tokens=128)"
