@@ -39,9 +39,10 @@ same dtype. Everything is in it, also room to grow: a dense cache takes more tha
 budget, which is stated for 4,096 tokens, more at fewer. Scores are in percent, with standard errors
 over the samples. *Change* is the average less that of the dense cache, and ↓ marks a task that is
 lower than with it by more than a standard error; both errors are those of differences on the same
-samples. A *hidden* question is fed when the prompt before it has been stored, so that no format and
-no eviction knows of it. *Perplexity* is that of 256 tokens of the essays after a prompt of that
-length. An answer ends as soon as it has all that RULER looks for.
+samples (± 0.0 says that all came out alike, no more). A *hidden* question is fed when the prompt
+before it has been stored, so that no format and no eviction knows of it. *Perplexity* is that of
+256 tokens of the essays after a prompt of that length. An answer ends as soon as it has all that
+RULER looks for.
 
 {LEFT_OUT}
 """
@@ -50,8 +51,9 @@ _COMPARISON = """## Beside the paper
 The paper (arXiv 2508.15212) has LongBench averages with SnapKV at a budget of 128 tokens. That
 data is on a hub: ours are of RULER's tasks, on a far smaller model, so that neither scores nor what
 SnapKV itself loses can be compared. What can be set side by side is what pruning keys costs on top
-of SnapKV: each average over that of SnapKV alone. It is worth little where SnapKV alone hardly
-scores, and has the errors of the tables above.
+of SnapKV: each average over that of SnapKV alone, if that is not 0. RULER's answers are numbers
+whose digits are a token each, of which eviction to 128 tokens may keep one or two; then no format
+can show anything. So keys are pruned without eviction, too, which is not in the paper's table.
 """
 
 
@@ -177,16 +179,20 @@ def _findings(found: Sequence[Line]) -> str:
         if (line := named.get(name)) and line.change:
             dense = line.average.mean - line.change.mean
             said.append(f"{name}: {line.change.mean / dense:+.1%} of the dense average.")
-    for ratio in (".5", ".8"):
-        pair = [named.get(f"{SNAPKV_NAME} + {format} {ratio}") for format in ("spark", "think")]
-        if all(pair):
-            points = [100 * line.average.mean for line in pair if line]
-            margin = PAPER[pair[0].method] - PAPER[pair[1].method]  # type: ignore[union-attr]
-            said.append(
-                f"SparK over ThinK at {ratio}, on SnapKV: {points[0] - points[1]:+.1f} points "
-                f"(the paper, on LongBench: {margin:+.1f})."
-            )
-    return "".join(f"- {sentence}\n" for sentence in said)
+    said += [_margin(named, before, r) for before in (SNAPKV_NAME, "") for r in (".5", ".8")]
+    return "".join(f"- {sentence}\n" for sentence in said if sentence)
+
+
+def _margin(named: Mapping[str, Line], before: str, ratio: str) -> str:
+    """How much better SparK's keys are than ThinK's, on top of an eviction or without one."""
+    start = f"{before} + " if before else ""
+    pair = [f"{start}{format} {ratio}" for format in ("spark", "think")]
+    if not set(pair) <= set(named):
+        return ""
+    points = [100 * named[name].average.mean for name in pair]
+    paper = f" (the paper, on LongBench: {PAPER[pair[0]] - PAPER[pair[1]]:+.1f})" if before else ""
+    on = f"on {before}" if before else "without eviction"
+    return f"SparK over ThinK at {ratio}, {on}: {points[0] - points[1]:+.1f} points{paper}."
 
 
 def _besides(found: Mapping[Key, Value]) -> str:

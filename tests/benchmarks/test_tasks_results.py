@@ -132,6 +132,15 @@ def test_the_page(results, monkeypatch, tmp_path):
     assert "| SnapKV 128 + spark .5 | 32.04 | 98.9% | 50.0% |" in page
     assert "| SnapKV 128 + think .8 | 16.97 | 52.4% | - |" in page
     assert "SparK over ThinK" not in page  # not measured
+    think = Key(f"{SNAPKV_NAME} + think .5", "", 1024, "visible")
+    for task in ("niah_single_1", "ruler_vt"):
+        written.add(think._replace(task=task), ours("think"), [0, 0, 0.5], [0.2] * 3, 1)
+    tasks_report.write(Console(width=120))
+    page = (tmp_path / "results.md").read_text()
+    assert (
+        "SparK over ThinK at .5, on SnapKV 128: +16.7 points (the paper, on LongBench: +3.8)"
+        in page
+    )
     assert written.path.with_suffix(".png").stat().st_size > 10_000
     assert json.dumps(SETTINGS) in page
 
