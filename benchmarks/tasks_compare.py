@@ -75,10 +75,10 @@ def settings(rows: Rows) -> list[Setting]:
 
 
 def lines(rows: Rows, setting: Setting) -> list[Line]:
-    """From most bytes to fewest the methods that have all tasks which half of the methods have."""
+    """From most bytes to fewest the methods that have all tasks which most methods have."""
     tasks = _by_method(rows, setting)
     named = dict.fromkeys(task for own in tasks.values() for task in own)
-    compared = [t for t in named if 2 * sum(t in own for own in tasks.values()) >= len(tasks)]
+    compared = [t for t in named if 2 * sum(t in own for own in tasks.values()) > len(tasks)]
     dense, found = tasks.get(DENSE, {}), []
     for method, all_rows in tasks.items():
         if not set(compared) <= set(all_rows):

@@ -17,7 +17,6 @@ from .tasks_compare import (
     PAPER,
     Line,
     Rows,
-    Setting,
     Value,
     lines,
     not_compared,
@@ -97,14 +96,18 @@ def table(title: str, found: Sequence[Line]) -> Table:
 
 
 def draw(rows: Rows, path: Path, title: str) -> Path:
-    """Average score over stored bytes, a panel per context and question."""
-    panels = settings(rows)
+    """Average score over stored bytes, a panel per context and question with several methods."""
+    compared = {setting: lines(rows, setting) for setting in settings(rows)}
+    panels = {s: found for s, found in compared.items() if len(found) > 1} or compared
     figure, axes = plt.subplots(
-        1, len(panels), figsize=(6.5 * len(panels), 5), sharey=True, squeeze=False
+        1, len(panels), figsize=(8 * len(panels), 5.5), sharey=True, squeeze=False
     )
-    for axis, setting in zip(axes[0], panels, strict=True):
-        _panel(axis, rows, setting)
+    for axis, (setting, found) in zip(axes[0], panels.items(), strict=True):
+        for line in found:
+            _point(axis, line)
         axis.set_title(f"{title}, {setting.context:,} tokens, question {setting.question}")
+        axis.set(xlabel="stored bytes, % of dense", xlim=(0, 125), ylim=(-4, 104))
+        axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel("average score, %")
     figure.set_layout_engine("constrained")
     figure.savefig(path, dpi=150)
@@ -112,16 +115,12 @@ def draw(rows: Rows, path: Path, title: str) -> Path:
     return path
 
 
-def _panel(axis: Any, rows: Rows, setting: Setting) -> None:
-    for line in lines(rows, setting):
-        x, (mean, error) = 100 * line.share, line.average
-        marker = "s" if "KV" in line.method else "o"
-        axis.errorbar(x, 100 * mean, 100 * (error or 0), fmt=marker, markersize=5)
-        axis.annotate(line.method, (x, 100 * mean), (4, 4), textcoords="offset points", fontsize=7)
-    axis.set_xscale("log")
-    axis.set_xlabel("stored bytes, % of dense")
-    axis.grid(alpha=0.3)
-    axis.set_ylim(bottom=0)
+def _point(axis: Any, line: Line) -> None:
+    """Squares are of methods that evict."""
+    x, (mean, error) = 100 * line.share, line.average
+    marker = "s" if "KV" in line.method else "o"
+    axis.errorbar(x, 100 * mean, 100 * (error or 0), fmt=marker, markersize=5)
+    axis.annotate(line.method, (x, 100 * mean), (5, 5), textcoords="offset points", fontsize=8)
 
 
 def percent(value: Value | None) -> str:
