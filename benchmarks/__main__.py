@@ -15,6 +15,7 @@ from . import (
     quality,
     regressions,
     step_overhead,
+    tasks,
 )
 
 COMMANDS = {
@@ -28,6 +29,7 @@ COMMANDS = {
     "memory": prefill_memory.main,
     "overhead": step_overhead.main,
     "quality": quality.main,
+    "tasks": tasks.main,
 }
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 for name, command in COMMANDS.items():

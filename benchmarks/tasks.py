@@ -107,7 +107,3 @@ def main(
             length = tokens + SCORED_TOKENS + 1
             bench.run_essays(method, disjoint_windows(tokenizer, text, length, samples), tokens)
     tasks_report.write(console)
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -54,7 +54,7 @@ class Bench:
 
     @property
     def _settings(self) -> dict[str, Any]:
-        return self._results.header["settings"]
+        return self._results.settings
 
     def _reader(self, method: Ours) -> Any:
         """The compiled model, kept until another method's turn."""

@@ -13,6 +13,7 @@ from rich.table import Table
 from . import measure
 from .pictures import plt
 from .quality_models import MODELS
+from .results import Result
 from .tasks_compare import (
     PAPER,
     Line,
@@ -24,13 +25,13 @@ from .tasks_compare import (
     settings,
 )
 from .tasks_methods import SNAPKV_NAME
-from .tasks_results import Key, read
+from .tasks_results import Key, by_key
 
 PAGE = Path(__file__).parents[1] / "docs" / "results.md"
 LEFT_OUT = "RULER's ruler_qa_squad and ruler_qa_hotpot are left out: their texts come from a hub."
 _INTRODUCTION = f"""# Scores of tasks
 
-Made by `python -m benchmarks.tasks --report` from `benchmarks/results/tasks-*.jsonl`: do not edit.
+Made by `python -m benchmarks tasks --report` from `benchmarks/results/tasks-*.jsonl`: do not edit.
 
 lm-eval's RULER, answered greedily by the compiled model on the cache that it really stores.
 *Stored* is what `kv_bytes` counts once the prompt is stored, over its tokens' dense bytes in the
@@ -61,11 +62,11 @@ def write(console: Console) -> None:
     parts = [_INTRODUCTION]
     compared: list[tuple[str, dict[str, tuple[float, float]]]] = []
     for path in sorted(measure.RESULTS.glob("tasks-*.jsonl")):
-        header, rows = read(path)
-        if not rows:
+        result = Result.read(path)
+        if not result.rows:
             continue
-        title = MODELS[header["settings"]["model"]].title
-        parts.append(f"## {title}\n\n{_conditions(header)}\n")
+        title, rows = MODELS[result.settings["model"]].title, by_key(result)
+        parts.append(f"## {title}\n\n{_conditions(result)}\n")
         picture = draw(rows, path.with_suffix(".png"), title)
         parts.append(f"![Scores over stored bytes](../benchmarks/results/{picture.name})\n")
         for setting in settings(rows):
@@ -143,8 +144,8 @@ def _short(task: str) -> str:
     return task.removeprefix("niah_").removeprefix("ruler_").removeprefix("longbench_")
 
 
-def _conditions(header: dict[str, Any]) -> str:
-    machine, chosen = header["machine"], header["settings"]
+def _conditions(result: Result) -> str:
+    machine, chosen = result.machine, result.settings
     answer = chosen["answer_tokens"]
     limit = f"answers of at most {answer} tokens" if answer else "answers as long as RULER allows"
     return (

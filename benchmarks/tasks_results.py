@@ -1,21 +1,21 @@
-"""Results of tasks as lines of JSON: what was run first, then a row per measurement."""
+"""Results of tasks: a row per measurement."""
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import measure
 from .quality_methods import Ours
 from .quality_report import mean_and_error
+from .results import Metric, Result
 
 ESSAYS = "essays"
 """The task whose score is a perplexity: lower is better, and it is part of no average."""
 VISIBLE, HIDDEN = "visible", "hidden"
+METRICS = {"score": Metric("ratio", "more"), "share": Metric("ratio")}
 _VERSIONS = ("torch", "transformers", "lm_eval")
 
 
@@ -35,7 +35,7 @@ class Key(NamedTuple):
 
 
 class Results:
-    """One result file. Later rows of a key replace earlier ones."""
+    """One result file."""
 
     def __init__(
         self, model: str, settings: dict[str, Any], machine: dict[str, Any], fresh: bool = False
@@ -49,18 +49,16 @@ class Results:
             ResultsError: there is a file of other settings or versions.
         """
         self.path = measure.RESULTS / f"tasks-{model}.jsonl"
-        self.header: dict[str, Any] = {"machine": machine, "settings": settings}
+        self.settings, self.commit = settings, machine["commit"]
         self.rows: dict[Key, dict[str, Any]] = {}
-        header, rows = ({}, {}) if fresh else read(self.path)
-        if header:
-            if differing := _differing(header, self.header):
+        self._result = Result(
+            f"tasks-{model}", [*Key._fields], METRICS, [], settings, machine, [*_VERSIONS]
+        )
+        if not fresh and self.path.exists():
+            earlier = Result.read(self.path)
+            if differing := _differing(earlier, self._result):
                 raise ResultsError(f"{self.path} is of other settings: {differing}")
-            self.header, self.rows = header, rows
-        self.commit = machine["commit"]
-        measure.RESULTS.mkdir(exist_ok=True)
-        # Written anew: a run that was killed may have left half a line.
-        lines = [self.header, *self.rows.values()]
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            self._result, self.rows = earlier, by_key(earlier)
 
     def missing(self, key: Key, what: str, samples: int) -> range:
         """Numbers of the samples that have not been measured."""
@@ -88,8 +86,8 @@ class Results:
             "seconds": round(seconds, 1), "commit": self.commit,
             "scores": [round(score, 5) for score in scores],
         }  # fmt: skip
-        with self.path.open("a") as file:
-            file.write(json.dumps(self.rows[key]) + "\n")
+        self._result.rows = [*self.rows.values()]
+        self._result.write(self.path)
         return self.rows[key]
 
 
@@ -101,21 +99,13 @@ def summary(task: str, scores: Sequence[float]) -> tuple[float, float | None]:
     return math.exp(mean), None if error is None else math.exp(mean) * error
 
 
-def read(path: Path) -> tuple[dict[str, Any], dict[Key, dict[str, Any]]]:
-    """The first line and the rows of a file; both are empty if it is not there."""
-    found = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:  # of a run that was killed
-            continue
-    if not found:
-        return {}, {}
-    return found[0], {Key(*(row[name] for name in Key._fields)): row for row in found[1:]}
+def by_key(result: Result) -> dict[Key, dict[str, Any]]:
+    """The rows of a file by what they are of."""
+    return {Key(*(row[name] for name in Key._fields)): row for row in result.rows}
 
 
-def _differing(one: dict[str, Any], other: dict[str, Any]) -> str:
-    """What two first lines differ in, and both say of it."""
-    pairs = [(n, one["machine"].get(n), other["machine"].get(n)) for n in _VERSIONS]
-    pairs += [(n, one["settings"].get(n), value) for n, value in other["settings"].items()]
+def _differing(one: Result, other: Result) -> str:
+    """What the machine's versions and the settings of two files differ in."""
+    pairs = [(n, one.machine.get(n), other.machine.get(n)) for n in _VERSIONS]
+    pairs += [(n, one.settings.get(n), value) for n, value in other.settings.items()]
     return ", ".join(f"{name} {a}, now {b}" for name, a, b in pairs if a != b)

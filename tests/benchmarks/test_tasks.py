@@ -16,9 +16,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from benchmarks import measure, tasks, tasks_bench, tasks_report, tasks_suites
 from benchmarks.quality_methods import SNAPKV, ours
+from benchmarks.results import Result
 from benchmarks.tasks_methods import compiled
 from benchmarks.tasks_model import TasksLM, question_start
-from benchmarks.tasks_results import read
 
 CONTEXT = 1024
 DENSE, INT8 = ours("dense"), ours("int8", key_dtype="int8", value_dtype="int8")
@@ -211,12 +211,12 @@ def test_runs_go_on_where_they_stopped(on_a_tiny_model, monkeypatch, capsys):
     run()
     run(samples=2)
     assert asked == [[0], [1]]
-    header, rows = read(on_a_tiny_model / "tasks-smollm2.jsonl")
-    assert header["settings"]["answer_tokens"] == 4
-    assert sorted((key.task, row["samples"]) for key, row in rows.items()) == [
+    result = Result.read(on_a_tiny_model / "tasks-smollm2.jsonl")
+    assert result.settings["answer_tokens"] == 4
+    assert sorted((row["task"], row["samples"]) for row in result.rows) == [
         ("essays", 2), ("niah_single_1", 2),
     ]  # fmt: skip
-    assert all(row["share"] == 1 for row in rows.values())
+    assert all(row["share"] == 1 for row in result.rows)
     assert "int8" in (on_a_tiny_model / "results.md").read_text()
 
 
