@@ -293,7 +293,7 @@ def test_output_attentions_are_left_alone_with_a_reason() -> None:
 def test_sliding_layers_and_full_ones_are_rewritten() -> None:
     kind, fields = ARCHITECTURES["gemma3"]
     layers = ["sliding_attention", "full_attention"]
-    config = kind(**{**fields, "layer_types": layers, "sliding_window": 16})
+    config = getattr(transformers, kind)(**{**fields, "layer_types": layers, "sliding_window": 16})
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     arguments = {"max_new_tokens": 20, "do_sample": False, "return_dict_in_generate": True}
     compiled = exact(model)
