@@ -21,31 +21,30 @@ METRICS = {"speedup": Metric("ratio", "more")}
 """Over the fastest dense way of attending, appending by cat, and copying."""
 
 
-def interval(ours: Sequence[float], base: Sequence[float]) -> tuple[float, float]:
-    """95 % bootstrap interval (Efron 1979) of the speed ratio of times measured in turns."""
+def interval(ratios: Sequence[float]) -> tuple[float, float]:
+    """95 % bootstrap interval of the median (Efron 1979)."""
     draw = random.Random(0)
-    pairs = list(zip(ours, base, strict=True))
-    found = []
-    for _ in range(RESAMPLES):
-        drawn = draw.choices(pairs, k=len(pairs))
-        one, other = (statistics.median(times) for times in zip(*drawn, strict=True))
-        found.append(other / one)
-    found.sort()
-    return found[round(0.025 * RESAMPLES)], found[round(0.975 * RESAMPLES) - 1]
+    medians = sorted(
+        statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(RESAMPLES)
+    )
+    return medians[round(0.025 * RESAMPLES)], medians[round(0.975 * RESAMPLES) - 1]
 
 
 def rows_of(operation: str, tokens: int, contenders: Sequence[Contender]) -> list[Row]:
-    """Rows of contenders that have been timed."""
+    """Rows of contenders that have been timed in turns: of each turn, the ratio of two times."""
     base = next(c for c in contenders if c.name == BASELINES[operation])
-    return [
-        {
-            "operation": operation, "tokens": tokens, "contender": c.name,
-            "speedup": statistics.median(base.times_ms) / statistics.median(c.times_ms),
-            "speedup_interval": interval(c.times_ms, base.times_ms),
-        }
-        for c in contenders
-        if c is not base
-    ]  # fmt: skip
+    rows = []
+    for contender in contenders:
+        if contender is base:
+            continue
+        ratios = [b / own for b, own in zip(base.times_ms, contender.times_ms, strict=True)]
+        rows.append(
+            {
+                "operation": operation, "tokens": tokens, "contender": contender.name,
+                "speedup": statistics.median(ratios), "speedup_interval": interval(ratios),
+            }
+        )  # fmt: skip
+    return rows
 
 
 def run() -> list[Row]:
