@@ -126,21 +126,21 @@ class Nearest {
     if constexpr (BITS >= 5) {
       // Between two of the equal distances is an even number of units.
       const F place = x * inverse_ + float(HALF), most = splat(2.0f * HALF - 1);
-      return __builtin_convertvector(select(place < most, spark::max(place, F{}), most), I);
+      return __builtin_convertvector(spark::max(place < most ? place : most, F{}), I);
     } else {
-      const I index = rank(x);
-      return bit_cast<I>(select(x < F{}, bit_cast<F>(index ^ (HALF - 1)), bit_cast<F>(index | HALF)));
+      const I index = rank(magnitude(x));
+      return x < F{} ? index ^ (HALF - 1) : index | HALF;
     }
   }
-  // Which of the positive levels of few bits is next to a magnitude; of two that are as near the one whose
-  // level is the higher.
-  I rank(F x) const {
-    const Table<BITS> middles(middles_);
-    const F magnitude = bit_cast<F>(bit_cast<I>(spark::abs(x)) + bit_cast<I>(x < F{}));  // a bit less if negative
-    I index{};
-    for (int bit = HALF / 2; bit; bit /= 2) {
+  // Of two levels that are as near, the higher one is the number's: a negative one is a bit less here.
+  static F magnitude(F x) { return bit_cast<F>(bit_cast<I>(spark::abs(x)) + bit_cast<I>(x < F{})); }
+  // Which of the positive levels of few bits is next to a magnitude.
+  I rank(F magnitude) const {
+    const Table<BITS - 1> middles(middles_);
+    I index = magnitude < splat(middles_[HALF / 2]) ? I{} : splat(HALF / 2);
+    for (int bit = HALF / 4; bit; bit /= 2) {
       const I next = index | bit;
-      index = bit_cast<I>(select(magnitude < middles[next], bit_cast<F>(index), bit_cast<F>(next)));
+      index = magnitude < middles[next] ? index : next;
     }
     return index;
   }
@@ -204,14 +204,15 @@ inline void expand_codes(const uint8_t* codes, int64_t channels, const Table<BIT
 
 constexpr int UNIT_CODE = 81, OCTAVE = 16, NOT_FINITE = 255;
 
+inline std::array<float, 256> amplitudes_above(float codes) {
+  std::array<float, 256> made{};
+  for (int code = 1; code < NOT_FINITE; ++code) made[code] = std::exp2((float(code - UNIT_CODE) + codes) / OCTAVE);
+  made[NOT_FINITE] = NAN;
+  return made;
+}
 // What codes of amplitudes stand for: kernels/formats/quantized.py.
 inline const std::array<float, 256>& amplitudes() {
-  static const std::array<float, 256> table = [] {
-    std::array<float, 256> made{};
-    for (int code = 1; code < NOT_FINITE; ++code) made[code] = std::exp2(float(code - UNIT_CODE) / OCTAVE);
-    made[NOT_FINITE] = NAN;
-    return made;
-  }();
+  static const std::array<float, 256> table = amplitudes_above(0);
   return table;
 }
 
@@ -219,8 +220,14 @@ inline const std::array<float, 256>& amplitudes() {
 inline uint8_t amplitude_code(float amplitude, bool up) {
   if (!std::isfinite(amplitude)) return NOT_FINITE;
   if (amplitude == 0) return 0;
-  const float steps = std::log2(amplitude) * OCTAVE + UNIT_CODE;
-  return uint8_t(std::clamp(up ? std::ceil(steps) : std::nearbyint(steps), 1.0f, float(NOT_FINITE - 1)));
+  static const std::array<float, 256> middles = amplitudes_above(0.5f);
+  const std::array<float, 256>& most = up ? amplitudes() : middles;
+  // The logarithm of a mantissa is at least the mantissa less 1, and at most 1.4 codes above that.
+  constexpr int SHIFT = 23 - 4;
+  static_assert(OCTAVE == 1 << 4);
+  const int linear = UNIT_CODE + ((bit_cast<int32_t>(amplitude) - bit_cast<int32_t>(1.0f)) >> SHIFT);
+  const int least = std::clamp(linear, 1, NOT_FINITE - 4);
+  return uint8_t(least + (most[least] < amplitude) + (most[least + 1] < amplitude) + (most[least + 2] < amplitude));
 }
 
 // Packs a plane of WIDTH bits from bit `shift` of each code on; zeros have to follow the codes, 8 of them.

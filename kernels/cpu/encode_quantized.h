@@ -38,7 +38,8 @@ class QuantizedEncoder {
  public:
   explicit QuantizedEncoder(const Format& f)
       : f_(f), head_(f), center_(scratch<float>(f.dim + LANES)), factor_(scratch<float>(f.dim + LANES)),
-        row_(scratch<float>(f.dim + LANES)), numbers_(scratch<float>(f.dim + LANES)), order_(scratch<uint16_t>(f.dim + 32)),
+        row_(scratch<float>(f.dim + LANES)), copy_(scratch<float>(f.dim + LANES)),
+        magnitudes_(scratch<float>(f.dim + LANES)), order_(scratch<uint16_t>(f.dim + 32)),
         ranked_(scratch<T>(f.dim + 32)), codes_(scratch<uint8_t>(f.dim + LANES + 8)) {}
 
   void start(const Side& side, int64_t b, int64_t h) {
@@ -50,21 +51,27 @@ class QuantizedEncoder {
   }
 
   void encode(const T* row, const Place& place) {
+    const int64_t whole = f_.dim / LANES * LANES;
+    float* numbers = row_.get();
     if (f_.scaled) {
       rank(row);
+      const float *center = center_.get(), *factor = factor_.get();
+      const T* ranked = ranked_.get();  // more of them than channels can be read
       for (int64_t r = 0; r < f_.dim; r += LANES) {
-        store(&row_[r], (load_floats(&ranked_[r], f_.dim - r) - load(&center_[r])) * load(&factor_[r]));
+        store(numbers + r, (load_floats(ranked + r) - load(center + r)) * load(factor + r));
       }
     } else {
-      for (int64_t j = 0; j < f_.dim; j += LANES) store(&row_[j], load_floats(row + j, f_.dim - j));
+      for (int64_t j = 0; j < whole; j += LANES) store(numbers + j, load_floats(row + j));
+      if (whole < f_.dim) store(numbers + whole, load_floats(row + whole, f_.dim - whole));
     }
     uint8_t *amplitudes = place.at<uint8_t>(f_.scale), *codes = place.at<uint8_t>(f_.channels);
     for (int p = 0; p < f_.part_count; ++p) {
       const Part& part = f_.parts[p];
       const float inverse = 1.0f / head_.gain(p);
-      std::copy_n(&row_[part.first], part.channels, numbers_.get());
-      head_.turn(part, numbers_.get());
-      for (int64_t j = 0; j < part.channels; j += LANES) store(&numbers_[j], load(&numbers_[j]) * inverse);
+      // The last part may be rotated where it is.
+      numbers_ = &row_[part.first];
+      if (p + 1 < f_.part_count) numbers_ = std::copy_n(numbers_, part.channels, copy_.get()) - part.channels;
+      head_.turn(part, numbers_, inverse);
       with_bits(part.bits, [&](auto bits) { amplitudes[p] = encode_part<bits>(part.channels, codes + part.codes); });
     }
   }
@@ -86,9 +93,15 @@ class QuantizedEncoder {
     const float amplitude = BITS >= 5 ? largest(channels) / float((1 << BITS) - 1) : refitted<BITS>(channels);
     const uint8_t code = amplitude_code(amplitude, BITS >= 5);
     const Nearest<BITS> nearest(positive(amplitudes()[code]));
-    for (int64_t j = 0; j < channels; j += LANES) store_low_bytes(&codes_[j], nearest.code(load(&numbers_[j])));
-    std::fill_n(&codes_[channels], 8, uint8_t(0));
-    pack_codes<BITS>(codes_.get(), channels, packed);
+    uint8_t* codes = codes_.get();
+    const auto code_at = [&](int64_t j) { return nearest.code(load(numbers_ + j)); };
+    int64_t j = 0;
+    for (; j + 4 * LANES <= channels; j += 4 * LANES) {
+      store_low_bytes(codes + j, code_at(j), code_at(j + LANES), code_at(j + 2 * LANES), code_at(j + 3 * LANES));
+    }
+    for (; j < channels; j += LANES) store_low_bytes(codes + j, code_at(j));
+    std::memset(codes + channels, 0, 8);
+    pack_codes<BITS>(codes, channels, packed);
     return code;
   }
 
@@ -96,38 +109,42 @@ class QuantizedEncoder {
 
   float largest(int64_t channels) const {
     F top{};
-    uint32_t nan = 0;  // max() passes over it
-    for (int64_t j = 0; j < channels; j += LANES) {
-      const F x = load(&numbers_[j]);
-      top = spark::max(top, spark::abs(x)), nan |= lane_bits(x != x);
-    }
-    return nan ? NAN : maximum(top);
+    for (int64_t j = 0; j < channels; j += LANES) top = max_or_nan(top, spark::abs(load(numbers_ + j)));
+    return maximum_or_nan(top);
   }
 
   // The amplitude of normal numbers, then the least squares for the levels that it has led to.
   template <int BITS>
-  float refitted(int64_t channels) const {
-    const Table<BITS> levels(grid_of(BITS).levels + (1 << (BITS - 1)));  // the positive ones
+  float refitted(int64_t channels) {
+    const float* positives = grid_of(BITS).levels + (1 << (BITS - 1));
+    const Table<BITS - 1> levels(positives);
+    float* magnitudes = magnitudes_.get();
     F energy{};
-    for (int64_t j = 0; j < channels; j += LANES) energy += load(&numbers_[j]) * load(&numbers_[j]);
+    for (int64_t j = 0; j < channels; j += LANES) {
+      const F x = load(numbers_ + j);
+      energy += x * x;
+      store(magnitudes + j, Nearest<BITS>::magnitude(x));
+    }
+    // Zeros after the channels have the lowest level.
+    const float added = float(round_up(channels, LANES) - channels) * positives[0] * positives[0];
     float amplitude = std::sqrt(sum(energy) / float(channels)) / DEVIATION[BITS - 1];
     for (int i = 0; i < REFITS; ++i) {
       const Nearest<BITS> nearest(positive(amplitude));
       F with_level{}, with_itself{};
       for (int64_t j = 0; j < channels; j += LANES) {
         // A number and its level have the same sign.
-        const F x = load(&numbers_[j]);
-        const F level = select(lanes() < int32_t(channels - j), levels[nearest.rank(x)], F{});
-        with_level += spark::abs(x) * level, with_itself += level * level;
+        const F x = load(magnitudes + j), level = levels[nearest.rank(x)];
+        with_level += x * level, with_itself += level * level;
       }
-      amplitude = sum(with_level) / sum(with_itself);
+      amplitude = sum(with_level) / (sum(with_itself) - added);
     }
     return amplitude;
   }
 
   const Format& f_;
   QuantizedHead head_;
-  Scratch<float> center_, factor_, row_, numbers_;  // all but the last one by rank
+  Scratch<float> center_, factor_, row_, copy_, magnitudes_;  // the first three by rank
+  float* numbers_ = nullptr;  // of a part, with zeros after them
   Scratch<uint16_t> order_;
   Scratch<T> ranked_;
   Scratch<uint8_t> codes_;
@@ -145,15 +162,17 @@ inline void raise_to_floor(double* numbers, int64_t count) {
 // spoil their own token and no other.
 template <class Rows, class Function>
 void channel_means(const Rows& rows, int64_t count, int64_t channels, const Function& f, double* means) {
-  const int64_t width = round_up(channels, LANES);
-  const Scratch<float> some = uncleared_scratch<float>(width);
+  const int64_t width = round_up(channels, LANES), whole = channels / LANES * LANES;
+  const Scratch<float> sums = uncleared_scratch<float>(width);
+  float* some = sums.get();
   std::fill_n(means, channels, 0.0);
   for (int64_t first = 0; first < count; first += 64) {
-    std::fill_n(some.get(), width, 0.0f);
+    std::fill_n(some, width, 0.0f);
     for (int64_t s = first; s < std::min<int64_t>(count, first + 64); ++s) {
-      for (int64_t j = 0; j < channels; j += LANES) {
-        store(&some[j], load(&some[j]) + f(finite_or_zero(load_floats(rows(s) + j, channels - j)), j));
-      }
+      const auto* row = rows(s);
+      const auto add = [&](F x, int64_t j) { store(some + j, load(some + j) + f(finite_or_zero(x), j)); };
+      for (int64_t j = 0; j < whole; j += LANES) add(load_floats(row + j), j);
+      if (whole < channels) add(load_floats(row + whole, channels - whole), whole);
     }
     for (int64_t j = 0; j < channels; ++j) means[j] += some[j];
   }
@@ -189,14 +208,15 @@ inline void rank_channels(const Format& f, const float* center, const float* sta
 template <class Rows>
 void quantized_constants(const Format& f, const Rows& rows, int64_t count, const float* stats, char* head) {
   const Scratch<double> squares = scratch<double>(f.dim);
-  const Scratch<float> center = scratch<float>(f.dim);
+  const Scratch<float> centers = scratch<float>(f.dim + LANES);
+  float* center = centers.get();
   if (f.scaled) {
     channel_means(rows, count, f.dim, [](F x, int64_t) { return x; }, squares.get());
     for (int64_t j = 0; j < f.dim; ++j) center[j] = to_float(from_float<bf16>(float(squares[j])));
   }
-  const auto squared = [&](F x, int64_t j) { return (x - load(&center[j])) * (x - load(&center[j])); };
+  const auto squared = [&](F x, int64_t j) { return (x - load(center + j)) * (x - load(center + j)); };
   channel_means(rows, count, f.dim, squared, squares.get());
-  if (f.scaled) rank_channels(f, center.get(), stats, head, squares.get());
+  if (f.scaled) rank_channels(f, center, stats, head, squares.get());
   double sizes[MAX_PARTS];
   for (int p = 0; p < f.part_count; ++p) {
     // No rotation changes it.

@@ -39,10 +39,11 @@ class QuantizedHead {
     for (int64_t i = 0; i < part.channels; ++i) to[i] = from[f_.scaled ? order_[part.first + i] : part.first + i];
     turn(part, to);
   }
-  // Rotates the channels of a part, if that is wanted; zeros follow them.
-  void turn(const Part& part, float* numbers) const {
+  // Rotates the channels of a part, if that is wanted, and multiplies them; zeros follow them.
+  void turn(const Part& part, float* numbers, float factor = 1.0f) const {
     std::fill(numbers + part.channels, numbers + round_up(part.channels, LANES), 0.0f);
-    if (f_.rotated) rotate(numbers, part.channels);
+    if (f_.rotated) return rotate(numbers, part.channels, factor);
+    for (int64_t j = 0; j < part.channels; j += LANES) store(numbers + j, load(numbers + j) * factor);
   }
 
   // What meets levels in a score in place of a query [D]; adds what its score has beside them to `bias`.

@@ -51,7 +51,7 @@ inline V load(const void* address) {
   return v;
 }
 inline void store(float* address, F v) { std::memcpy(address, &v, sizeof(F)); }
-// The lowest byte of each lane.
+// The lowest byte of each lane, and of four vectors.
 inline void store_low_bytes(void* p, I numbers) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
   // GCC would take the numbers out of the vector one by one.
@@ -61,6 +61,17 @@ inline void store_low_bytes(void* p, I numbers) {
   typedef uint8_t Bytes __attribute__((vector_size(LANES)));
   const Bytes bytes = __builtin_convertvector(numbers, Bytes);
   std::memcpy(p, &bytes, LANES);
+#endif
+}
+inline void store_low_bytes(void* p, I a, I b, I c, I d) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  const __m256i low = _mm256_set1_epi32(255), order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  const __m256i first = _mm256_packs_epi32(__m256i(a) & low, __m256i(b) & low);
+  const __m256i last = _mm256_packs_epi32(__m256i(c) & low, __m256i(d) & low);
+  _mm256_storeu_si256((__m256i*)p, _mm256_permutevar8x32_epi32(_mm256_packus_epi16(first, last), order));
+#else
+  const I all[] = {a, b, c, d};
+  for (int i = 0; i < 4; ++i) store_low_bytes(static_cast<char*>(p) + i * LANES, all[i]);
 #endif
 }
 inline F splat(float x) { return F{} + x; }
@@ -187,9 +198,7 @@ inline F negate(F v, uint32_t bits) {
   return bit_cast<F>(bit_cast<I>(v) ^ (lane_mask(bits) & splat(int32_t(0x80000000))));
 }
 
-inline F select(I mask, F yes, F no) {
-  return bit_cast<F>((bit_cast<I>(yes) & mask) | (bit_cast<I>(no) & ~mask));
-}
+inline F select(I mask, F yes, F no) { return mask ? yes : no; }
 
 // Lane j gets packed[rank of j among the set bits]; lanes without a bit keep theirs of `others`.
 inline F expand(F others, F packed, uint32_t bits) {
@@ -233,10 +242,18 @@ inline float fold(F v, Op op) {
 inline float sum(F v) {
   return fold(v, [](F a, F b) { return a + b; });
 }
-inline F max(F a, F b) { return select(a > b, a, b); }
+inline F max(F a, F b) { return a > b ? a : b; }
 inline F abs(F v) { return bit_cast<F>(bit_cast<I>(v) & splat(0x7fffffff)); }
+// Of magnitudes, as whole numbers, a NaN is the largest.
+inline F max_or_nan(F a, F b) {
+  const I x = bit_cast<I>(a), y = bit_cast<I>(b);
+  return bit_cast<F>(x > y ? x : y);
+}
 inline float maximum(F v) {
   return fold(v, [](F a, F b) { return max(a, b); });
+}
+inline float maximum_or_nan(F v) {
+  return fold(v, [](F a, F b) { return max_or_nan(a, b); });
 }
 
 // One halving step of sums: lane blocks of size H, alternately from a and from b.
