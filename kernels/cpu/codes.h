@@ -210,18 +210,17 @@ inline std::array<float, 256> amplitudes_above(float codes) {
   made[NOT_FINITE] = NAN;
   return made;
 }
+inline const std::array<float, 256> AMPLITUDES = amplitudes_above(0), BETWEEN_AMPLITUDES = amplitudes_above(0.5f);
 // What codes of amplitudes stand for: kernels/formats/quantized.py.
 inline const std::array<float, 256>& amplitudes() {
-  static const std::array<float, 256> table = amplitudes_above(0);
-  return table;
+  return AMPLITUDES;
 }
 
 // The code next to an amplitude, or the next higher one.
 inline uint8_t amplitude_code(float amplitude, bool up) {
   if (!std::isfinite(amplitude)) return NOT_FINITE;
   if (amplitude == 0) return 0;
-  static const std::array<float, 256> middles = amplitudes_above(0.5f);
-  const std::array<float, 256>& most = up ? amplitudes() : middles;
+  const std::array<float, 256>& most = up ? AMPLITUDES : BETWEEN_AMPLITUDES;
   // The logarithm of a mantissa is at least the mantissa less 1, and at most 1.4 codes above that.
   constexpr int SHIFT = 23 - 4;
   static_assert(OCTAVE == 1 << 4);
@@ -233,12 +232,19 @@ inline uint8_t amplitude_code(float amplitude, bool up) {
 // Packs a plane of WIDTH bits from bit `shift` of each code on; zeros have to follow the codes, 8 of them.
 template <int WIDTH>
 inline uint8_t* pack_plane(const uint8_t* __restrict codes, int64_t channels, int shift, uint8_t* __restrict plane) {
+  typedef uint8_t Bytes __attribute__((vector_size(32)));
   const int64_t bytes = plane_bytes(channels, WIDTH);
-  for (int64_t i = 0; i < bytes; ++i) plane[i] = uint8_t(codes[i] >> shift & ((1 << WIDTH) - 1));
-  for (int s = 1; s < 8 / WIDTH; ++s) {
-    const uint8_t* part = codes + s * bytes;
-    for (int64_t i = 0; i < bytes; ++i) plane[i] |= uint8_t((part[i] >> shift & ((1 << WIDTH) - 1)) << (WIDTH * s));
-  }
+  const auto pack = [&](auto zero, int64_t i) {
+    typedef decltype(zero) V;
+    V packed = zero;
+    for (int s = 0; s < 8 / WIDTH; ++s) {
+      packed |= V((load<V>(codes + s * bytes + i) >> uint8_t(shift) & uint8_t((1 << WIDTH) - 1)) << uint8_t(WIDTH * s));
+    }
+    std::memcpy(plane + i, &packed, sizeof(V));
+  };
+  int64_t i = 0;
+  for (; i + int64_t(sizeof(Bytes)) <= bytes; i += sizeof(Bytes)) pack(Bytes{}, i);
+  for (; i < bytes; ++i) pack(uint8_t{}, i);
   return plane + bytes;
 }
 

@@ -51,19 +51,27 @@ class QuantizedEncoder {
   }
 
   void encode(const T* row, const Place& place) {
-    const int64_t whole = f_.dim / LANES * LANES;
+    const int64_t dim = f_.dim;
     float* numbers = row_.get();
     if (f_.scaled) {
+#if defined(__AVX2__) && !defined(__AVX512BW__)
+      const float *center = center_.get(), *factor = factor_.get();
+      float* as_they_come = copy_.get();
+      to_floats(row, as_they_come);
+      const uint16_t* order = order_.get();
+      for (int64_t r = 0; r < dim; r += LANES) {
+        const __m256i ranks = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)(order + r)));
+        store(numbers + r, (F(_mm256_i32gather_ps(as_they_come, ranks, 4)) - load(center + r)) * load(factor + r));
+      }
+#else
       rank(row);
       const float *center = center_.get(), *factor = factor_.get();
       const T* ranked = ranked_.get();  // more of them than channels can be read
-      for (int64_t r = 0; r < f_.dim; r += LANES) {
+      for (int64_t r = 0; r < dim; r += LANES) {
         store(numbers + r, (load_floats(ranked + r) - load(center + r)) * load(factor + r));
       }
-    } else {
-      for (int64_t j = 0; j < whole; j += LANES) store(numbers + j, load_floats(row + j));
-      if (whole < f_.dim) store(numbers + whole, load_floats(row + whole, f_.dim - whole));
-    }
+#endif
+    } else to_floats(row, numbers);
     uint8_t *amplitudes = place.at<uint8_t>(f_.scale), *codes = place.at<uint8_t>(f_.channels);
     for (int p = 0; p < f_.part_count; ++p) {
       const Part& part = f_.parts[p];
@@ -77,7 +85,13 @@ class QuantizedEncoder {
   }
 
  private:
-  void rank(const T* row) {
+  void to_floats(const T* row, float* numbers) const {
+    const int64_t dim = f_.dim, whole = dim / LANES * LANES;
+    for (int64_t j = 0; j < whole; j += LANES) store(numbers + j, load_floats(row + j));
+    if (whole < dim) store(numbers + whole, load_floats(row + whole, dim - whole));
+  }
+
+  [[maybe_unused]] void rank(const T* row) {
 #if defined(__AVX512BW__)
     if constexpr (sizeof(T) == 2) return by_rank(row, order_.get(), f_.dim, ranked_.get());
 #endif

@@ -141,9 +141,12 @@ inline F load_floats(const bf16* p) {
 #if defined(__AVX512F__)
   return _mm512_castsi512_ps(
       _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
-#endif
+#elif defined(__AVX2__)
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
+#else
   typedef uint16_t U16 __attribute__((vector_size(LANES * 2)));
   return bit_cast<F>(__builtin_convertvector(load<U16>(p), I) << 16);
+#endif
 }
 inline F load_floats(const int8_t* p) {
 #if defined(__AVX512F__)
@@ -221,8 +224,8 @@ inline F expand(F others, F packed, uint32_t bits) {
 }
 
 // Lane i is lane L[i] of a; from LANES on the lanes of b are counted.
-template <int... L>
-inline F shuffle(F a, F b) {
+template <int... L, class V>
+inline V shuffle(V a, V b) {
 #if defined(__clang__) || __GNUC__ >= 12
   return __builtin_shufflevector(a, b, L...);
 #else
@@ -230,10 +233,10 @@ inline F shuffle(F a, F b) {
 #endif
 }
 
-// All lanes of v folded into one number, in halves: op(F, F) -> F.
-template <int H = LANES / 2, class Op>
-inline float fold(F v, Op op) {
-  const F folded = [&]<size_t... L>(std::index_sequence<L...>) {
+// All lanes of v folded into one number, in halves: op(V, V) -> V.
+template <int H = LANES / 2, class V, class Op>
+inline auto fold(V v, Op op) {
+  const V folded = [&]<size_t... L>(std::index_sequence<L...>) {
     return op(v, shuffle<((L + H) % LANES)...>(v, v));
   }(std::make_index_sequence<LANES>{});
   if constexpr (H == 1) return folded[0];
