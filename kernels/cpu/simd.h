@@ -252,12 +252,8 @@ inline F max_or_nan(F a, F b) {
   const I x = bit_cast<I>(a), y = bit_cast<I>(b);
   return bit_cast<F>(x > y ? x : y);
 }
-inline float maximum(F v) {
-  return fold(v, [](F a, F b) { return max(a, b); });
-}
-inline float maximum_or_nan(F v) {
-  return fold(v, [](F a, F b) { return max_or_nan(a, b); });
-}
+inline float maximum(F v) { return fold(v, [](F a, F b) { return max(a, b); }); }
+inline float maximum_or_nan(F v) { return fold(v, max_or_nan); }
 
 // One halving step of sums: lane blocks of size H, alternately from a and from b.
 template <int H, size_t... L>
