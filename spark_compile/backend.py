@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, fx, nn
 
-from . import dynamo, reuse
+from . import dynamo, ranks, reuse
 from .adoption import give_back
 from .config import SparkConfig
 from .copies import Whole
@@ -49,12 +49,13 @@ def spark(
         mode: as ``torch.compile``'s, handed on to Inductor.
 
     Raises:
-        OptionError: an option, or the mode, is wrong.
+        OptionError: an option, or the mode, is wrong, or another rank of a model was told others.
         SparkError: under ``strict=True``, where otherwise a SparkWarning is given.
     """
     config = SparkConfig.from_options(options)
     inner = inner_compiler(config, mode)
     dynamo.compiling(partial(_complain, config=config))
+    ranks.compare_options(example_inputs, config)
     # Modes of Inductor record CUDA graphs, and those the addresses of a layer's weights.
     reuse_for = config if mode in (None, "default") else None
     return compile_graph(module, example_inputs, config, inner, reuse_for)
@@ -63,6 +64,7 @@ def spark(
 def _reset() -> None:
     """Called by ``torch._dynamo.reset``."""
     dynamo.forget()
+    ranks.forget()
     reuse.forget()
 
 

@@ -68,6 +68,11 @@ def compiling(complain: Complain) -> None:
         limit_log.addHandler(_watch)
 
 
+def compiler() -> object | None:
+    """What stands for the call of ``torch.compile`` whose graph Dynamo compiles now, if it does."""
+    return None if TracingContext.try_get() is None else _compiler()
+
+
 def graph_break(module: fx.GraphModule) -> str | None:
     """Why and where Dynamo ended a graph in the middle of a function, if it did."""
     reason = getattr(module, "compile_subgraph_reason", None)

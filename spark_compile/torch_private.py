@@ -47,8 +47,9 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true as stati
 from torch._functorch import predispatch as predispatch
 from torch.amp import autocast_mode
 
-# Weights that are tensor subclasses (torchao) are flattened by their own protocol, and so are
-# arguments of operators on states.
+# Weights that are tensor subclasses (torchao, DTensor) are flattened by their own protocol, and so
+# are arguments of operators on states. A DTensor's mesh has a stand-in in Dynamo's graph.
+from torch._library.fake_class_registry import FakeScriptObject as FakeScriptObject
 from torch.utils._python_dispatch import (
     is_traceable_wrapper_subclass as is_traceable_wrapper_subclass,
 )

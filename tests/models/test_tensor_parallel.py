@@ -1,0 +1,83 @@
+"""Models sharded over ranks: each rank compresses the cache of its own heads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import many_ranks
+import pytest
+import torch
+from compiled import EXACT
+from decoders import decode, decoder
+from many_ranks import ARGUMENTS, IDS, STEPS, TOKENS
+from zoo import tiny
+
+import spark_compile
+
+GATHERED = {f"model.layers.*.self_attn.{name}_proj": "colwise_gather_output" for name in "kv"}
+"""A rule of a plan: every rank has all keys and values."""
+
+
+def saved(folder: Path, **changes: Any) -> tuple[str, torch.Tensor]:
+    """A tiny model's folder, and the tokens that it generates in one process, dense."""
+    model = tiny("llama", "sdpa")
+    if changes:
+        torch.manual_seed(0)
+        model = type(model)(type(model.config)(**{**model.config.to_dict(), **changes})).eval()
+    model.save_pretrained(folder / "model")
+    return str(folder / "model"), model.generate(IDS, **ARGUMENTS)
+
+
+def whole_logits() -> torch.Tensor:
+    torch.manual_seed(0)
+    return decode(decoder("sdpa_masked"), TOKENS, None, STEPS)[0]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], torch.Tensor]:
+    """What two ranks found, and the tokens of one process."""
+    folder = tmp_path_factory.mktemp("ranks")
+    path, tokens = saved(folder)
+    scenarios: dict[str, tuple[Any, ...]] = {
+        "planned": (path, {}), "parallelized": (), "told_otherwise": ()
+    }  # fmt: skip
+    return many_ranks.run(scenarios, 2, folder), tokens
+
+
+def check(found: dict[str, Any], query_heads: int, kv_heads: int, graphs: int = 2) -> None:
+    assert not found["breaks"]
+    assert found["compressed"]
+    assert len(found["phases"]) == graphs
+    assert found["sites"] == [(query_heads, kv_heads, None)] * 2 * graphs
+    assert found["shape"][1] == kv_heads
+
+
+def test_a_model_with_a_plan_of_transformers(two: Any) -> None:
+    ranks, tokens = two
+    for rank in ranks:
+        check(rank["planned"], 2, 1)
+        assert torch.equal(rank["planned"]["tokens"], tokens)
+
+
+def test_a_module_that_is_parallelized_by_hand(two: Any) -> None:
+    for rank in two[0]:
+        check(rank["parallelized"], 2, 1)
+        torch.testing.assert_close(
+            rank["parallelized"]["logits"], whole_logits(), atol=2e-5, rtol=2e-5
+        )
+
+
+def test_ranks_with_other_options_are_told_so_by_each_of_them(two: Any) -> None:
+    for rank in two[0]:
+        assert rank["told_otherwise"]["error"] == (
+            "the ranks of a model have been given different options: 'key_ratio' is 0.0 on rank "
+            "0, 0.25 on rank 1: allowed is the same on every rank"
+        )
+
+
+def test_one_process_stores_what_the_ranks_store_together(two: Any) -> None:
+    model = spark_compile.optimize(tiny("llama", "sdpa"), **EXACT)
+    output = model.generate(IDS, return_dict_in_generate=True, **ARGUMENTS)
+    alone = spark_compile.kv_bytes(output.past_key_values)
+    assert sum(rank["planned"]["bytes"] for rank in two[0]) == alone

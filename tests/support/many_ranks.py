@@ -1,0 +1,140 @@
+"""Processes that run one model together over gloo, and what they do in tests.
+
+A process takes seconds to start, so that one set of them does everything, in order.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers as t
+from compiled import EXACT, is_compressed
+from decoders import VOCABULARY, Decoder, SdpaMasked, decode
+from torch import Tensor, nn
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+from zoo import CACHE
+
+import spark_compile
+from spark_compile.report import OptionError, collect_report
+
+ARGUMENTS = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
+IDS = torch.arange(1, 21).reshape(1, 20)
+TOKENS = torch.arange(13).reshape(1, 13) % VOCABULARY
+STEPS = 8
+PLAN = {"query": ColwiseParallel, "key": ColwiseParallel, "value": ColwiseParallel,
+        "out": RowwiseParallel}  # fmt: skip
+
+Found = dict[str, Any]
+
+
+def run(scenarios: dict[str, tuple[Any, ...]], ranks: int, folder: Path) -> list[dict[str, Found]]:
+    """Start processes that call functions of this file, each with its arguments.
+
+    Returns:
+        What each rank's functions returned, by their names.
+    """
+    torch.multiprocessing.spawn(_run, (scenarios, ranks, folder), ranks)
+    return [torch.load(folder / f"rank-{rank}.pt") for rank in range(ranks)]
+
+
+def _run(rank: int, scenarios: dict[str, tuple[Any, ...]], ranks: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    # transformers asks the environment, as torchrun sets it.
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    dist.init_process_group(
+        "gloo", f"file://{folder}/store", timedelta(seconds=60), world_size=ranks, rank=rank
+    )
+    found = {name: globals()[name](*arguments) for name, arguments in scenarios.items()}
+    torch.save(found, folder / f"rank-{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def planned(path: str, options: dict[str, Any], plan: Any = "auto") -> Found:
+    """A model of transformers, sharded by its own plan."""
+    config = t.distributed.DistributedConfig(tp_plan=plan)
+    model = t.AutoModelForCausalLM.from_pretrained(path, distributed_config=config).eval()
+    spark_compile.optimize(model, strict=True, **EXACT | options)
+    with collect_report() as report:
+        output = model.generate(IDS, return_dict_in_generate=True, **ARGUMENTS)
+    cache = output[CACHE]
+    return {
+        **_of(report),
+        "tokens": output.sequences,
+        "compressed": is_compressed([(layer.keys, layer.values) for layer in cache.layers]),
+        "bytes": spark_compile.kv_bytes(cache),
+        "shape": tuple(cache.layers[0].keys.shape),
+    }
+
+
+def parallelized(selects: bool = False) -> Found:
+    """A decoder by hand, parallelized by hand.
+
+    Args:
+        selects: whether each rank has all keys and values and takes those of its own queries.
+    """
+    model = _parallelized(SelectsHeads if selects else SdpaMasked)
+    compiled = torch.compile(model, backend="spark", options={**EXACT, "strict": True})
+    with collect_report() as report:
+        logits, past = decode(compiled, TOKENS, None, STEPS)
+    return {
+        **_of(report),
+        "logits": logits,
+        "compressed": is_compressed(past),
+        "shape": tuple(past[0][0].shape),
+    }
+
+
+def told_otherwise() -> Found:
+    """Each rank is told another ratio."""
+    model = _parallelized(SdpaMasked)
+    options = {**EXACT, "key_ratio": dist.get_rank() / 4}
+    try:
+        decode(torch.compile(model, backend="spark", options=options), TOKENS, None, 1)
+    except OptionError as error:
+        return {"error": str(error)}
+    return {"error": ""}
+
+
+class SelectsHeads(SdpaMasked):
+    """The key head of this rank's queries, of all key heads, is cached."""
+
+    def project(self, x_BLE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value = super().project(x_BLE)
+        head = dist.get_rank() * key.shape[1] // dist.get_world_size()
+        return query, key[:, head : head + 1], value[:, head : head + 1]
+
+
+def _parallelized(kind: type[SdpaMasked]) -> nn.Module:
+    torch.manual_seed(0)
+    model = Decoder(kind).eval().requires_grad_(False)
+    ranks = dist.get_world_size()
+    mesh = dist.init_device_mesh("cpu", (ranks,), mesh_dim_names=("tp",))
+    for attention in [module for module in model.modules() if isinstance(module, SdpaMasked)]:
+        names = ("query", "out") if kind is SelectsHeads else tuple(PLAN)
+        parallelize_module(attention, mesh, {name: PLAN[name]() for name in names})
+        attention.heads //= ranks
+        if kind is not SelectsHeads:
+            attention.kv_heads //= ranks
+    return model
+
+
+def _of(report: Any) -> Found:
+    return {
+        "phases": [graph.phase for graph in report.graphs],
+        "breaks": [graph.graph_break for graph in report.graphs if graph.graph_break],
+        "sites": [
+            (site.query_heads, site.kv_heads, site.refusal)
+            for graph in report.graphs
+            for site in graph.sites
+        ],
+    }
