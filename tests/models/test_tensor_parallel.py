@@ -10,13 +10,22 @@ import pytest
 import torch
 from compiled import EXACT
 from decoders import decode, decoder
-from many_ranks import ARGUMENTS, IDS, STEPS, TOKENS
-from zoo import tiny
+from many_ranks import (
+    ARGUMENTS,
+    IDS,
+    STEPS,
+    TOKENS,
+    Scenarios,
+    parallelized,
+    planned,
+    told_otherwise,
+)
+from zoo import CACHE, tiny
 
 import spark_compile
 
 GATHERED = {f"model.layers.*.self_attn.{name}_proj": "colwise_gather_output" for name in "kv"}
-"""A rule of a plan: every rank has all keys and values."""
+"""Rules in place of a plan's: every rank has all keys and values."""
 
 
 def saved(folder: Path, **changes: Any) -> tuple[str, torch.Tensor]:
@@ -31,7 +40,7 @@ def saved(folder: Path, **changes: Any) -> tuple[str, torch.Tensor]:
 
 def whole_logits() -> torch.Tensor:
     torch.manual_seed(0)
-    return decode(decoder("sdpa_masked"), TOKENS, None, STEPS)[0]
+    return decode(decoder("sdpa_masked", layers=1), TOKENS, None, STEPS)[0]
 
 
 @pytest.fixture(scope="module")
@@ -39,17 +48,19 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]],
     """What two ranks found, and the tokens of one process."""
     folder = tmp_path_factory.mktemp("ranks")
     path, tokens = saved(folder)
-    scenarios: dict[str, tuple[Any, ...]] = {
-        "planned": (path, {}), "parallelized": (), "told_otherwise": ()
-    }  # fmt: skip
+    scenarios: Scenarios = {
+        "planned": (planned, path),
+        "parallelized": (parallelized,),
+        "told otherwise": (told_otherwise,),
+    }
     return many_ranks.run(scenarios, 2, folder), tokens
 
 
-def check(found: dict[str, Any], query_heads: int, kv_heads: int, graphs: int = 2) -> None:
+def check(found: dict[str, Any], query_heads: int, kv_heads: int, layers: int = 2) -> None:
+    assert found["phases"] == ["prefill", "decode"]
     assert not found["breaks"]
     assert found["compressed"]
-    assert len(found["phases"]) == graphs
-    assert found["sites"] == [(query_heads, kv_heads, None)] * 2 * graphs
+    assert found["sites"] == [(query_heads, kv_heads, None)] * 2 * layers
     assert found["shape"][1] == kv_heads
 
 
@@ -62,7 +73,7 @@ def test_a_model_with_a_plan_of_transformers(two: Any) -> None:
 
 def test_a_module_that_is_parallelized_by_hand(two: Any) -> None:
     for rank in two[0]:
-        check(rank["parallelized"], 2, 1)
+        check(rank["parallelized"], 2, 1, layers=1)
         torch.testing.assert_close(
             rank["parallelized"]["logits"], whole_logits(), atol=2e-5, rtol=2e-5
         )
@@ -70,7 +81,7 @@ def test_a_module_that_is_parallelized_by_hand(two: Any) -> None:
 
 def test_ranks_with_other_options_are_told_so_by_each_of_them(two: Any) -> None:
     for rank in two[0]:
-        assert rank["told_otherwise"]["error"] == (
+        assert rank["told otherwise"]["error"] == (
             "the ranks of a model have been given different options: 'key_ratio' is 0.0 on rank "
             "0, 0.25 on rank 1: allowed is the same on every rank"
         )
@@ -79,5 +90,40 @@ def test_ranks_with_other_options_are_told_so_by_each_of_them(two: Any) -> None:
 def test_one_process_stores_what_the_ranks_store_together(two: Any) -> None:
     model = spark_compile.optimize(tiny("llama", "sdpa"), **EXACT)
     output = model.generate(IDS, return_dict_in_generate=True, **ARGUMENTS)
-    alone = spark_compile.kv_bytes(output.past_key_values)
+    alone = spark_compile.kv_bytes(output[CACHE])
     assert sum(rank["planned"]["bytes"] for rank in two[0]) == alone
+
+
+@pytest.mark.slow
+def test_four_ranks(tmp_path: Path) -> None:
+    path, tokens = saved(tmp_path, num_key_value_heads=4)
+    scenarios: Scenarios = {
+        "planned": (planned, path),
+        "more ranks than key heads": (parallelized, True),
+        "told otherwise": (told_otherwise,),
+    }
+    for rank in many_ranks.run(scenarios, 4, tmp_path):
+        check(rank["planned"], 1, 1)
+        assert torch.equal(rank["planned"]["tokens"], tokens)
+        check(rank["more ranks than key heads"], 1, 1, layers=1)
+        logits = rank["more ranks than key heads"]["logits"]
+        torch.testing.assert_close(logits, whole_logits(), atol=2e-5, rtol=2e-5)
+        assert "0.75 on rank 3" in rank["told otherwise"]["error"]
+
+
+@pytest.mark.slow
+def test_more_ranks_than_key_heads_by_a_plan_that_gathers_them(tmp_path: Path) -> None:
+    path, tokens = saved(tmp_path, num_key_value_heads=1)
+    scenarios: Scenarios = {"planned": (planned, path, {}, GATHERED)}
+    for rank in many_ranks.run(scenarios, 2, tmp_path):
+        check(rank["planned"], 2, 1)
+        assert torch.equal(rank["planned"]["tokens"], tokens)
+
+
+@pytest.mark.slow
+def test_with_inductor(tmp_path: Path) -> None:
+    path, tokens = saved(tmp_path, num_hidden_layers=1)
+    scenarios: Scenarios = {"planned": (planned, path, {"inner": "inductor"})}
+    for rank in many_ranks.run(scenarios, 2, tmp_path):
+        check(rank["planned"], 2, 1, layers=1)
+        assert torch.equal(rank["planned"]["tokens"], tokens)

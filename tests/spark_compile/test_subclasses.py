@@ -114,3 +114,39 @@ def test_a_subclass_that_is_returned_is_said() -> None:
         "pass Lower failed: NotImplementedError: the graph returns a tensor subclass"
     )
     torch.testing.assert_close(actual, model(x))
+
+
+class Hiding(Int8Weight):
+    """A multiple has the factor in a tensor outside of those that it is flattened to."""
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.ops.aten.mul.Tensor:
+            factor = torch.full_like(args[0].scale, args[1])
+            return cls(args[0].levels, args[0].scale, {**args[0].context, "hidden": factor})
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def dense(self) -> Tensor:
+        return super().dense() * self.context.get("hidden", 1.0)
+
+
+@pytest.mark.filterwarnings("ignore::spark_compile.SparkWarning")
+@pytest.mark.parametrize("apart", [False, True])
+def test_what_a_subclass_hides_is_known_to_operators_that_are_traced_at_once(apart: bool) -> None:
+    model = quantized(nn.Linear(8, 8, bias=False).requires_grad_(False), Hiding)
+
+    def forward(x: Tensor) -> Tensor:
+        double = model.weight * 2.0
+        y = x @ double
+        return (y + 1.0) @ double if apart else y
+
+    x = torch.randn(3, 8)
+    with torch.no_grad(), collect_report() as report:
+        actual = torch.compile(forward, backend="spark", options=EXACT)(x)
+        torch.testing.assert_close(actual, forward(x))
+    reason = report.graphs[0].left_alone
+    assert (reason is not None) == apart
+    if apart:
+        assert "a subclass keeps a tensor that it does not show" in str(reason)

@@ -6,6 +6,7 @@ A process takes seconds to start, so that one set of them does everything, in or
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -34,36 +35,34 @@ PLAN = {"query": ColwiseParallel, "key": ColwiseParallel, "value": ColwiseParall
         "out": RowwiseParallel}  # fmt: skip
 
 Found = dict[str, Any]
+Scenarios = dict[str, tuple[Callable[..., Found], *tuple[Any, ...]]]
+"""Functions of this file and their arguments, by any names."""
 
 
-def run(scenarios: dict[str, tuple[Any, ...]], ranks: int, folder: Path) -> list[dict[str, Found]]:
-    """Start processes that call functions of this file, each with its arguments.
-
-    Returns:
-        What each rank's functions returned, by their names.
-    """
+def run(scenarios: Scenarios, ranks: int, folder: Path) -> list[dict[str, Found]]:
+    """Start processes; what the functions returned, by rank and name."""
     torch.multiprocessing.spawn(_run, (scenarios, ranks, folder), ranks)
     return [torch.load(folder / f"rank-{rank}.pt") for rank in range(ranks)]
 
 
-def _run(rank: int, scenarios: dict[str, tuple[Any, ...]], ranks: int, folder: Path) -> None:
+def _run(rank: int, scenarios: Scenarios, ranks: int, folder: Path) -> None:
     torch.set_num_threads(1)
     # transformers asks the environment, as torchrun sets it.
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
     dist.init_process_group(
         "gloo", f"file://{folder}/store", timedelta(seconds=60), world_size=ranks, rank=rank
     )
-    found = {name: globals()[name](*arguments) for name, arguments in scenarios.items()}
+    found = {name: call(*arguments) for name, (call, *arguments) in scenarios.items()}
     torch.save(found, folder / f"rank-{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
 
-def planned(path: str, options: dict[str, Any], plan: Any = "auto") -> Found:
-    """A model of transformers, sharded by its own plan."""
+def planned(path: str, options: dict[str, Any] | None = None, plan: Any = "auto") -> Found:
+    """A model of transformers, sharded by its own plan, or with rules in place of some of that."""
     config = t.distributed.DistributedConfig(tp_plan=plan)
     model = t.AutoModelForCausalLM.from_pretrained(path, distributed_config=config).eval()
-    spark_compile.optimize(model, strict=True, **EXACT | options)
+    spark_compile.optimize(model, strict=True, **EXACT | (options or {}))
     with collect_report() as report:
         output = model.generate(IDS, return_dict_in_generate=True, **ARGUMENTS)
     cache = output[CACHE]
@@ -96,7 +95,7 @@ def parallelized(selects: bool = False) -> Found:
 
 def told_otherwise() -> Found:
     """Each rank is told another ratio."""
-    model = _parallelized(SdpaMasked)
+    model = _parallelized(SelectsHeads)
     options = {**EXACT, "key_ratio": dist.get_rank() / 4}
     try:
         decode(torch.compile(model, backend="spark", options=options), TOKENS, None, 1)
@@ -116,7 +115,7 @@ class SelectsHeads(SdpaMasked):
 
 def _parallelized(kind: type[SdpaMasked]) -> nn.Module:
     torch.manual_seed(0)
-    model = Decoder(kind).eval().requires_grad_(False)
+    model = Decoder(kind, layers=1).eval().requires_grad_(False)
     ranks = dist.get_world_size()
     mesh = dist.init_device_mesh("cpu", (ranks,), mesh_dim_names=("tp",))
     for attention in [module for module in model.modules() if isinstance(module, SdpaMasked)]:
