@@ -121,7 +121,9 @@ def test_more_ranks_than_key_heads_by_a_plan_that_gathers_them(tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_with_inductor(tmp_path: Path) -> None:
+def test_with_inductor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A process that multiprocessing started waits at its end for the threads of Inductor's pool.
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
     path, tokens = saved(tmp_path, num_hidden_layers=1)
     scenarios: Scenarios = {"planned": (planned, path, {"inner": "inductor"})}
     for rank in many_ranks.run(scenarios, 2, tmp_path):
