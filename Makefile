@@ -34,7 +34,7 @@ test-all: setup
 
 # The fast tests with the oldest and newest torch and transformers that pyproject.toml allows, and what lies
 # between, each pair in an environment of its own; gigabytes where pip finds no CPU build of a torch.
-MATRIX ?= 'torch==2.11.*,transformers==5.0.*' 'torch==2.13.0,transformers==5.0.*' \
+MATRIX ?= 'torch==2.11.*,transformers==5.5.*' 'torch==2.13.0,transformers==5.5.*' \
 	'torch==2.13.0,transformers<6' 'torch<2.16,transformers<6'
 test-matrix:
 	for pair in $(MATRIX); do \

@@ -69,7 +69,7 @@ def measure(name: str, attention: str, cache: str, **options: Any) -> Row:
     """The row of an architecture with one kind of cache; options are the backend's."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    model, recorder = tiny_model(name, attention), Recorder()
+    model, recorder = tiny_model(name, attention, least_layers=1), Recorder()
     options = {"inner": "eager", "key_ratio": 0.5, "window": 4} | options
     model = spark_compile.optimize(model, **options)
     ignored = warnings.catch_warnings(action="ignore")
