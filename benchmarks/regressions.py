@@ -75,7 +75,7 @@ def measured(kinds: list[str], jobs: int, console: Console) -> Iterator[Result]:
 
 
 def main(
-    kinds: Annotated[str, typer.Option(help=", ".join(KINDS))] = ",".join(KINDS),
+    kinds: Annotated[str, typer.Option(help=", ".join(KINDS))] = "exact,counted",
     update: Annotated[bool, typer.Option(help="expect what is measured from now on")] = False,
     record: Annotated[bool, typer.Option(help="add it to the history")] = False,
     jobs: Annotated[int, typer.Option(help="processes at the same time")] = 2,
