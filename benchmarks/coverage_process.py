@@ -65,14 +65,19 @@ def run_one(
     return row
 
 
+def quiet() -> None:
+    """One thread, and no word of libraries: for a process of many."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    transformers.utils.logging.set_verbosity_error()
+
+
 def _work(name: str, settings: Settings, connection: Connection) -> None:
     """In the process of one architecture: send each row as soon as it is there."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    transformers.utils.logging.set_verbosity_error()
+    quiet()
     for item in run_architecture(name, settings):
         connection.send(item)
     connection.close()

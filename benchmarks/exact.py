@@ -11,7 +11,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-import transformers
 from torch import fx
 
 import spark_compile
@@ -20,6 +19,7 @@ from spark_compile.report import collect_report
 
 from .coverage_case import Settings, compressed_layers, generate
 from .coverage_models import tiny_model
+from .coverage_process import quiet
 from .results import Metric, Result, Row
 
 CACHES = ("growing", "static")
@@ -91,16 +91,10 @@ def measure(name: str, attention: str, cache: str, **options: Any) -> Row:
     }  # fmt: skip
 
 
-def _quiet() -> None:
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    transformers.utils.logging.set_verbosity_error()
-
-
 def run(jobs: int = 2) -> Iterator[Row]:
     """Rows of all architectures, in processes of their own kind."""
     todo = [(n, a, cache) for n, a in ARCHITECTURES.items() for cache in CACHES]
-    with ProcessPoolExecutor(jobs, get_context("spawn"), initializer=_quiet) as pool:
+    with ProcessPoolExecutor(jobs, get_context("spawn"), initializer=quiet) as pool:
         yield from pool.map(measure, *zip(*todo, strict=True))
 
 

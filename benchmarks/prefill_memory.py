@@ -31,17 +31,13 @@ from spark_compile.demo.worker import memory_bytes, reset_peak
 from spark_compile.transformers_names import cache_argument
 
 from .measure import wide_console
-from .results import Metric, Result
+from .results import Metric, Result, ratios
 
 ROOT = Path(__file__).parent.parent
 DENSE = "dense"
 BUDGETS = ("near-lossless", "smallest")
 KEYS = ["cache", "chunk", "context"]
-METRICS = {
-    "kv_bytes": Metric("exact"),
-    "peak_bytes": Metric("ratio"),
-    "stays_bytes": Metric("ratio"),
-}
+METRICS = {"kv_bytes": Metric("exact")} | ratios("less", ["peak_bytes", "stays_bytes"])
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """``python -m benchmarks check``: exact, counted and timed metrics against ``benchmarks/expected``.
 
-python -m benchmarks check --kinds exact,counted     what CI runs
-python -m benchmarks check --update                  write what was measured as what is expected
-python -m benchmarks check --record                  and as a line of benchmarks/history.jsonl
+python -m benchmarks check                  what CI runs: exact and counted
+python -m benchmarks check --kinds timed    against times of the same machine, by --update
+python -m benchmarks check --update         write what was measured as what is expected
+python -m benchmarks check --record         and as a line of benchmarks/history.jsonl
 """
 
 from __future__ import annotations
