@@ -11,6 +11,7 @@ import logging
 from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
 from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Annotated, Any
 
 import torch
@@ -20,10 +21,10 @@ from rich.console import Console
 from . import measure, quality, tasks_report, tasks_suites
 from .quality_models import MODELS, disjoint_windows, essays, load
 from .quality_run import SCORED_TOKENS
-from .tasks_bench import Bench
 from .tasks_methods import methods
 from .tasks_results import ESSAYS, HIDDEN, VISIBLE, Results, ResultsError
 
+NO_LM_EVAL = "tasks needs lm-eval: pip install -c .venv/torch.txt -e '.[tasks]'"
 SUITES = ("ruler", ESSAYS, "longbench")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -81,6 +82,11 @@ def main(
     check_names("dtype", dtype, DTYPES)
     check_names("suites", suites, SUITES)
     check_names("question", question, (VISIBLE, HIDDEN))
+    if find_spec("lm_eval") is None:
+        typer.echo(NO_LM_EVAL, err=True)
+        raise typer.Exit(2)
+    from .tasks_bench import Bench
+
     torch.set_num_threads(threads)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it notes each step of each task
     loaded, tokenizer = load(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from dataclasses import replace
 from functools import partial
@@ -212,3 +213,10 @@ def test_every_command_has_help():
         shown = CliRunner().invoke(app, [name, "--help"])
         assert shown.exit_code == 0, name
     assert json.loads(regressions.history_line([result(ROW)]))["values"]["x: a: sites"] == 2
+
+
+def test_only_tasks_needs_lm_eval(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    ran = CliRunner().invoke(app, ["tasks"])
+    assert ran.exit_code == 2 and "pip install -c .venv/torch.txt -e '.[tasks]'" in ran.output
+    assert CliRunner().invoke(app, ["tasks", "--help"]).exit_code == 0
