@@ -180,10 +180,12 @@ class Case:
             tensors += (filled(drawn_pages, self.pages, spare=1), own)
         return Layer(drawn.spec, tuple(tensors))
 
-    def build(self, stored: Stored, key: Tensor, value: Tensor) -> Sequence[Tensor]:
-        """Keys and values of a prompt in a cache with room to grow."""
+    def build(
+        self, stored: Stored, key: Tensor, value: Tensor, capacity: int | None = None
+    ) -> Sequence[Tensor]:
+        """Keys and values of a prompt in a cache that grows, or of a capacity."""
         text = stored.spec(self.shape.head_dim, self.dtype).text
-        built: Sequence[Tensor] = ops.build(key, value, [self.queries], text, None)
+        built: Sequence[Tensor] = ops.build(key, value, [self.queries], text, capacity)
         return built
 
     def step(self, layer: Layer, keep: int | None) -> Tensor:
@@ -196,7 +198,8 @@ class Case:
     def _drawn_layer(self, stored: Stored) -> Layer:
         """All drawn tokens as pages: in the tail are as many of the first ones as stay dense."""
         if stored not in self._drawn_layers:
-            built = self.build(stored, *self.rows(0, self.key.shape[2] + RECENT))
+            tokens = self.key.shape[2] + RECENT
+            built = self.build(stored, *self.rows(0, tokens), capacity=tokens)
             spec = stored.spec(self.shape.head_dim, self.dtype)
             self._drawn_layers[stored] = Layer(spec, tuple(built))
         return self._drawn_layers[stored]

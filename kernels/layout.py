@@ -39,7 +39,7 @@ from torch import SymInt, Tensor
 
 from .formats import Field, Format
 
-VERSION = 3
+VERSION = 4
 """To be raised with every change of what lies where, of how much room is made, or of a format: it
 is part of each graph's text, so that no cache of compiled graphs serves one of another version, and
 of each saved state."""

@@ -92,7 +92,7 @@ def check_side(
         device: by default that of the pages.
     """
     heads, device = heads or _sizes(pages, 2), device or pages.device
-    page_bytes, least = spec.pages(side).page_bytes, spec.head(side).head_bytes(spec.tail_rows())
+    page_bytes, least = spec.pages(side).page_bytes, spec.head(side).head_bytes(0)
     slots, head_bytes = _sizes(pages, 3)[2], _sizes(head, 3)[2]
     if type(head_bytes) is int:
         head_bytes = max(head_bytes // 8 * 8, least)

@@ -1,6 +1,6 @@
 """The spec: how the cache of one site is stored and when it is packed, as one short text.
 
-    layout=3;key=spark(kept=26,stored=int8,recovery=degenerate,saliency=squared):128:bfloat16;
+    layout=4;key=spark(kept=26,stored=int8,recovery=degenerate,saliency=squared):128:bfloat16;
     value=int8:128:bfloat16;window=32;recent=32;sinks=0;min_tokens=0
 
 Operators take it as a string, so that a new format changes no schema. Operators that attend get the
@@ -22,6 +22,9 @@ from .eviction import Scorer, parse_scorer
 from .formats import Field, Format, parse
 from .layout import MOST_TOKENS, POSITION, VERSION, Count, HeadLayout, PageLayout
 
+TAIL_STEP = 8
+"""Rows by which the tail of a growing cache grows: a short cache takes no more than its tokens, and
+a step in eight copies them."""
 Side = Literal["key", "value"]
 SIDES: tuple[Side, Side] = ("key", "value")
 _NUMBERS = ("window", "recent", "sinks", "min_tokens")
@@ -137,27 +140,34 @@ class Spec:
             visible: those that are part of the cache.
             packed: those that are in pages.
         """
-        waiting = stored - packed - self.sinks - self.recent
-        # sym_max asks many questions, too many for each step of each layer.
-        waiting = max(waiting, 0) if type(waiting) is int else torch.sym_max(waiting, 0)
+        waiting = _at_least_0(stored - packed - self.sinks - self.recent)
         due: Count = waiting // self.window
         return due if self.min_tokens == 0 or visible >= self.min_tokens else 0
+
+    def _dense_of(self, tokens: Count) -> Count:
+        """Number of tokens that are not packed when all pages that are due are."""
+        if self.min_tokens and tokens < self.min_tokens:
+            return tokens
+        # Written so that torch knows of a symbol that this is not negative.
+        least = self.sinks + self.recent
+        stay = min(tokens, least) if type(tokens) is int else torch.sym_min(tokens, least)
+        dense: Count = stay + _at_least_0(tokens - least) % self.window
+        return dense
 
     def page_room(self, tokens: Count, capacity: Count | None = None) -> Count:
         """Number of pages to make room for, at least one; two where it grows.
 
         Args:
             tokens: of the cache now.
-            capacity: that it will ever have; None leaves a page for it to grow.
+            capacity: that it will ever have; None lets it grow.
         """
         if capacity is not None:
             # One more for a page of which the first tokens are evicted.
             most = torch.sym_max(capacity - self.sinks - self.recent, 0) // self.window
             room: Count = most + 1
         else:
-            due = self.pages_due(tokens, tokens)
             # Two: Dynamo holds a size of one for constant.
-            room = torch.sym_max(due + 1, 2)
+            room = torch.sym_max(self.pages_due(tokens, tokens), 2)
         return room
 
     def tail_rows(self, tokens: Count = 0, capacity: Count | None = None) -> Count:
@@ -165,14 +175,19 @@ class Spec:
 
         Args:
             tokens: of the cache now.
-            capacity: number of tokens that it will ever have; None lets it grow.
+            capacity: number of tokens that it will ever have; None makes room for those of now.
         """
-        rows: Count = self.sinks + self.recent + self.window
-        if self.min_tokens and capacity is not None:
+        if capacity is None:
+            return (self._dense_of(tokens) + TAIL_STEP - 1) // TAIL_STEP * TAIL_STEP
+        rows: Count = self.most_tail_rows
+        if self.min_tokens:
             rows = torch.sym_max(rows, torch.sym_min(capacity, self.min_tokens))
-        elif self.min_tokens and tokens < self.min_tokens:
-            rows = torch.sym_max(rows, tokens + self.window)
         return rows
+
+    @property
+    def most_tail_rows(self) -> int:
+        """Tokens that are dense when a page is due, where pages are."""
+        return self.sinks + self.recent + self.window
 
     def room(self, tokens: Count = 0, capacity: Count | None = None) -> tuple[Count, Count]:
         """Pages and tail rows to make room for, as ``page_room`` and ``tail_rows`` say."""
@@ -234,6 +249,12 @@ def parse_spec(text: str) -> Spec:
         return Spec(**formats, **numbers, **floats, rolls=rolls, evict=evict)  # type: ignore[arg-type]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"spec {text!r} cannot be read: {error}") from error
+
+
+def _at_least_0(count: Count) -> Count:
+    # sym_max asks many questions, too many for each step of each layer.
+    least: Count = max(count, 0) if type(count) is int else torch.sym_max(count, 0)
+    return least
 
 
 def _refuse(name: str, value: float, allowed: str) -> NoReturn:

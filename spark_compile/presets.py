@@ -67,7 +67,7 @@ def share_named(budget: object) -> float | None:
 def side_bytes(spec: Spec, side: Side, tokens: int = TOKENS) -> int:
     """Most bytes that a growing cache of ``tokens`` tokens takes for one key head of a side."""
     due = int(spec.pages_due(tokens, tokens))
-    pages, rows = max(due + slack(due, 1), 2), int(spec.tail_rows(tokens))
+    pages, rows = max(due + slack(due, 1), 2), max(spec.most_tail_rows, int(spec.tail_rows(tokens)))
     shapes = spec.stored_shapes(side, (1, 1), pages, rows)
     return sum(math.prod(map(int, shape)) for shape in shapes)
 

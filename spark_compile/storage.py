@@ -106,10 +106,7 @@ class Storage(torch.Tensor):
 
     def _mark_growing(self) -> None:
         """Tell Dynamo that lengths and capacities change, so that no graph burns them in."""
-        growing = [(self, self.form.tokens_dim), (self.pages, 2)]
-        if self.spec.min_tokens:
-            growing.append((self.head, 2))
-        for tensor, dim in growing:
+        for tensor, dim in ((self, self.form.tokens_dim), (self.pages, 2), (self.head, 2)):
             marks = _growing_marks(dim)
             if not marks.keys() <= tensor.__dict__.keys():
                 tensor.__dict__.update((name, copy(mark)) for name, mark in marks.items())

@@ -127,8 +127,7 @@ inline std::optional<Side> side_of(const char* pages_name, const Tensor& pages, 
                                    std::array<int64_t, 2> batch_and_heads, const Spec& spec, const Format& format) {
   const auto [batch, heads] = batch_and_heads;
   const int64_t slots = std::max<int64_t>(size_of(pages, 2), 1);
-  const int64_t least = format.tail + round_up(spec.tail_rows(0, std::nullopt) * format.row_bytes(), 8);
-  const int64_t head_bytes = std::max(size_of(head, 2) / 8 * 8, least);
+  const int64_t head_bytes = std::max(size_of(head, 2) / 8 * 8, format.tail);
   check(pages_name, pages, ScalarType::Byte, {batch, heads, slots, format.page_bytes});
   check(head_name, head, ScalarType::Byte, {batch, heads, head_bytes});
   if (!pages.is_cpu() || !head.is_cpu() || batch * heads == 0) return std::nullopt;

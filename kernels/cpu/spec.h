@@ -14,7 +14,8 @@
 
 namespace spark {
 
-constexpr std::string_view LAYOUT_VERSION = "3";  // VERSION in kernels/layout.py
+constexpr std::string_view LAYOUT_VERSION = "4";  // VERSION in kernels/layout.py
+constexpr int64_t TAIL_STEP = 8;  // as in kernels/spec.py
 
 struct Spec {
   Format key, value;
@@ -33,13 +34,12 @@ struct Spec {
   }
   int64_t page_room(int64_t tokens, std::optional<int64_t> capacity) const {
     if (capacity) return std::max<int64_t>(*capacity - sinks - recent, 0) / window + 1;
-    const int64_t due = pages_due(tokens, tokens, 0);
-    return std::max<int64_t>(due + 1, 2);
+    return std::max<int64_t>(pages_due(tokens, tokens, 0), 2);
   }
   int64_t tail_rows(int64_t tokens, std::optional<int64_t> capacity) const {
+    if (!capacity) return round_up(tokens - pages_due(tokens, tokens, 0) * window, TAIL_STEP);
     const int64_t rows = sinks + recent + window;
-    if (min_tokens && capacity) return std::max(rows, std::min(*capacity, min_tokens));
-    return min_tokens && tokens < min_tokens ? std::max(rows, tokens + window) : rows;
+    return min_tokens ? std::max(rows, std::min(*capacity, min_tokens)) : rows;
   }
 };
 

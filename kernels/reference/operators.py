@@ -50,9 +50,11 @@ def step(
         if rolls := spec.rolls:
             first = max(first, start - rolls)
         check_mask(attn_mask, query, start - first + new_key.shape[2])
-    if keep is not None:
-        for store in (keys, values):
-            store.due(stays, store.index_of(start), keep)  # before anything is written
+    for store in (keys, values):  # before anything is written
+        index = store.index_of(start)
+        store.check_crop(index)
+        if keep is not None:
+            store.due(stays, index, keep)
     if position is not None:
         rewind(keys, values, position)
     if rolls := spec.rolls:

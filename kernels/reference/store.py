@@ -154,7 +154,7 @@ class Store:
         due = int(self.spec.pages_due(total, total - first, packed))
         rows = total - packed - due * self.spec.window
         if rows > self.tail.shape[2]:
-            raise ValueError(f"{rows} dense tokens do not fit into a tail of {self.tail.shape[2]}")
+            raise ValueError(_no_room(rows, self.tail))
         evicted = max(first, total - keep)
         if evicted and (self.spec.sinks or self.spec.evict is not None):
             kept = f"{self.spec.sinks} tokens" if self.spec.sinks else "tokens by a scorer"
@@ -163,6 +163,12 @@ class Store:
         if due and live > self.pages.shape[2]:
             raise ValueError(f"{live} pages do not fit into {self.pages.shape[2]}")
         return due
+
+    def check_crop(self, length: int) -> None:
+        """Raise ValueError unless there is room for what is dense after a crop to ``length``."""
+        dense = length - self._packed_below(length)
+        if dense > self.tail.shape[2]:
+            raise ValueError(_no_room(dense, self.tail))
 
     def observe(self, query: Tensor) -> None:
         """Add queries [B, Hq, L, D] to the statistics that the next append will find."""
@@ -261,6 +267,10 @@ class Store:
         counted = self.length, self.packed, self.first, self.step, self.dropped
         for counter, value in enumerate(counted):
             self.counters[..., counter] = value
+
+
+def _no_room(rows: int, tail: Tensor) -> str:
+    return f"{rows} dense tokens do not fit into a tail of {tail.shape[2]}"
 
 
 def allocate(like: Tensor, spec: Spec, side: Side, pages: int, rows: int) -> Store:

@@ -79,7 +79,10 @@ def _build_side(
     batch, heads, tokens, _ = rows.shape
     layout, format = spec.head(side), spec.format(side)
     shapes = spec.stored_shapes(side, (batch, heads), *spec.room(tokens, capacity))
-    pages, head = (rows.new_zeros(shape, dtype=torch.uint8) for shape in shapes)
+    pages = rows.new_zeros(shapes[0], dtype=torch.uint8)
+    # Views of a whole head would be guards on the tokens, of which its tail has room for.
+    head = rows.new_zeros((batch, heads, layout.offsets["tail"]), dtype=torch.uint8)
+    tail = rows.new_zeros((batch, heads, shapes[1][2] - head.shape[2]), dtype=torch.uint8)
     stats, norms = layout.stats(head), None
     if stats is not None:
         each = format.EACH_QUERY
@@ -90,7 +93,9 @@ def _build_side(
             norms = stats[:, :, 0].sqrt()
         for name, constant in format.constants(rows[:, :, spec.sinks :], norms).items():
             layout.constants(head)[name].copy_(constant)
-    operand = _operand(pages, head, rows, spec, side)
+    head = torch.cat((head, tail), dim=2)
+    sides.check_room(pages, rows, spec, side)
+    operand = sides.operand(pages, head, launch.by_channel(rows), spec, side)
     launch.append(None, operand, ALL, spec, constants_are_known=True)
     return pages, head
 

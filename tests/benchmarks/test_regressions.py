@@ -218,5 +218,6 @@ def test_every_command_has_help():
 def test_only_tasks_needs_lm_eval(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     ran = CliRunner().invoke(app, ["tasks"])
-    assert ran.exit_code == 2 and "pip install -c .venv/torch.txt -e '.[tasks]'" in ran.output
+    assert ran.exit_code == 2
+    assert "pip install -c .venv/torch.txt -e '.[tasks]'" in ran.output
     assert CliRunner().invoke(app, ["tasks", "--help"]).exit_code == 0

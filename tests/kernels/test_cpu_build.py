@@ -63,7 +63,7 @@ def test_no_compiler_is_said_once_and_leaves_the_reference(folder: Path) -> None
     code = (
         "import torch, warnings\n"
         "from spark_compile import ops\n"
-        "sides = 'layout=3;key=dense:4:float32;value=dense:4:float32'\n"
+        "sides = 'layout=4;key=dense:4:float32;value=dense:4:float32'\n"
         "spec, rows = f'{sides};window=8;recent=0;sinks=0;min_tokens=0', torch.ones(1, 2, 3, 4)\n"
         "with warnings.catch_warnings(record=True) as seen:\n"
         "    warnings.simplefilter('always')\n"
@@ -182,7 +182,7 @@ def test_the_child_of_a_fork_runs_without_the_threads_of_its_parent() -> None:
         "import os, signal, torch\n"
         "torch.set_num_threads(4)\n"
         "from spark_compile import ops\n"
-        "sides = 'layout=3;key=dense:64:float32;value=dense:64:float32'\n"
+        "sides = 'layout=4;key=dense:64:float32;value=dense:64:float32'\n"
         "spec = f'{sides};window=32;recent=0;sinks=0;min_tokens=0'\n"
         "rows, query = torch.ones(1, 4, 1024, 64), torch.ones(1, 4, 1, 64)\n"
         "def attend():\n"

@@ -86,7 +86,7 @@ def test_small_heads(dim: int, dtype: torch.dtype) -> None:
 def test_prompts_shorter_than_a_page(prompt: int, dtype: torch.dtype) -> None:
     for name in FORMATS:
         spec = spec_of(name, "int8", dtype, sinks=2)
-        cache = check_build(spec, tokens_of(spec, prompt))
+        cache = check_build(spec, tokens_of(spec, prompt), 40)
         for count in (1, 1, 17):
             check_step(cache, tokens_of(spec, count))
 
@@ -280,7 +280,7 @@ def test_constants_leave_out_the_first_tokens_that_stay_dense(values: str) -> No
     prompt = tokens_of(spec, 60)
     for rows in prompt[1:]:
         rows[:, :, :3] *= 1000
-    check_step(check_build(spec, prompt), tokens_of(spec, 3))
+    check_step(check_build(spec, prompt, 80), tokens_of(spec, 3))
 
 
 def test_quantized_numbers_that_are_not_finite_leave_the_constants_as_they_are() -> None:

@@ -16,7 +16,7 @@ WITHOUT_PYTHON = """
 import sys, torch
 torch.ops.load_library(sys.argv[1])
 rows = torch.zeros(1, 2, 64, 16)
-spec = f"layout=3;key={sys.argv[2]};value=dense:16:float32;"
+spec = f"layout=4;key={sys.argv[2]};value=dense:16:float32;"
 spec += "window=32;recent=32;sinks=0;min_tokens=0"
 if sys.argv[3] == "evict":
     torch.ops.spark.evict(rows, [rows], None, 0, spec)

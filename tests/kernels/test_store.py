@@ -113,7 +113,7 @@ def test_any_sequence_of_changes_is_that_of_dense_rows(
 ) -> None:  # fmt: skip
     torch.manual_seed(seed)
     spec = spec_of(text, dtype, **numbers)
-    guard = guarded(spec, side, pages, int(spec.tail_rows()) + more_rows)
+    guard = guarded(spec, side, pages, spec.most_tail_rows + more_rows)
     model = SideModel(spec, side, BATCH, HEADS)
     for kind, amount, keep in steps:
         store = guard.reread()

@@ -45,7 +45,10 @@ def test_a_step_allocates_no_second_cache(form: str) -> None:
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_steps_of_one_handle_after_the_other_stay_in_its_buffers(form: str) -> None:
-    """Of 32 steps one packs: it copies the head and, at most every other time, the pages."""
+    """Of 32 steps one packs: it copies the head and, at most every other time, the pages.
+
+    Before that the tail grows from the 40 rows of the prompt to 64.
+    """
     model = decoder("sdpa_causal", layers=1, dim=64)
     spark = compiled(model, key_ratio=0.5, window=32, **FORMATS[form])
     moves, pointers = [0] * 4, [0] * 4
@@ -57,4 +60,4 @@ def test_steps_of_one_handle_after_the_other_stay_in_its_buffers(form: str) -> N
             now = [t.data_ptr() for state in states for t in (state.pages, state.head)]
             moves = [m + (a != b) for m, a, b in zip(moves, now, pointers, strict=True)]
             pointers = now
-    assert max(moves) <= 1 + 2
+    assert max(moves) <= 1 + 2 + 3

@@ -181,7 +181,7 @@ def test_packing_copies_the_head_and_writes_into_the_shared_pages() -> None:
 
 
 def test_crop_and_append_copy_no_pages_once_the_longer_handle_is_dropped() -> None:
-    prefix = handle(PRUNED, 12)
+    prefix = handle(PRUNED, 8).stepped(4)  # which left room for a page
     pages = [state.pages.data_ptr() for state in prefix.states]
     longer = prefix.stepped(4)  # packs a page
     cropped = longer.mapped(lambda t: t[..., :-5, :], 11)
@@ -197,7 +197,7 @@ def test_crop_and_append_copy_no_pages_once_the_longer_handle_is_dropped() -> No
 
 
 def test_equally_long_handles_may_both_pack_while_the_other_does_not() -> None:
-    prefix = handle(PRUNED, 13)
+    prefix = handle(PRUNED, 9).stepped(4)
     pages, alias = prefix.keys.pages.data_ptr(), prefix.mapped(lambda t: t.detach())
     longer = prefix.stepped(1)
     assert longer.keys.pages.data_ptr() == pages

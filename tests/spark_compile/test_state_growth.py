@@ -9,6 +9,7 @@ import torch
 from states import check_state, new_rows, prefill, queries, spec_of, step, tokens
 
 from spark_compile import SparkConfig
+from spark_compile.kernels.spec import TAIL_STEP
 from spark_compile.state import SparkTensor
 
 POLICIES: list[dict[str, Any]] = [
@@ -90,7 +91,8 @@ def check_room(state: SparkTensor, config: SparkConfig) -> None:
     dense = state.shape[2] - state.packed_tokens()
     assert state.pages.shape[2] <= packed + max(1, packed // 32) + 1
     rows = spec.head(state.SIDE).tail_rows(state.head)
-    assert rows <= max(spec.sinks + spec.recent + spec.window, dense + spec.window)
+    full = spec.most_tail_rows if packed else 0  # the step that packs reads that many
+    assert rows < max(full, dense) + TAIL_STEP
 
 
 @pytest.mark.parametrize("length", [3, 300])
@@ -106,9 +108,25 @@ def test_room_is_bounded_and_growing_rarely_copies(policy: dict[str, int], lengt
         now = [t.data_ptr() for state in states for t in (state.pages, state.head)]
         moves = [m + (a != b) for m, a, b in zip(moves, now, pointers, strict=True)]
         pointers = now
-    assert max(moves) <= 100 // config.window + 2
+    tail = 100 if config.min_tokens else spec_of(config).most_tail_rows
+    assert max(moves) <= 100 // config.window + 2 + tail // TAIL_STEP
     pages = 100 // config.window // max(1, length // config.window // 32) + 2
     assert max(moves[0], moves[2]) <= pages
+
+
+@pytest.mark.parametrize("length", [0, 1, 5, 36])
+def test_a_short_cache_takes_little_more_than_its_tokens(length: int) -> None:
+    config = SparkConfig(key_ratio=0.5, window=32)
+    states: Any = prefill(config, length, batch=1).states
+    for count in range(length, 64):
+        for state in states:
+            layout = state.spec.head(state.SIDE)
+            spare = state.head.shape[2] - layout.offsets["tail"] - count * layout.row_bytes
+            assert 0 <= spare < TAIL_STEP * layout.row_bytes
+            assert not state.packed_tokens()
+            assert not state.pages.any()
+        states = step(*states, queries(1, 1), tokens(1, batch=1))
+    assert [state.packed_tokens() for state in states] == [32, 32]
 
 
 @pytest.mark.parametrize("policy", [{}, {"min_tokens": 1000}], ids=str)
