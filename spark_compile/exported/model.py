@@ -10,6 +10,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     GenerationConfig,
     GenerationMixin,
     PreTrainedConfig,
@@ -71,11 +72,18 @@ class ExportedCache:
         self.states = [state.index_select(0, beam_idx) for state in self.states]
 
 
+class ExportedConfig(PreTrainedConfig):
+    """That of a decoder which has none of its own."""
+
+    model_type = "spark-exported"
+
+
 class ExportedModel(PreTrainedModel, GenerationMixin):
     """A decoder whose graphs come from a folder; ``generate`` and ``forward`` as transformers has
     them, for the batch size that was exported.
     """
 
+    config_class = ExportedConfig
     main_input_name = "input_ids"
     _is_stateful = True  # assisted and contrastive decoding step back and forth
 
@@ -232,8 +240,12 @@ class ExportedModel(PreTrainedModel, GenerationMixin):
         return whole
 
 
+# For transformers' pipelines, which take models of classes that are registered.
+AutoModelForCausalLM.register(ExportedConfig, ExportedModel)
+
+
 def _config(folder: Path) -> PreTrainedConfig:
     """The model's config; a bare one for a model that has none."""
     if (folder / "config.json").is_file():
         return AutoConfig.from_pretrained(folder)  # type: ignore[no-any-return]
-    return PreTrainedConfig()
+    return ExportedConfig()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import threading
 import time
 from collections.abc import Iterator
@@ -188,12 +189,24 @@ def test_bodies_are_limited(loaded: Any) -> None:
     assert web.post("/v1/completions", content=chunks).status_code == 413
 
 
-def test_pipelines_and_streamers_take_it(loaded: Any, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def logged(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """What transformers logs, which it keeps from the loggers above its own."""
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+
+
+def test_pipelines_and_streamers_take_it(
+    loaded: Any, capsys: pytest.CaptureFixture[str], logged: pytest.LogCaptureFixture
+) -> None:
     tokenizer = tokenizer_of(loaded)
     options: dict[str, Any] = {"max_new_tokens": 9, "do_sample": False}
     pipe = pipeline("text-generation", model=loaded, tokenizer=tokenizer)
     said = pipe(PROMPT, return_full_text=False, **options)[0]["generated_text"]
     assert said.split() == _wanted(PROMPT, 9).split()
+    assert logged.messages == []
     ids = torch.tensor([[7, 8, 9, 10]])
     loaded.generate(ids, streamer=TextStreamer(tokenizer, skip_prompt=True), **options)
     assert capsys.readouterr().out.split() == _wanted(PROMPT, 9).split()
