@@ -90,6 +90,9 @@ class ExportedModel(PreTrainedModel, GenerationMixin):
     def __init__(self, folder: Path, manifest: Manifest, inner: str) -> None:
         super().__init__(_config(folder))
         self.folder, self.manifest, self._inner = folder, manifest, inner
+        for config in (self.config, self.config.get_text_config()):
+            # What generate and others take for the most tokens.
+            config.max_position_embeddings = manifest.max_tokens
         has_own = (folder / "generation_config.json").is_file()
         self.generation_config = (
             GenerationConfig.from_pretrained(folder)
@@ -170,23 +173,21 @@ class ExportedModel(PreTrainedModel, GenerationMixin):
         count, past = input_ids.shape[1], cache.get_seq_length()
         self._check(input_ids, past, attention_mask)
         mask = self._mask(attention_mask, past + count)
-        least = self.manifest.programs["prefill"].least
-        if past == 0 and least <= count < self.manifest.max_tokens:
-            rows = torch.arange(count - 1 if last else 0, count)
-            logits = self._run("prefill", cache, input_ids, 0, rows, mask)
-            cache._tokens = count
-        else:
-            if count > 1 and past:
-                warn_once(
-                    "tokens are added to an exported cache that is not empty: one at a time, since "
-                    "the prefill is for empty ones"
-                )
-            steps = []
-            for index in range(count):
-                token, row = input_ids[:, index : index + 1], torch.zeros(1, dtype=torch.int64)
-                steps.append(self._run("decode", cache, token, past + index, row, mask))
-                cache._tokens = past + index + 1
-            logits = steps[-1] if last else torch.cat(steps, 1)
+        read = self._prefilled(past, count)
+        if past and count > 1:
+            warn_once(
+                "tokens are added to an exported cache that is not empty: one at a time, since "
+                "the prefill is for empty ones"
+            )
+        calls: list[tuple[Phase, int, int]] = [("prefill", 0, read)] if read else []
+        calls += [("decode", index, index + 1) for index in range(read, count)]
+        parts = []
+        for phase, start, end in calls:
+            rows = torch.arange(end - start - 1 if last else 0, end - start)
+            tokens = input_ids[:, start:end]
+            parts.append(self._run(phase, cache, tokens, past + start, rows, mask))
+            cache._tokens = past + end
+        logits = parts[-1] if last else torch.cat(parts, 1)
         kept: dict[str, Any] = {self.cache_name: cache if use_cache else None}
         return CausalLMOutputWithPast(logits=logits, **kept)
 
@@ -195,6 +196,11 @@ class ExportedModel(PreTrainedModel, GenerationMixin):
         for phase in PHASES:
             self._runner(phase)
         return self
+
+    def _prefilled(self, past: int, count: int) -> int:
+        """How many of the tokens go through the prefill; the others follow one by one."""
+        least, most = self.manifest.programs["prefill"].least, self.manifest.max_tokens - 1
+        return min(count, most) if past == 0 and count >= least else 0
 
     def _runner(self, phase: Phase) -> Runner:
         if phase not in self._runners:

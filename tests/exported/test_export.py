@@ -14,8 +14,9 @@ from zoo import tiny
 
 import spark_compile
 from spark_compile import SparkError, SparkWarning
-from spark_compile.exported.decoder import ExportError
+from spark_compile.exported.decoder import ExportError, Phase
 from spark_compile.exported.folder import Manifest, read_manifest
+from spark_compile.exported.model import ExportedModel
 from spark_compile.passes.program import PassFailed
 
 CAPACITY = 200
@@ -68,6 +69,31 @@ def test_prompts_of_any_length(exact: Exported, length: int) -> None:
     ids, new = _prompt(length=length), min(3, CAPACITY - length)
     loaded = spark_compile.load(folder, inner="eager")
     assert torch.equal(_generated(loaded, ids, new), _generated(model, ids, new))
+
+
+def test_a_prompt_that_fills_the_cache_is_read_at_once(
+    exact: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, folder, _ = exact
+    loaded, ids, phases = spark_compile.load(folder, inner="eager"), _prompt(length=CAPACITY), []
+
+    def runner(phase: Phase) -> Any:
+        phases.append(phase)
+        return ExportedModel._runner(loaded, phase)
+
+    monkeypatch.setattr(loaded, "_runner", runner)
+    with torch.no_grad():
+        wanted, close = model(ids).logits, {"atol": 1e-4, "rtol": 1e-4}
+    torch.testing.assert_close(loaded(ids).logits, wanted, **close)
+    torch.testing.assert_close(loaded(ids, last=True).logits, wanted[:, -1:], **close)
+    assert phases == ["prefill", "decode"] * 2
+
+
+def test_what_asks_for_no_length_ends_with_the_capacity(exact: Exported) -> None:
+    loaded = spark_compile.load(exact[1], inner="eager")
+    assert loaded.config.max_position_embeddings == CAPACITY
+    ids = _prompt(length=CAPACITY - 5)
+    assert loaded.generate(ids, eos_token_id=[]).shape[1] == CAPACITY
 
 
 def test_a_cache_goes_on_and_steps_back(exact: Exported) -> None:
