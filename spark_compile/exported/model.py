@@ -213,7 +213,9 @@ class ExportedModel(PreTrainedModel, GenerationMixin):
         self, phase: Phase, cache: ExportedCache, ids: Tensor, position: int, rows: Tensor,
         mask: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        inputs = [ids, torch.tensor([position]), rows, *([] if mask is None else [mask])]
+        # Compiled code reads tokens as if they lay one after another, whatever the strides.
+        inputs = [ids.contiguous(), torch.tensor([position]), rows]
+        inputs += [] if mask is None else [mask]
         return self._runner(phase)(cache.states, inputs)
 
     def _check(self, input_ids: Tensor, past: int, mask: Tensor | None) -> None:

@@ -14,9 +14,10 @@ from zoo import tiny
 
 import spark_compile
 from spark_compile import SparkError, SparkWarning
-from spark_compile.exported.decoder import ExportError, Phase
+from spark_compile.exported.decoder import PHASES, ExportError, Phase
 from spark_compile.exported.folder import Manifest, read_manifest
 from spark_compile.exported.model import ExportedModel
+from spark_compile.exported.running import Runner
 from spark_compile.passes.program import PassFailed
 
 CAPACITY = 200
@@ -136,12 +137,25 @@ def test_a_batch_with_padding_and_beams(tmp_path: Path) -> None:
     loaded = spark_compile.load(tmp_path / "out", inner="eager")
     ids, mask = _prompt(2), torch.ones(2, PROMPT, dtype=torch.int64)
     ids[0, :9], mask[0, :9] = 0, 0
+    _contiguous(loaded)
     wanted = _generated(model, ids, attention_mask=mask)
     assert torch.equal(_generated(loaded, ids, attention_mask=mask), wanted)
     one, beams = ids[1:], {"num_beams": 2}
     assert torch.equal(_generated(loaded, one, 12, **beams), _generated(model, one, 12, **beams))
     with pytest.raises(ValueError, match=r"input_ids are \[1, 70\]: allowed is \[2, tokens\]"):
         loaded(one)
+
+
+def _contiguous(loaded: ExportedModel) -> None:
+    """Compiled graphs go by the strides that they were compiled for."""
+    for phase in PHASES:
+        runner = loaded._runner(phase)
+
+        def checked(states: Any, inputs: Any, runner: Runner = runner) -> torch.Tensor:
+            assert all(tensor.is_contiguous() for tensor in (*states, *inputs))
+            return runner(states, inputs)
+
+        loaded._runners[phase] = checked
 
 
 def test_what_does_not_fit_is_refused(exact: Exported) -> None:
