@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,9 +26,13 @@ from .decoder import PHASES, RECURRENT, Phase
 from .folder import WEIGHTS, Manifest
 from .running import Runner, runner
 
+GAIN = 8
+"""A token of a prefill takes less than this part of a step's time: with one thread a 25th of it,
+measured with SmolLM2-135M, and it is arithmetic where a step waits for the weights."""
+
 
 class ExportedCache:
-    """The states of one generation, and how many tokens are in them.
+    """The states of one generation, and which tokens are in them.
 
     It belongs to the model that made it. ``generate(..., cache=cache)`` goes on with it.
     """
@@ -37,6 +42,8 @@ class ExportedCache:
 
     def __init__(self, manifest: Manifest) -> None:
         self.states = [state.empty() for state in manifest.states]
+        self.ids = torch.zeros(manifest.batch, manifest.max_tokens, dtype=torch.int64)
+        """[B, max_tokens], of which the first ``get_seq_length()`` are in the states."""
         self._tokens = 0
         self._recurrent = any(word in s.name for s in manifest.states for word in RECURRENT)
 
@@ -70,6 +77,7 @@ class ExportedCache:
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Let batch entry i be what entry ``beam_idx[i]`` is, for beam search."""
         self.states = [state.index_select(0, beam_idx) for state in self.states]
+        self.ids = self.ids.index_select(0, beam_idx)
 
 
 class ExportedConfig(PreTrainedConfig):
@@ -170,23 +178,17 @@ class ExportedModel(PreTrainedModel, GenerationMixin):
                 padding and the graphs take no mask.
         """
         cache = cache or past_key_values or ExportedCache(self.manifest)
-        count, past = input_ids.shape[1], cache.get_seq_length()
+        past = cache.get_seq_length()
+        whole = past + input_ids.shape[1]
         self._check(input_ids, past, attention_mask)
-        mask = self._mask(attention_mask, past + count)
-        read = self._prefilled(past, count)
-        if past and count > 1:
-            warn_once(
-                "tokens are added to an exported cache that is not empty: one at a time, since "
-                "the prefill is for empty ones"
-            )
-        calls: list[tuple[Phase, int, int]] = [("prefill", 0, read)] if read else []
-        calls += [("decode", index, index + 1) for index in range(read, count)]
+        mask = self._mask(attention_mask, whole)
+        cache.ids[:, past:whole] = input_ids
+        first = whole - 1 if last else past  # of the logits
         parts = []
-        for phase, start, end in calls:
-            rows = torch.arange(end - start - 1 if last else 0, end - start)
-            tokens = input_ids[:, start:end]
-            parts.append(self._run(phase, cache, tokens, past + start, rows, mask))
-            cache._tokens = past + end
+        for phase, start, end in self._calls(cache, past, whole):
+            rows = torch.arange(min(max(start, first), end - 1), end) - start
+            parts.append(self._run(phase, cache, cache.ids[:, start:end], start, rows, mask))
+            cache._tokens = end
         logits = parts[-1] if last else torch.cat(parts, 1)
         kept: dict[str, Any] = {self.cache_name: cache if use_cache else None}
         return CausalLMOutputWithPast(logits=logits, **kept)
@@ -197,10 +199,26 @@ class ExportedModel(PreTrainedModel, GenerationMixin):
             self._runner(phase)
         return self
 
-    def _prefilled(self, past: int, count: int) -> int:
-        """How many of the tokens go through the prefill; the others follow one by one."""
-        least, most = self.manifest.programs["prefill"].least, self.manifest.max_tokens - 1
-        return min(count, most) if past == 0 and count >= least else 0
+    def _calls(
+        self, cache: ExportedCache, past: int, whole: int
+    ) -> Iterator[tuple[Phase, int, int]]:
+        """Which graph reads which tokens, so that there are ``whole`` of them in the cache.
+
+        The prefill begins with the first token: many that are added are read once more with those
+        before them, few go one at a time.
+        """
+        new, most = whole - past, self.manifest.max_tokens - 1
+        if new > 1 and self.manifest.programs["prefill"].least <= whole <= GAIN * new:
+            cache.reset()
+            past = min(whole, most)
+            yield "prefill", 0, past
+        elif new > 1 and past:
+            warn_once(
+                f"{new} tokens are added one at a time to an exported cache of {past}, since the "
+                "prefill begins with the first token"
+            )
+        for position in range(past, whole):
+            yield "decode", position, position + 1
 
     def _runner(self, phase: Phase) -> Runner:
         if phase not in self._runners:

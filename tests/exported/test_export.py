@@ -16,7 +16,7 @@ import spark_compile
 from spark_compile import SparkError, SparkWarning
 from spark_compile.exported.decoder import PHASES, ExportError, Phase
 from spark_compile.exported.folder import Manifest, read_manifest
-from spark_compile.exported.model import ExportedModel
+from spark_compile.exported.model import ExportedCache, ExportedModel
 from spark_compile.exported.running import Runner
 from spark_compile.passes.program import PassFailed
 
@@ -76,13 +76,8 @@ def test_a_prompt_that_fills_the_cache_is_read_at_once(
     exact: Exported, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, folder, _ = exact
-    loaded, ids, phases = spark_compile.load(folder, inner="eager"), _prompt(length=CAPACITY), []
-
-    def runner(phase: Phase) -> Any:
-        phases.append(phase)
-        return ExportedModel._runner(loaded, phase)
-
-    monkeypatch.setattr(loaded, "_runner", runner)
+    loaded, ids = spark_compile.load(folder, inner="eager"), _prompt(length=CAPACITY)
+    phases = _phases(loaded, monkeypatch)
     with torch.no_grad():
         wanted, close = model(ids).logits, {"atol": 1e-4, "rtol": 1e-4}
     torch.testing.assert_close(loaded(ids).logits, wanted, **close)
@@ -90,6 +85,41 @@ def test_a_prompt_that_fills_the_cache_is_read_at_once(
     assert phases == ["prefill", "decode"] * 2
 
 
+@pytest.mark.parametrize("last", [False, True])
+def test_many_tokens_for_a_filled_cache_are_read_with_those_before(
+    last: bool, exact: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, folder, _ = exact
+    loaded, cache = spark_compile.load(folder, inner="eager"), ExportedCache(exact[2])
+    phases, close = _phases(loaded, monkeypatch), {"atol": 1e-4, "rtol": 1e-4}
+    ids = _prompt(length=CAPACITY)
+    loaded(_prompt(length=50), cache=cache)  # of which some are forgotten again
+    cache.crop(0)
+    loaded(ids[:, :50], cache=cache)
+    cache.crop(40)
+    phases.clear()
+    with torch.no_grad():
+        wanted = model(ids).logits
+    for start, end in ((40, 90), (90, 91), (91, CAPACITY)):
+        found = loaded(ids[:, start:end], cache=cache, last=last).logits
+        first = end - 1 if last else start
+        torch.testing.assert_close(found, wanted[:, first:end], **close)
+    assert phases == ["prefill", "decode", "prefill", "decode"]
+
+
+def _phases(loaded: ExportedModel, monkeypatch: pytest.MonkeyPatch) -> list[Phase]:
+    """A list that gets the phase of each call of a graph from now on."""
+    phases: list[Phase] = []
+
+    def runner(phase: Phase) -> Any:
+        phases.append(phase)
+        return ExportedModel._runner(loaded, phase)
+
+    monkeypatch.setattr(loaded, "_runner", runner)
+    return phases
+
+
+@pytest.mark.filterwarnings("ignore:Using the model-agnostic default")
 def test_what_asks_for_no_length_ends_with_the_capacity(exact: Exported) -> None:
     loaded = spark_compile.load(exact[1], inner="eager")
     assert loaded.config.max_position_embeddings == CAPACITY
