@@ -130,7 +130,7 @@ class AmxEngine {
  protected:
   AwakeRequests requests(const Run& run) const {
     const Format& values = *p_.values.format;
-    return {{Ahead(*p_.keys.format), Ahead(values, 0, early_bytes(values)), run.keys, run.values}};
+    return {{{Ahead(*p_.keys.format), run.keys}, {Ahead(values, 0, early_bytes(values)), run.values}}};
   }
 
   // Keys that have every channel, those from `first` on of a block.

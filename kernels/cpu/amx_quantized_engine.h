@@ -50,7 +50,7 @@ class AmxQuantizedEngine : public AmxInt8Engine<N> {
     if (!block.packed || !turns_keys_) return Base::expand_keys(block);
     const Format& f = *p_.keys.format;
     p_.each_run(block, [&](const Run& run) {
-      const AwakeRequests ahead{{Ahead(f), Ahead(*p_.values.format), run.keys, run.values}};
+      const AwakeRequests ahead{{{Ahead(f), run.keys}, {Ahead(*p_.values.format), run.values}}};
       each_part([&](const Part& part, int64_t at) {
         int8_t* out = &kept_[run.first * key_width_ + at];
         expand_part<0>(part, run.keys.rows(f.channels), run.count, out, key_width_, at ? nullptr : &ahead);
@@ -73,13 +73,12 @@ class AmxQuantizedEngine : public AmxInt8Engine<N> {
     p_.each_run(block, [&](const Run& run) {
       read_amplitudes(run.values.at<uint8_t>(f.scale), 1, run.count, steps_ + run.first);
     });
-    with_bits(f.parts[0].bits, [&](auto bits) {
-      switch (f.dim) {
-        case 64: return put_values<bits, 64>(block);
-        case 128: return put_values<bits, 128>(block);
-        default: put_values<bits, 0>(block);
-      }
-    });
+    const auto tile_at = [&](int t) {
+      if (t % 8 == 0) this->stay_awake();
+      return &this->values_[tile_row(t) * 64];
+    };
+    // What comes next was asked for with the keys.
+    put_quantized(p_.values, block, levels_.get(), value_width_, tile_at, [](const Place&) {});
   }
 
   void finish_packed(Partial partial, int64_t rows) {
@@ -118,32 +117,6 @@ class AmxQuantizedEngine : public AmxInt8Engine<N> {
     for (int64_t p = 0, at = 0; p < keys.part_count; ++p) {
       f(keys.parts[p], at);
       at += round_up(keys.parts[p].channels, 64);
-    }
-  }
-
-  // Levels of values. CHANNELS: of a value, or 0 for any number.
-  template <int BITS, int CHANNELS>
-  [[gnu::noinline]] void put_values(const Block& block) {
-    const Field& field = p_.values.format->channels;
-    const int64_t width = value_width_;
-    Places places(p_.values, block);
-    for (int t = 0; t < block.count; t += 4) {
-      if (t % 8 == 0) this->stay_awake();
-      const uint8_t* codes[4];
-      // What is in place of tokens that are not there meets weights of 0.
-      for (int i = 0; i < 4; ++i) codes[i] = t + i < block.count ? places.next().template at<uint8_t>(field) : codes[0];
-      int8_t* tile = &this->values_[tile_row(t) * 64];
-      if constexpr (can_four_levels<BITS, CHANNELS>()) put_four_levels<BITS, CHANNELS>(codes, tile);
-      else {
-        for (int i = 0; i < 4; ++i) {
-          expand_tokens<BITS, 0, CHANNELS, AwakeRequests>(codes[i], 0, 1, p_.value_dim, &levels_[i * width], width, nullptr);
-        }
-        for (int64_t j = 0; j < width; j += 64) {
-          __m512i rows[4];
-          for (int i = 0; i < 4; ++i) rows[i] = _mm512_loadu_si512(&levels_[i * width + j]);
-          put_four(rows, tile + 64 * j);
-        }
-      }
     }
   }
 

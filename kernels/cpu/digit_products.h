@@ -47,6 +47,94 @@ inline void in_order(F* v) {
   for (int i = 0; i < 4; ++i) v[i] = bit_cast<F>(whole[i]);
 }
 
+// A plane of codes of four tokens, whose bytes are put side by side while they hold several codes each.
+template <int WIDTH, int CHANNELS>
+struct FourPlanes {
+  static constexpr int BYTES = CHANNELS * WIDTH / 8;
+  static_assert(BYTES >= 16, "what is moved are parts of 16 bytes");
+
+  // codes: of each token; the plane is `offset` bytes after them.
+  FourPlanes(const uint8_t* const (&codes)[4], int64_t offset) {
+    for (int at = 0; at < BYTES; at += 64) {
+      __m512i rows[4];
+      for (int i = 0; i < 4; ++i) rows[i] = repeated<std::min(BYTES, 64)>(codes[i] + offset + at);
+      side_by_side(rows, fours[at / 64]);
+    }
+  }
+
+  // Of 64 channels from `first` on the i-th quarter of side_by_side(); other bits of the code are 0.
+  __m512i codes(int first, int i) const {
+    const __m512i ones = splat_byte((1 << WIDTH) - 1);
+    if constexpr (BYTES >= 64) return right(fours[first % BYTES / 64][i], first / BYTES * WIDTH) & ones;
+    const Words shifts = [&]<size_t... W>(std::index_sequence<W...>) {
+      return Words{uint16_t((int(W) / 8 * 16 + first) / BYTES * WIDTH)...};
+    }(std::make_index_sequence<32>{});
+    return right(fours[0][i], shifts) & ones;
+  }
+
+  __m512i fours[(BYTES + 63) / 64][4];
+};
+
+template <int BITS, int CHANNELS>
+constexpr bool can_four_levels() {
+  return CHANNELS * std::min(low_width(BITS), high_width(BITS) ? high_width(BITS) : 8) >= 128;
+}
+
+// The levels of four tokens' codes, in tiles as put_four() fills them.
+template <int BITS, int CHANNELS>
+inline void put_four_levels(const uint8_t* const (&codes)[4], int8_t* tile) {
+  constexpr int LOW = low_width(BITS), HIGH = high_width(BITS);
+  const FourPlanes<LOW, CHANNELS> low(codes, 0);
+  const auto put = [&](auto whole) {
+    for (int j = 0; j < CHANNELS; j += 64) {
+      for (int i = 0; i < 4; ++i) _mm512_store_si512(tile + 64 * j + 1024 * i, level_bytes<BITS>(whole(j, i)));
+    }
+  };
+  if constexpr (HIGH == 0) put([&](int j, int i) { return low.codes(j, i); });
+  else {
+    const FourPlanes<HIGH, CHANNELS> high(codes, CHANNELS * LOW / 8);
+    put([&](int j, int i) { return low.codes(j, i) | left<LOW>(high.codes(j, i)); });
+  }
+}
+
+// Levels of a block's quantized values in tiles, those of four tokens at once. CHANNELS: of a value, or 0 for any
+// number. tile_at(t): where the four tokens from t on go; each(place): called for each token; levels: room for
+// four rows of `width` bytes.
+template <int BITS, int CHANNELS, class TileAt, class Each>
+[[gnu::noinline]] void put_quantized(const Side& side, const Block& block, int8_t* levels, int64_t width, const TileAt& tile_at,
+                                     const Each& each) {
+  const Field& field = side.format->channels;
+  Places places(side, block);
+  for (int t = 0; t < block.count; t += 4) {
+    int8_t* tile = tile_at(t);
+    const uint8_t* codes[4];
+    places.next_four(block.count - t, field, codes, each);
+    if constexpr (can_four_levels<BITS, CHANNELS>()) put_four_levels<BITS, CHANNELS>(codes, tile);
+    else {
+      for (int i = 0; i < 4; ++i) {
+        expand_tokens<BITS, 0, CHANNELS, Requests>(codes[i], 0, 1, side.format->dim, levels + i * width, width, nullptr);
+      }
+      for (int64_t j = 0; j < width; j += 64) {
+        __m512i rows[4];
+        for (int i = 0; i < 4; ++i) rows[i] = _mm512_loadu_si512(levels + i * width + j);
+        put_four(rows, tile + 64 * j);
+      }
+    }
+  }
+}
+
+template <class TileAt, class Each>
+inline void put_quantized(const Side& side, const Block& block, int8_t* levels, int64_t width, const TileAt& tile_at,
+                          const Each& each) {
+  with_bits(side.format->parts[0].bits, [&](auto bits) {
+    switch (side.format->dim) {
+      case 64: return put_quantized<bits, 64>(side, block, levels, width, tile_at, each);
+      case 128: return put_quantized<bits, 128>(side, block, levels, width, tile_at, each);
+      default: put_quantized<bits, 0>(side, block, levels, width, tile_at, each);
+    }
+  });
+}
+
 // Products with the high digits and with the low ones, put together again.
 inline F joined(__m512i high, __m512i low) {
   return F(_mm512_cvtepi32_ps(high)) * 128.0f + F(_mm512_cvtepi32_ps(low));

@@ -154,11 +154,11 @@ class FloatRows {
   Scratch<float> rows_, weights_, amplitudes_;
 };
 
-// T: the model's dtype.
-template <class T>
+// T: the model's dtype. N: tokens of a block.
+template <class T, int N = 32>
 class FloatEngine {
  public:
-  static constexpr int BLOCK = 32, QUERIES = 4;  // tokens, query rows
+  static constexpr int BLOCK = N, QUERIES = 4;  // tokens, query rows
   static int64_t padded(int64_t channels) { return round_up(channels, LANES); }
   static int64_t padded_rows(int64_t rows) { return rows; }
 

@@ -18,10 +18,10 @@ inline bool can_levels(const Problem& p) {
   return (has_levels(keys) || (keys.kind == Kind::spark && keys.int8)) && has_levels(values) && values.part_count <= 1;
 }
 
-// T: the model's dtype. Queries: as whole numbers. VALUES: what is added to the levels of values, 0 or 128.
-template <class T, class Queries, int VALUES>
-class LevelEngine : public FloatEngine<T> {
-  using Base = FloatEngine<T>;
+// T: the model's dtype. Queries: as whole numbers. N: tokens of a block.
+template <class T, class Queries, int N>
+class LevelEngine : public FloatEngine<T, N> {
+  using Base = FloatEngine<T, N>;
 
  public:
   static constexpr int BLOCK = Base::BLOCK;
@@ -50,11 +50,11 @@ class LevelEngine : public FloatEngine<T> {
     if (!block.packed) return Base::expand_keys(block);
     const Format& f = *p_.keys.format;
     p_.each_run(block, [&](const Run& run) {
-      const Requests requests{Ahead(f), Ahead(*p_.values.format), run.keys, run.values};
+      const SideRequests requests{Ahead(f), run.keys};
       uint8_t* out = &keys_[run.first * width_];
       if (f.int8) {
         if (f.kind == Kind::spark) expand_kept(run, out, requests);
-        else copy_levels<128>(run.keys, run.count, p_.keys, out, width_, &requests);
+        else copy_levels<128>(run.keys, run.count, p_.keys, out, width_, requests);
         to_floats(run.keys.at<T>(f.step), run.count, amplitudes_[0] + run.first);
         if (f.kind == Kind::spark) to_floats(run.keys.at<T>(f.scale), run.count, amplitudes_[1] + run.first);
         return;
@@ -71,21 +71,28 @@ class LevelEngine : public FloatEngine<T> {
  protected:
   using Base::p_;
 
-  // Rows of levels of values, and their steps; what is left of earlier blocks meets weights of 0.
-  void expand_value_levels(const Block& block) {
+  // Steps of values, and 0 for tokens that are not there: what is left of earlier blocks meets weights of 0.
+  void read_value_steps(const Block& block) {
     const Format& f = *p_.values.format;
     std::fill_n(steps_, BLOCK, 0.0f);
     p_.each_run(block, [&](const Run& run) {
-      int8_t* out = &levels_[run.first * value_width_];
-      if (f.kind == Kind::quantized) {
-        expand_part<VALUES>(f.parts[0], run.values.rows(f.channels), run.count, out, value_width_, static_cast<const Requests*>(nullptr));
-        const uint8_t* codes = run.values.at<uint8_t>(f.scale);
-        for (int t = 0; t < run.count; ++t) steps_[run.first + t] = spark::amplitudes()[codes[t]];
-      } else {
-        copy_levels<VALUES>(run.values, run.count, p_.values, reinterpret_cast<uint8_t*>(out), value_width_, nullptr);
-        to_floats(run.values.at<T>(f.step), run.count, steps_ + run.first);
-      }
+      if (f.kind == Kind::int8) return to_floats(run.values.at<T>(f.step), run.count, steps_ + run.first);
+      const uint8_t* codes = run.values.at<uint8_t>(f.scale);
+      for (int t = 0; t < run.count; ++t) steps_[run.first + t] = spark::amplitudes()[codes[t]];
     });
+  }
+
+  // Levels of int8 tokens from `place` on, plus OFFSET, as rows of `width` bytes.
+  template <int OFFSET>
+  static void copy_levels(const Place& place, int count, const Side& side, uint8_t* out, int64_t width,
+                          const SideRequests& ahead) {
+    const int64_t dim = side.format->dim;
+    const Tokens rows = place.rows(side.format->channels);
+    for (int t = 0; t < count; ++t, out += width) {
+      ahead(t);
+      const int8_t* row = reinterpret_cast<const int8_t*>(rows.at(t));
+      for (int64_t j = 0; j < dim; j += WIDE) store_bytes(out + j, some_bytes(row + j, dim - j, side.pages_end) ^ splat_byte(OFFSET));
+    }
   }
 
   // Weights times steps as whole numbers up to LIMIT; returns the unit.
@@ -114,20 +121,8 @@ class LevelEngine : public FloatEngine<T> {
     for (int t = 0; t < count; ++t) numbers[t] = to_float(from[t]);
   }
 
-  // Levels of int8 tokens from `place` on, plus OFFSET, as rows of `width` bytes.
-  template <int OFFSET>
-  static void copy_levels(const Place& place, int count, const Side& side, uint8_t* out, int64_t width, const Requests* ahead) {
-    const int64_t dim = side.format->dim;
-    const Tokens rows = place.rows(side.format->channels);
-    for (int t = 0; t < count; ++t, out += width) {
-      if (ahead) (*ahead)(t);
-      const int8_t* row = reinterpret_cast<const int8_t*>(rows.at(t));
-      for (int64_t j = 0; j < dim; j += WIDE) store_bytes(out + j, some_bytes(row + j, dim - j, side.pages_end) ^ splat_byte(OFFSET));
-    }
-  }
-
   // Kept channels, and 1 or -1 where channels are pruned; zeros elsewhere.
-  void expand_kept(const Run& run, uint8_t* out, const Requests& requests) {
+  void expand_kept(const Run& run, uint8_t* out, const SideRequests& requests) {
     const Format& f = *p_.keys.format;
     const int64_t plane = f.plane(), signs = parts_.back().column;
     const Bytes zero = splat_byte(128), plus = splat_byte(129), minus = splat_byte(127);

@@ -10,8 +10,8 @@ namespace spark {
 
 // T: the model's dtype.
 template <class T>
-class MaddEngine : public LevelEngine<T, QueryWords, 128> {
-  using Base = LevelEngine<T, QueryWords, 128>;
+class MaddEngine : public LevelEngine<T, QueryWords, 32> {
+  using Base = LevelEngine<T, QueryWords, 32>;
   using Floats = FloatEngine<T>;
   using Base::amplitudes_, Base::biases_, Base::digits_, Base::keys_, Base::levels_, Base::p_, Base::parts_, Base::value_width_,
       Base::width_;
@@ -29,7 +29,14 @@ class MaddEngine : public LevelEngine<T, QueryWords, 128> {
   // Four tokens side by side, for the weights of pairs() to meet.
   void expand_values(const Block& block) {
     if (!block.packed) return Floats::expand_values(block);
-    this->expand_value_levels(block);
+    this->read_value_steps(block);
+    const Format& f = *p_.values.format;
+    p_.each_run(block, [&](const Run& run) {
+      const SideRequests requests{Ahead(f), run.values};
+      int8_t* out = &levels_[run.first * value_width_];
+      if (f.int8) Base::template copy_levels<128>(run.values, run.count, p_.values, reinterpret_cast<uint8_t*>(out), value_width_, requests);
+      else expand_part<128>(f.parts[0], run.values.rows(f.channels), run.count, out, value_width_, &requests);
+    });
     for (int t = 0; t < block.count; t += 4) {
       const int8_t* row = &levels_[t * value_width_];
       for (int64_t j = 0; j < value_width_; j += 32, row += 32) {

@@ -37,6 +37,19 @@ class Places {
     return {next_.page, next_.token++};
   }
 
+  // Where a field of the next four tokens is; of those that are not there, at the first one. each(place): called
+  // for each of `left` tokens.
+  template <class T, class Each>
+  void next_four(int left, const Field& field, const T* (&rows)[4], const Each& each) {
+    for (int i = 0; i < 4; ++i) {
+      rows[i] = rows[0];
+      if (i >= left) continue;
+      const Place place = next();
+      each(place);
+      rows[i] = place.template at<T>(field);
+    }
+  }
+
  private:
   const Side& side_;
   const Block& block_;
@@ -150,12 +163,18 @@ class Ahead {
  private:
   int64_t step_, first_, last_;
 };
-// For the tokens of a run, while their keys are expanded.
-struct Requests {
-  Ahead key, value;
-  Place keys, values;
+// For the tokens of a run, while those of one side are expanded.
+struct SideRequests {
+  Ahead ahead;
+  Place first;
 
-  void operator()(int t) const { key(keys + t), value(values + t); }
+  void operator()(int t) const { ahead(first + t); }
+};
+// Likewise for both sides, while keys are expanded.
+struct Requests {
+  SideRequests keys, values;
+
+  void operator()(int t) const { keys(t), values(t); }
 };
 // Expanding keys leaves more time between two requests than expanding values does: the first half of
 // a value's share (in whole lines) is asked for with its key.

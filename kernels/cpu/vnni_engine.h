@@ -12,16 +12,17 @@ namespace spark {
 
 // T: the model's dtype.
 template <class T>
-class VnniEngine : public LevelEngine<T, QueryDigits, 0> {
-  using Base = LevelEngine<T, QueryDigits, 0>;
-  using Floats = FloatEngine<T>;
+class VnniEngine : public LevelEngine<T, QueryDigits, 64> {
+  using Base = LevelEngine<T, QueryDigits, 64>;
+  using Floats = FloatEngine<T, 64>;
   using Base::amplitudes_, Base::biases_, Base::digits_, Base::keys_, Base::levels_, Base::p_, Base::parts_, Base::value_width_,
       Base::width_;
 
  public:
   static constexpr int BLOCK = Base::BLOCK, QUERIES = 8;  // tokens, query rows
 
-  explicit VnniEngine(const Problem& p) : Base(p), values_(scratch<int8_t>(64 * value_width_)) {}
+  explicit VnniEngine(const Problem& p)
+      : Base(p), values_(scratch<int8_t>(64 * value_width_)), keeps_order_(Base::padded(p.value_dim) == value_width_) {}
 
   void scores(const Block& block, int64_t first, int count, float (*scores)[BLOCK]) {
     if (block.packed) {
@@ -33,13 +34,19 @@ class VnniEngine : public LevelEngine<T, QueryDigits, 0> {
 
   void expand_values(const Block& block) {
     if (!block.packed) return Floats::expand_values(block);
-    this->expand_value_levels(block);
-    // What is left of earlier blocks meets weights of 0.
+    this->read_value_steps(block);
+    const Format& f = *p_.values.format;
+    const Ahead ahead(f);
+    const auto tile_at = [&](int t) { return &values_[t * 16]; };
+    if (f.kind == Kind::quantized) return put_quantized(p_.values, block, levels_.get(), value_width_, tile_at, ahead);
+    Places places(p_.values, block);
     for (int t = 0; t < block.count; t += 4) {
+      const int8_t* levels[4];
+      places.next_four(block.count - t, f.channels, levels, ahead);
       for (int64_t j = 0; j < value_width_; j += 64) {
         __m512i rows[4];
-        for (int i = 0; i < 4; ++i) rows[i] = _mm512_loadu_si512(&levels_[(t + i) * value_width_ + j]);
-        put_four(rows, &values_[j * 64 + t * 16]);
+        for (int i = 0; i < 4; ++i) rows[i] = some_bytes(levels[i] + j, f.dim - j);
+        put_four(rows, tile_at(t) + 64 * j);
       }
     }
   }
@@ -54,8 +61,19 @@ class VnniEngine : public LevelEngine<T, QueryDigits, 0> {
     }
   }
 
+  // From the order of the tiles of values to the one that dense tokens have.
+  void finish_packed(Partial partial, int64_t rows) {
+    for (int64_t at = 0; p_.packed && keeps_order_ && at < rows * value_width_; at += 64) {
+      F parts[4];
+      for (int i = 0; i < 4; ++i) parts[i] = load(partial.sums + at + 16 * i);
+      in_order(parts);
+      for (int i = 0; i < 4; ++i) store(partial.sums + at + 16 * i, parts[i]);
+    }
+    Floats::finish_packed(partial, rows);
+  }
+
  private:
-  // Dot products of up to ROWS queries with 32 tokens.
+  // Dot products of up to ROWS queries with a block.
   template <int ROWS>
   void dots(int64_t first, int count, float (*scores)[BLOCK]) {
     constexpr int SPAN = 8 / ROWS, TOGETHER = 8;  // words, tokens
@@ -108,7 +126,7 @@ class VnniEngine : public LevelEngine<T, QueryDigits, 0> {
         for (int r = 0; r < 4; ++r) parts[r][i] = joined(own[r], own[4 + r]) * units[r];
       }
       for (int r = 0; r < count; ++r) {
-        in_order(parts[r]);
+        if (!keeps_order_) in_order(parts[r]);
         for (int i = 0; i < 4 && j + 16 * i < width; ++i) {
           float* at = sums + r * width + j + 16 * i;
           store(at, load(at) * (rescale ? rescale[r] : 1.0f) + parts[r][i]);
@@ -129,7 +147,8 @@ class VnniEngine : public LevelEngine<T, QueryDigits, 0> {
     return unit;
   }
 
-  Scratch<int8_t> values_;  // four tokens side by side
+  Scratch<int8_t> values_;   // four tokens side by side
+  const bool keeps_order_;   // that of the tiles while packed tokens are added: rows of sums have room for it
 };
 
 }  // namespace spark
