@@ -50,9 +50,10 @@ inline Bytes some_bytes(const int8_t* p, int64_t count) { return _mm512_maskz_lo
 inline void store_some(int8_t* p, int64_t count, Bytes v) { _mm512_mask_storeu_epi8(p, first_bits(count), v); }
 // The same, but what follows the first ones may be anything; nothing from `end` on is read.
 inline Bytes some_bytes(const int8_t* p, int64_t count, const char*) { return some_bytes(p, count); }
-// Byte j gets packed[rank of j among the set bits], of which there are `count`, or 0 without a bit.
-inline Bytes expand_bytes(ByteMask mask, const int8_t* packed, int64_t count, const char*) {
-  Bytes few = some_bytes(packed, count);
+// Byte j gets packed[rank of j among the set bits], or 0 without a bit. Of more than `count` set bits the others
+// may get anything; nothing from `end` on is read.
+inline Bytes expand_bytes(ByteMask mask, const int8_t* packed, int64_t count, const char* end) {
+  Bytes few = reinterpret_cast<const char*>(packed + WIDE) <= end ? load<Bytes>(packed) : some_bytes(packed, count);
   asm("" : "+v"(few));  // expanding from memory takes several times as long
   return _mm512_maskz_expand_epi8(mask, few);
 }

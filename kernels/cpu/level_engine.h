@@ -53,8 +53,10 @@ class LevelEngine : public FloatEngine<T, N> {
       const SideRequests requests{Ahead(f), run.keys};
       uint8_t* out = &keys_[run.first * width_];
       if (f.int8) {
-        if (f.kind == Kind::spark) expand_kept(run, out, requests);
-        else copy_levels<128>(run.keys, run.count, p_.keys, out, width_, requests);
+        if (f.kind != Kind::spark) copy_levels<128>(run.keys, run.count, p_.keys, out, width_, requests);
+        else if (f.dim == 64) expand_kept<64>(run, out, requests);
+        else if (f.dim == 128) expand_kept<128>(run, out, requests);
+        else expand_kept<0>(run, out, requests);
         to_floats(run.keys.at<T>(f.step), run.count, amplitudes_[0] + run.first);
         if (f.kind == Kind::spark) to_floats(run.keys.at<T>(f.scale), run.count, amplitudes_[1] + run.first);
         return;
@@ -121,22 +123,24 @@ class LevelEngine : public FloatEngine<T, N> {
     for (int t = 0; t < count; ++t) numbers[t] = to_float(from[t]);
   }
 
-  // Kept channels, and 1 or -1 where channels are pruned; zeros elsewhere.
-  void expand_kept(const Run& run, uint8_t* out, const SideRequests& requests) {
-    const Format& f = *p_.keys.format;
-    const int64_t plane = f.plane(), signs = parts_.back().column;
+  // Kept channels, and 1 or -1 where channels are pruned; zeros elsewhere. DIM: channels of a key whose planes
+  // are whole words, or 0 for any number.
+  template <int DIM>
+  [[gnu::noinline]] void expand_kept(const Run& run, uint8_t* out, const SideRequests& requests) {
+    const Format f = *p_.keys.format;
+    const int64_t dim = DIM ? DIM : f.dim, plane = DIM ? DIM / 8 : f.plane(), signs = parts_.back().column, width = width_;
+    const char* end = p_.keys.pages_end;
+    const int8_t* row = run.keys.at<int8_t>(f.channels);
+    const uint8_t *keep = run.keys.at<uint8_t>(f.keep), *negative = run.keys.at<uint8_t>(f.negative);
     const Bytes zero = splat_byte(128), plus = splat_byte(129), minus = splat_byte(127);
-    for (int t = 0; t < run.count; ++t, out += width_) {
+    for (int t = 0; t < run.count; ++t, row += f.kept, keep += plane, negative += plane, out += width) {
       requests(t);
-      const Place place = run.keys + t;
-      const int8_t* row = place.at<int8_t>(f.channels);
-      const uint8_t *keep = place.at<uint8_t>(f.keep), *negative = place.at<uint8_t>(f.negative);
       int64_t rank = 0;
-      for (int64_t j = 0; j < f.dim; j += WIDE) {
+      for (int64_t j = 0; j < dim; j += WIDE) {
         // More bits may be set than there are channels: they promise nothing.
         const ByteMask kept = plane_bytes(keep, j, plane), below = plane_bytes(negative, j, plane);
         const int64_t few = std::clamp<int64_t>(f.kept - rank, 0, __builtin_popcountll(kept));
-        store_bytes(out + j, expand_bytes(kept, row + rank, few, p_.keys.pages_end) ^ zero);
+        store_bytes(out + j, expand_bytes(kept, row + rank, few, end) ^ zero);
         rank += few;
         if (signs) store_bytes(out + signs + j, choose(kept, zero, choose(below, minus, plus)));
       }
