@@ -17,12 +17,12 @@ from .adoption import give_back
 from .config import SparkConfig
 from .copies import Whole
 from .generation import called_modules, watch_generate
-from .kernels.eviction import parse_scorer
+from .offload import has_hooks
 from .passes.lower import as_dense, fake_inputs, lower
 from .passes.pipeline import run_passes
 from .passes.program import PassFailed, Program
 from .plan import Plan, loaded
-from .regional import clear, compile_blocks
+from .regional import ByBlocks, clear, find_blocks
 from .report import GraphReport, OptionError, SparkError, note_activity, record, warn_once
 from .runtime import SparkGraph
 from .state import SparkTensor
@@ -164,7 +164,8 @@ def optimize(
     Args:
         model: any decoder, or a wrapper around one.
         regional: compile the repeated blocks of the model, elements of an ``nn.ModuleList``, in
-            place of the whole; equal ones share a graph, so that compiling takes less time.
+            place of the whole; equal ones share a graph, so that compiling takes less time. A
+            model whose blocks accelerate has put on several devices is always compiled so.
         plan: formats by layer, as :func:`spark_compile.calibrate` chose them, or the path of the
             file that they are in.
         options: fields of :class:`SparkConfig`.
@@ -179,23 +180,12 @@ def optimize(
         options = loaded(plan).options_for(model, options)
     config = SparkConfig.from_options(options)
     complain = partial(_complain, config=config)
-    if regional:
-        for name in ("key_format", "value_format", "evict"):
-            if isinstance(getattr(config, name), tuple):
-                # Equal layers share one compiled graph, and a layer does not know where it is.
-                source = f"option {name!r}" if plan is None else "a plan"
-                raise OptionError(
-                    f"{source} has texts by layer: allowed with regional=True is one text"
-                )
-        if isinstance(config.evict, str) and parse_scorer(config.evict).BY_LAYER:
-            raise OptionError(
-                f"option 'evict' is {config.evict!r}: allowed with regional=True is a scorer that "
-                "does the same in every layer"
-            )
-        compile_blocks(model, options, complain)
+    by_blocks = ByBlocks(options, complain, None if plan is None else "a plan")
+    if regional or has_hooks(find_blocks(model).values()):
+        by_blocks(model)
     else:
         clear(model)
-        compile_whole = Whole(options, dynamo.recompile_limit(dynamo.MOST_GRAPHS))
+        compile_whole = Whole(options, dynamo.recompile_limit(dynamo.MOST_GRAPHS), by_blocks)
         for module in called_modules(model):
             compile_whole(module)
     watch_generate(model, complain)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .offload import offloaded_cache
 from .torch_private import call_of, compiled_call, set_compiled_call
 
 _AGAIN = "_spark_again"
@@ -32,11 +33,20 @@ class Whole:
     """Of the backend; fields of :class:`SparkConfig`."""
     limit: Mapping[str, Any]
     """As ``dynamo.recompile_limit`` gives it."""
+    by_blocks: Again
+    """Compiles it in the way that goes with a cache of which each layer is moved by itself."""
 
     def __call__(self, module: nn.Module) -> None:
         options = dict(self.options)
         call = torch.compile(call_of(module), backend="spark", options=options, **self.limit)
-        set_call(module, call, self)
+
+        def whole(*args: Any, **kwargs: Any) -> Any:
+            if offloaded_cache((*args, *kwargs.values())) is None:
+                return call(*args, **kwargs)
+            self.by_blocks(module)
+            return module(*args, **kwargs)
+
+        set_call(module, whole, self)
 
 
 def set_call(module: nn.Module, call: Callable[..., Any], again: Again) -> None:

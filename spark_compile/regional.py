@@ -9,7 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from .config import SparkConfig
 from .copies import clear_calls, set_call
+from .kernels.eviction import parse_scorer
+from .offload import moving_around
+from .report import OptionError
 from .torch_private import call_of
 
 
@@ -27,6 +31,39 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
             inside = own or inside
         blocks.update((f"{name}.{path}", block) for path, block in inside.items())
     return blocks
+
+
+@dataclass(frozen=True)
+class ByBlocks:
+    """Compiles each block of a model in place, if the options are those of all layers."""
+
+    options: Mapping[str, Any]
+    """Of the backend; fields of :class:`SparkConfig`."""
+    complain: Callable[[str], None]
+    """As :func:`compile_blocks`' one."""
+    source: str | None = None
+    """Of the options, where that is not the caller."""
+
+    def __call__(self, model: nn.Module) -> None:
+        """
+        Raises:
+            OptionError: the options say something else of each layer.
+            ValueError: there are no blocks.
+        """
+        # Equal layers share one compiled graph, and a layer does not know where it is.
+        config = SparkConfig.from_options(self.options)
+        how = "by layers (regional=True, a device map or an offloaded cache)"
+        allowed = f"allowed in a model that is compiled {how} is"
+        for name in ("key_format", "value_format", "evict"):
+            if isinstance(getattr(config, name), tuple):
+                source = self.source or f"option {name!r}"
+                raise OptionError(f"{source} has texts by layer: {allowed} one text")
+        if isinstance(config.evict, str) and parse_scorer(config.evict).BY_LAYER:
+            raise OptionError(
+                f"option 'evict' is {config.evict!r}: {allowed} a scorer that does the same in "
+                "every layer"
+            )
+        compile_blocks(model, self.options, self.complain)
 
 
 def compile_blocks(
@@ -81,10 +118,10 @@ class _Block:
     """Paths of the blocks that no call has come to; of copies in one go, one set."""
 
     def __call__(self, block: nn.Module) -> None:
-        call: Any = call_of(block)
+        own_call: Any = call_of(block)
 
         def region(*args: Any, **kwargs: Any) -> Any:
-            return call(*args, **kwargs)
+            return own_call(*args, **kwargs)
 
         # Dynamo keeps graphs with the code object, and those of all modules of a class, or of all
         # of transformers' layers, would count against one limit and be searched through at each
@@ -94,8 +131,9 @@ class _Block:
 
         def first_call(*args: Any, **kwargs: Any) -> Any:
             self.idle.discard(self.path)
-            set_call(block, compiled, self)
-            return compiled(*args, **kwargs)
+            call = moving_around(block, compiled)
+            set_call(block, call, self)
+            return call(*args, **kwargs)
 
         set_call(block, first_call, self)
 

@@ -8,6 +8,7 @@ dense tensor (never wrong, at worst slow: a warning says so once, or ``strict`` 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
 import torch
@@ -115,6 +116,26 @@ class SparkTensor(Storage):
         handle = self.grown(rows.shape[2], queried=False)
         Store(handle.pages, handle.head, self.spec, self.SIDE).append(rows, ALL)
         return handle
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> Self:
+        """The same tokens on an accelerator, of a state on the CPU.
+
+        Nothing that is stored is read here: it may be on its own way from there, for which the
+        accelerator waits and the CPU does not.
+
+        Args:
+            move: makes a copy of a stored tensor on the other device.
+        """
+        pages, head = move(self.pages), move(self.head)
+        if self.static:
+            return type(self)(tuple(self.shape), self.form, {"pages": pages, "head": head})
+        counts, current = self._read_counts(), self._shares()[1].is_current()
+        if not counts.packed:
+            pages = blank_pages(pages)
+        state = self._handle(self.tokens, counts, pages, head)
+        if not current:
+            state.head = state._copied_head()
+        return state
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return (

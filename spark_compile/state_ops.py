@@ -51,9 +51,14 @@ def _clone(state: SparkTensor, *, memory_format: object = None) -> SparkTensor:
 def _to_copy(state: SparkTensor, **kwargs: Any) -> Any:
     if kwargs.get("dtype", state.dtype) != state.dtype:
         return NotImplemented
-    device = kwargs.get("device") or state.device
+    device = torch.device(kwargs.get("device") or state.device)
     non_blocking = kwargs.get("non_blocking", False)
-    return state.mapped(lambda t: t.to(device, non_blocking=non_blocking, copy=True))
+
+    def move(stored: Tensor) -> Tensor:
+        return stored.to(device, non_blocking=non_blocking, copy=True)
+
+    comes_from_cpu = state.device.type == "cpu" != device.type
+    return state.moved(move) if comes_from_cpu else state.mapped(move)
 
 
 def _index_select(state: SparkTensor, dim: int, index: Tensor) -> Any:

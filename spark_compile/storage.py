@@ -155,7 +155,7 @@ class Storage(torch.Tensor):
         if not self.static:
             counts = self._read_counts()
             values = (counts.first + self._stored_tokens, *counts)
-            counters(head).copy_(torch.tensor(values, dtype=torch.int64, device=head.device))
+            counters(head).copy_(torch.tensor(values, dtype=torch.int64), non_blocking=True)
         return head
 
     def _handle(
