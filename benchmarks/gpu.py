@@ -146,7 +146,7 @@ def attention(given: tuple[Any, ...]) -> Callable[[], Any]:
         sides.operand(stored[0], stored[1], key, spec, "key"),
         sides.operand(stored[2], stored[3], value, spec, "value"),
     )
-    return lambda: launch.attend(query, *operands, None, None, None, spec)
+    return lambda: launch.attend(query, *operands, None, None, None, spec)[0]
 
 
 def dense_tensors(shape: Shape) -> tuple[Tensor, Tensor, Tensor]:

@@ -52,6 +52,8 @@ def check(
         raise Refused("keys and values are written in different ways", key.base)
     wanted(program, site, site.key.slides)
     if site.is_static:
+        if program.config.context_parallel is not None:
+            raise Refused("a cache with a capacity is not spread over ranks", key.base)
         _check_buffers(program, group)
     _check_past(program, site)
     _check_readers(program, group, live)
@@ -180,6 +182,11 @@ def _check_past(program: Program, site: CachedAttention) -> None:
                 raise Refused("the cache was compressed in another layout", side.base)
             if tensor(side.new).dtype != past.dtype:
                 raise Refused(f"the new tokens are not {past.dtype} as the cache is", side.base)
+        over = program.config.context_parallel
+        if past_key.form.ranks > 1 and (over is None or past_key.form[4:] != over.place):
+            raise Refused("the cache is spread over other ranks", site.attention)
+        if past_key.form.ranks > 1 and site.key.slides:
+            raise Refused("a cache that is spread over ranks slides", site.key.base)
         if isinstance(site.key.keep, SymInt):
             raise Refused("the number of tokens that stay is not constant", site.key.base)
         return

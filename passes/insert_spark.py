@@ -4,6 +4,8 @@
   built, so that a layer's dense keys die before the next layer's are born.
 - A compressed past: one operator attends over the cache and the new tokens, and appends those.
 - A buffer of the model is a past too: what it holds becomes a state of the same capacity.
+- Of a cache that is spread over ranks: one operator over a rank's own tokens, one collective, and
+  what puts together what the ranks have found.
 """
 
 from __future__ import annotations
@@ -14,10 +16,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import SymInt, fx
 
+from .. import spread_ops  # noqa: F401  (defines operators)
+from ..form import StateForm
 from ..kernels.spec import SIDES, Spec
+from ..kernels.spread import merged
 from ..report import Refusal
-from ..storage import StateForm
-from .dataflow import call, live_nodes
+from .dataflow import call, inline, live_nodes
 from .eligibility import check, reads_new_alone
 from .find_attention import CANONICAL as ATTENTION
 from .find_attention import restore
@@ -96,9 +100,12 @@ def _store(program: Program, group: list[CachedAttention]) -> None:
         for (_, side), base in zip(site.sides, bases, strict=True)
     ]
     after = max(*originals, *(sharer.query for sharer in group), *kept)  # type: ignore[type-var]
-    stored = _built(program, group, kept, spec, None, after, site.key.dim)  # type: ignore[arg-type]
+    over = None if site.key.slides else program.config.context_parallel
+    place = None if over is None else over.place
+    stored = _built(program, group, kept, spec, None, after, site.key.dim, place)  # type: ignore[arg-type]
     length = tensor(kept[0]).shape[site.key.dim]  # type: ignore[arg-type]
-    _replace(program, site, spec, kept, stored, length)  # type: ignore[arg-type]
+    form = StateForm(spec, False, site.key.dim, program.config.strict, *place or ())
+    _replace(program, form, kept, stored, length)  # type: ignore[arg-type]
 
 
 def _continue(program: Program, group: list[CachedAttention]) -> None:
@@ -143,7 +150,8 @@ def _rewrite_static(program: Program, group: list[CachedAttention]) -> None:
         _attend(program, group, stored, site.key.position)
     if made_here:
         kept = [side.base for _, side in site.sides]
-        _replace(program, site, spec, kept, stored, capacity, static=True)
+        form = StateForm(spec, True, site.key.dim, program.config.strict)
+        _replace(program, form, kept, stored, capacity)
     for _, cached in site.sides:
         for user in list(cached.kept.users):  # type: ignore[union-attr]
             if user.target is _aten.copy_.default:
@@ -178,9 +186,13 @@ def _empty(program: Program, side: CachedSide) -> fx.Node:
 
 def _built(
     program: Program, group: list[CachedAttention], tokens: list[fx.Node], spec: Spec,
-    capacity: int | None, after: fx.Node, dim: int,
+    capacity: int | None, after: fx.Node, dim: int, place: tuple[int, int] | None = None,
 ) -> Stored:  # fmt: skip
-    """Build a cache of dense tokens, whose sequence is dimension ``dim``, after a node."""
+    """Build a cache of dense tokens, whose sequence is dimension ``dim``, after a node.
+
+    Args:
+        place: number of ranks that it is spread over, and which one this is.
+    """
     with program.graph.inserting_before(after.next):
         key, value = (_heads_first(program, node, dim) for node in tokens)
         queries = [sharer.query for sharer in group]
@@ -189,7 +201,10 @@ def _built(
             positions = _kept_positions(program, group, key, spec)
             rows = [_taken(program, node, positions) for node in (key, value)]
             args = (*rows, *args[2:], positions)
-        built = call(program, torch.ops.spark.build.default, args)
+        if place is None:
+            built = call(program, torch.ops.spark.build.default, args)
+        else:
+            built = call(program, torch.ops.spark.build_own.default, (*args[:4], list(place)))
         stored = [call(program, operator.getitem, (built, index)) for index in range(4)]
     return tuple(stored)  # type: ignore[return-value]
 
@@ -224,10 +239,30 @@ def _attend(
         text = spec_of(program, site).attending(scale, softcap, rolls).text  # type: ignore[arg-type]
         with program.graph.inserting_before(sharer.attention):
             new = [_heads_first(program, side.new, side.dim) for _, side in site.sides]
-            output = call(program, torch.ops.spark.step.default, (
-                sharer.query, *new, *stored, mask, sinks, causal_offset, keep, position, text,
-            ))  # fmt: skip
+            given = (sharer.query, *new, *stored, mask, sinks, causal_offset)
+            past = program.states.get(site.key.past)  # type: ignore[arg-type]
+            if past is None or past.form.ranks == 1:
+                args = (*given, keep, position, text)
+                output = call(program, torch.ops.spark.step.default, args)
+            else:
+                tokens = stored_tensors(program, site.key.past)["length"]  # type: ignore[arg-type]
+                place = [past.form.ranks, past.form.rank]
+                args = (*given, keep is not None, tokens, place, text)
+                part = call(program, torch.ops.spark.step_own.default, args)
+                output = _merged(program, part, tensor(sharer.attention).dtype)
         sharer.attention.replace_all_uses_with(output)
+
+
+def _merged(program: Program, part: fx.Node, dtype: torch.dtype) -> fx.Node:
+    """The attention over all tokens, of what each rank has found over its own."""
+    group = program.config.context_parallel
+    assert group is not None
+    collective = torch.ops._c10d_functional
+    args = (part, group.ranks, group.name)
+    parts = call(program, collective.all_gather_into_tensor.default, args)
+    parts = call(program, collective.wait_tensor.default, (parts,))
+    (output,) = inline(program, merged, (parts,), group.ranks, dtype)
+    return output
 
 
 def _heads_first(program: Program, node: fx.Node, dim: int) -> fx.Node:
@@ -242,10 +277,8 @@ def _stored(program: Program, site: CachedAttention) -> Stored:
 
 
 def _replace(
-    program: Program, site: CachedAttention, spec: Spec, kept: list[fx.Node], stored: Stored,
-    length: int | SymInt, *, static: bool = False,
-) -> None:  # fmt: skip
+    program: Program, form: StateForm, kept: list[fx.Node], stored: Stored, length: int | SymInt
+) -> None:
     """Return new states in the place of dense keys and values."""
     for side, node, nodes in zip(SIDES, kept, (stored[:2], stored[2:]), strict=True):
-        form = StateForm(spec, static, site.key.dim, program.config.strict)
         program.replaced[node] = Replacement(side, form, nodes=nodes, length=length)

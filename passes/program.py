@@ -8,10 +8,10 @@ from typing import Any
 from torch import SymInt, fx
 
 from ..config import SparkConfig
+from ..form import StateForm
 from ..kernels.spec import Side
 from ..report import Site
 from ..state import SparkTensor
-from ..storage import StateForm
 from ..torch_private import FakeTensorMode
 
 

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import SymInt, Tensor, fx
 
+from ..form import StateForm
 from ..kernels.spec import Side
+from ..report import SparkError
 from ..state import new_state
-from ..storage import StateForm
 from .dataflow import call
 from .patterns import tensor
 from .program import Adopted, Program
@@ -50,6 +51,8 @@ def _placeholder(program: Program, name: str, value: object) -> fx.Node:
 def recover(program: Program, state: fx.Node) -> fx.Node:
     """Add the dense tensor of a state, in its layout, for users that cannot read it compressed."""
     stored, fake = stored_tensors(program, state), program.states[state]
+    if fake.form.ranks > 1:
+        raise SparkError(f"{state} is spread over ranks, none of which can make it dense")
     dense = call(program, torch.ops.spark.recover.default, (
         stored["pages"], stored["head"], fake.spec.text, fake.SIDE == "key", stored["length"],
     ))  # fmt: skip

@@ -179,6 +179,8 @@ def optimize(
     if plan is not None:
         options = loaded(plan).options_for(model, options)
     config = SparkConfig.from_options(options)
+    if "context_parallel" in options:  # a group itself could not be copied with the model
+        options = {**options, "context_parallel": config.context_parallel}
     complain = partial(_complain, config=config)
     by_blocks = ByBlocks(options, complain, None if plan is None else "a plan")
     if regional or has_hooks(find_blocks(model).values()):

@@ -39,6 +39,8 @@ def _spark_parameters() -> Iterator[inspect.Parameter]:
     """The fields of SparkConfig as keyword parameters that typer understands."""
     hints = get_type_hints(SparkConfig, include_extras=True)
     for field in dataclasses.fields(SparkConfig):
+        if field.name == "context_parallel":
+            continue  # a command is one process
         hint, text = get_args(hints[field.name])
         if get_origin(hint) is Literal:
             hint, text = str, f"{text} One of {', '.join(get_args(hint))}."

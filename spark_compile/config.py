@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, get_args
 import torch
 
 from .by_layer import Formats, checked, text_for
+from .group import Group, group_of
 from .kernels.eviction import PyramidKV, parse_scorer
 from .kernels.formats import Dense, Format, Int8, Pruned, Quantized, Spark, kept_channels, parse
 from .kernels.formats.base import check_text
@@ -94,6 +95,10 @@ class SparkConfig:
         "snapkv(tokens=128): so many stay per key head; in Python also texts by layer patterns. If "
         "not given, all stay.",
     ] = None
+    context_parallel: Annotated[
+        Group | None,
+        "Process group, or DeviceMesh of one dimension, over whose ranks the tokens are spread.",
+    ] = None
     strict: Annotated[
         bool,
         "Raise instead of warning when a site is refused, nothing is rewritten, a pass fails or, "
@@ -121,6 +126,7 @@ class SparkConfig:
             object.__setattr__(self, name, formats)
         evict = checked("evict", self.evict, "the text of a scorer", self._read_scorer)
         object.__setattr__(self, "evict", evict)
+        object.__setattr__(self, "context_parallel", group_of(self))
         if not isinstance(self.strict, bool):
             raise wrong_option("strict", self.strict, "True or False")
         if self.budget is not None:

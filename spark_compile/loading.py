@@ -13,11 +13,12 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from .form import StateForm
 from .kernels.layout import MOST_TOKENS, POSITION, counters
 from .kernels.operands import check_side, check_strides
 from .kernels.reference.store import Store
 from .kernels.spec import Side, Spec, parse_spec
-from .storage import STORED, StateForm
+from .storage import STORED
 from .torch_private import is_fake
 
 PARTS = ("kind", "shape", "form", "stored")
@@ -57,15 +58,18 @@ def checked(
 
 def _form(form: Any) -> StateForm:
     types = tuple(map(type, form)) if isinstance(form, tuple) else ()
-    if types != (str, bool, int, bool):
-        _refuse("form", form, "a spec's text, static, tokens_dim and strict")
-    text, static, tokens_dim, strict = form
+    if types not in ((str, bool, int, bool), (str, bool, int, bool, int, int)):
+        _refuse("form", form, "a spec's text, static, tokens_dim and strict, and ranks, rank")
+    text, static, tokens_dim, strict, *place = form
     if tokens_dim not in (1, 2):
         _refuse("tokens_dim", tokens_dim, "1 or 2")
     spec = parse_spec(text)
     if text != (allowed := spec.attending(1.0, 0.0).text):
         _refuse("spec", text, allowed)
-    return StateForm(spec, static, tokens_dim, strict)
+    ranks, rank = place or (1, 0)
+    if not 0 <= rank < ranks <= MOST_TOKENS or (static and ranks > 1):
+        _refuse("ranks and rank", (ranks, rank), "a rank below the ranks of a growing state")
+    return StateForm(spec, static, tokens_dim, strict, ranks, rank)
 
 
 def _stored(stored: Any) -> dict[str, Tensor]:
@@ -112,8 +116,8 @@ def _check_state(shape: Any, form: StateForm, side: Side, stored: dict[str, Tens
     if form.static:
         if counted > tokens:
             _refuse("LENGTH - FIRST + DROPPED", counted, f"up to the capacity of {tokens}")
-    elif counted != tokens:
-        _refuse("LENGTH - FIRST + DROPPED", counted, f"{tokens}, the tokens of the shape")
+    elif counted != (own := form.own(tokens)):
+        _refuse("LENGTH - FIRST + DROPPED", counted, f"{own}, the tokens of the shape")
     elif store.packed > pages.shape[2] * spec.window:
         most = pages.shape[2] * spec.window
         _refuse("PACKED", store.packed, f"up to {most}, the tokens of all pages")

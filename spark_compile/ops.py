@@ -29,7 +29,7 @@ _library = torch.library.Library("spark", "FRAGMENT")
 _reference = torch.library.Library("spark_reference", "FRAGMENT")
 
 
-def _operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
+def operator_of(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
     """Define ``spark::<function's name>``, with the function as its reference.
 
     ``spark_reference::<name>`` is the function itself, for native kernels that meet something they
@@ -88,7 +88,7 @@ def _like_value(query, key, value, *_args):  # type: ignore[no-untyped-def]
     return value.new_empty((*query.shape[:3], value.shape[3]))
 
 
-@_operator(
+@operator_of(
     "(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, SymInt? causal_offset, "
     "float attn_scale, float softcap, Tensor? sinks) -> Tensor",
     _like_value,
@@ -113,7 +113,7 @@ def _joined(past, new, position, dim):  # type: ignore[no-untyped-def]
     return new.new_empty(shape, dtype=torch.promote_types(past.dtype, new.dtype))
 
 
-@_operator("(Tensor? past, Tensor new, Tensor? position, int dim) -> Tensor", _joined)
+@operator_of("(Tensor? past, Tensor new, Tensor? position, int dim) -> Tensor", _joined)
 def kv_append(past: Tensor | None, new: Tensor, position: Tensor | None, dim: int) -> Tensor:
     """The canonical append of L tokens to S cached ones along dimension ``dim``.
 
@@ -132,7 +132,7 @@ def _fake_evict(key, queries, attn_mask, causal_offset, spec):  # type: ignore[n
     return key.new_empty((*key.shape[:2], stay), dtype=torch.int64)
 
 
-@_operator(
+@operator_of(
     "(Tensor key, Tensor[] queries, Tensor? attn_mask, SymInt? causal_offset, str spec) -> Tensor",
     _fake_evict,
 )
@@ -170,7 +170,7 @@ def _fake_build(key, value, queries, spec, capacity, positions=None):  # type: i
     return tuple(stored)
 
 
-@_operator(
+@operator_of(
     "(Tensor key, Tensor value, Tensor[] queries, str spec, SymInt? capacity, "
     "Tensor? positions=None) -> (Tensor, Tensor, Tensor, Tensor)",
     _fake_build,
@@ -205,7 +205,7 @@ def _fake_step(query, new_key, new_value, *_args):  # type: ignore[no-untyped-de
     return new_value.new_empty((*query.shape[:3], new_value.shape[3]))
 
 
-@_operator(
+@operator_of(
     "(Tensor query, Tensor new_key, Tensor new_value, Tensor(a!) key_pages, Tensor(b!) key_head, "
     "Tensor(c!) value_pages, Tensor(d!) value_head, Tensor? attn_mask, Tensor? sinks, "
     "SymInt? causal_offset, SymInt? keep, Tensor? position, str spec) -> Tensor",
@@ -258,7 +258,7 @@ def _fake_recover(pages, head, spec, is_key, length):  # type: ignore[no-untyped
     return pages.new_empty((*pages.shape[:2], length, format.head_dim), dtype=format.dtype)
 
 
-@_operator(
+@operator_of(
     "(Tensor pages, Tensor head, str spec, bool is_key, SymInt length) -> Tensor", _fake_recover
 )
 def recover(pages: Tensor, head: Tensor, spec: str, is_key: bool, length: int) -> Tensor:

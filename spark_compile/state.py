@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .form import StateForm
 from .kernels.reference.store import ALL, Store
 from .kernels.spec import Side
 from .loading import checked
+from .report import SparkError
 from .sharing import Share, blank_pages, lock, unshared
-from .storage import STORED, Counts, StateForm, Storage
+from .storage import STORED, Counts, Storage
 from .torch_private import is_fake, no_torch_function
 
 
@@ -103,8 +105,13 @@ class SparkTensor(Storage):
         """The recovered dense tensor, in the shape of the state.
 
         Raises:
-            SparkError: tokens of its prompt have been evicted.
+            SparkError: tokens of its prompt have been evicted, or are other ranks'.
         """
+        if self.form.ranks > 1 and not is_fake(self.head):
+            raise SparkError(
+                f"this is what rank {self.form.rank} of {self.form.ranks} stores of a cache: there "
+                "is no dense tensor of the whole"
+            )
         rows: Tensor = ops.recover(
             self.pages, self._current_head(), self.spec.text, self.SIDE == "key", self.tokens
         )
@@ -114,7 +121,8 @@ class SparkTensor(Storage):
         """A handle with the dense tokens ``new``, of the state's layout, after these."""
         rows = new if self.form.tokens_dim == 2 else new.transpose(1, 2)
         handle = self.grown(rows.shape[2], queried=False)
-        Store(handle.pages, handle.head, self.spec, self.SIDE).append(rows, ALL)
+        own = self.form.taken(rows, self.tokens)
+        Store(handle.pages, handle.head, self.spec, self.SIDE).append(own, ALL)
         return handle
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> Self:
@@ -153,7 +161,7 @@ class SparkTensor(Storage):
         own = self.mapped(Tensor.clone)  # a handle may be a short view of a long shared storage
         # Detached: without Dynamo's marks, which a tensor would take along as attributes.
         stored = {name: unshared(getattr(own, name)).detach() for name in STORED}
-        form = (self.spec.text, *self.form[1:])
+        form = (self.spec.text, *self.form[1 : None if self.form.ranks > 1 else 4])
         return rebuild, (type(self).__name__, tuple(self.shape), form, stored)
 
 
@@ -176,12 +184,13 @@ def new_state(side: Side, form: StateForm, pages: Tensor, head: Tensor, length: 
     """A state of ``length`` tokens (or of that capacity) from what an operator has built."""
     shape = form.shape(side, head, length)
     if not form.static:
-        stored = form.spec.stored_tokens(length)
-        if not form.spec.pages_due(stored, length):
+        own = form.own(length)
+        stored = form.spec.stored_tokens(own)
+        if not form.spec.pages_due(stored, own):
             pages = blank_pages(pages)
     state = KINDS[side](shape, form, {"pages": pages, "head": head})
     if not form.static and form.spec.evict is None:  # else the head has them
-        packed = int(form.spec.pages_due(length, length)) * form.spec.window
+        packed = int(form.spec.pages_due(own, own)) * form.spec.window
         state._counts = Counts(packed, 0, 1, 0)
     return state
 

@@ -113,7 +113,7 @@ def _zero_(state: SparkTensor) -> SparkTensor:
     if state.static:
         state.head.zero_()
         return state
-    length = state.tokens
+    length = state.form.own(state.tokens)
     rows = max(int(state.spec.tail_rows(length)), length)
     store = allocate(state.head, state.spec, state.SIDE, 1, rows)
     counters(store.head)[..., LENGTH] = length
@@ -196,7 +196,8 @@ def _copy_(state: Tensor, source: Any, non_blocking: bool = False) -> Any:
     if state.static:
         return _write(state, torch.arange(state.tokens), rows)
     rows = rows if state.form.tokens_dim == 2 else rows.transpose(1, 2)
-    pages, tail_rows = map(int, state.spec.room(state.tokens))
+    rows = state.form.taken(rows, 0)
+    pages, tail_rows = map(int, state.spec.room(rows.shape[2]))
     store = allocate(rows, state.spec, state.SIDE, pages, tail_rows)
     store.append(rows, ALL)
     state.replace_storage(store.pages, store.head)

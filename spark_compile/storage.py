@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from .form import StateForm
 from .kernels.layout import COUNTERS, FIRST, counters
 from .kernels.reference.store import ALL, Store
 from .kernels.spec import Side, Spec
@@ -27,23 +28,6 @@ def _growing_marks(dim: int) -> dict[str, Any]:
     marked = torch.empty(0, 0, 0)
     maybe_mark_dynamic(marked, dim)
     return dict(marked.__dict__)
-
-
-class StateForm(NamedTuple):
-    """What is constant about a state: what Dynamo guards on besides its stored tensors."""
-
-    spec: Spec
-    static: bool = False
-    """Whether it has a fixed capacity and is changed in place."""
-    tokens_dim: int = 2
-    """Dimension of the sequence: 2 in [B, Hkv, S, D], 1 in [B, S, Hkv, D]."""
-    strict: bool = False  # an operator that needs the dense tensor raises in place of a warning
-
-    def shape(self, side: Side, head: Tensor, length: int) -> tuple[int, ...]:
-        """The logical shape of ``length`` tokens."""
-        heads, dim = head.shape[1], self.spec.format(side).head_dim
-        middle = (heads, length) if self.tokens_dim == 2 else (length, heads)
-        return head.shape[0], *middle, dim
 
 
 class Counts(NamedTuple):
@@ -128,8 +112,8 @@ class Storage(torch.Tensor):
 
     @property
     def _stored_tokens(self) -> int:
-        """The length of a growing state without the evicted tokens of its prompt."""
-        return self.tokens - self._read_counts().dropped
+        """Tokens that a growing state stores: not other ranks' and evicted ones of its prompt."""
+        return self.form.own(self.tokens) - self._read_counts().dropped
 
     def _shares(self) -> tuple[Share, Share]:
         """The shares of the pages and of the head, made when first asked for."""
@@ -185,11 +169,12 @@ class Storage(torch.Tensor):
             queried: there are queries, by which tokens of a prompt are evicted.
         """
         with lock:
+            own = self.form.own(self.tokens + extra) - self.form.own(self.tokens)
             chosen = queried and not self.tokens
-            stored = int(self.spec.stored_tokens(extra)) if chosen else extra
-            return self.trimmed()._grown(stored, extra - stored, keep, shared)
+            stored = int(self.spec.stored_tokens(own)) if chosen else own
+            return self.trimmed()._grown(extra, stored, own - stored, keep, shared)
 
-    def _grown(self, extra: int, evicted: int, keep: int, shared: bool) -> Self:
+    def _grown(self, tokens: int, extra: int, evicted: int, keep: int, shared: bool) -> Self:
         """Likewise with ``extra`` tokens that are stored and others that are evicted at once."""
         spec, window = self.spec, self.spec.window
         pages_share, head_share = self._shares()
@@ -215,11 +200,10 @@ class Storage(torch.Tensor):
             # The step reads the dense tokens of now before it packs some of them.
             rows = max(int(spec.tail_rows(total - first)), total - after, total - extra - packed)
             head, new_head = self._copied_head(rows), Share(step + 1)
-        first = max(first, total - keep)
-        counts = Counts(after, first, step + 1, dropped + evicted)
-        handle = self._handle(
-            total - first + counts.dropped, counts, pages, head, new_pages, new_head
-        )
+        leaves = max(total - keep - first, 0)
+        counts = Counts(after, first + leaves, step + 1, dropped + evicted)
+        length = self.tokens + tokens - leaves
+        handle = self._handle(length, counts, pages, head, new_pages, new_head)
         new_head.wrote()
         return handle
 
@@ -268,7 +252,7 @@ class Storage(torch.Tensor):
         """
         counts = self._read_counts()
         try:
-            stored = self.spec.stored_index(length, counts.dropped)
+            stored = self.spec.stored_index(self.form.own(length), counts.dropped)
         except ValueError as error:
             raise SparkError(f"a cache cannot be cut at {length} tokens: {error}") from error
         head = self._copied_head(self._least_rows(stored))

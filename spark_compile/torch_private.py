@@ -50,6 +50,7 @@ from torch.amp import autocast_mode
 # Weights that are tensor subclasses (torchao, DTensor) are flattened by their own protocol, and so
 # are arguments of operators on states. A DTensor's mesh has a stand-in in Dynamo's graph.
 from torch._library.fake_class_registry import FakeScriptObject as FakeScriptObject
+from torch.distributed import distributed_c10d
 from torch.utils._python_dispatch import (
     is_traceable_wrapper_subclass as is_traceable_wrapper_subclass,
 )
@@ -84,6 +85,9 @@ exit_autocast: Callable[..., Any] = autocast_mode._exit_autocast
 
 # A device-side assertion: the only one that an exported program keeps.
 assert_async: Callable[[torch.Tensor, str], None] = torch._assert_async
+
+group_named: Callable[[Any], Any] = distributed_c10d._resolve_process_group  # type: ignore[attr-defined]
+"""The process group of a name, which is what collectives in a graph have of it."""
 
 limit_log = logging.getLogger("torch._dynamo.convert_frame")
 """Where Dynamo says that it compiles no more graphs of a frame; it tells nobody else."""

@@ -194,9 +194,12 @@ void merge_row(const Problem& p, const Partial* chunks, int64_t count, int64_t b
     nan |= std::isnan(chunks[c].softmax[row].total());
   }
   T* output = p.output.at<T>(b, head, i);
-  if (nan) return (void)std::fill_n(output, p.value_dim, from_float<T>(NAN));
+  const auto note = [&](float lse) {
+    if (p.lse) p.lse[(b * p.query_heads + head) * p.queries + i] = lse;
+  };
+  if (nan) return note(NAN), (void)std::fill_n(output, p.value_dim, from_float<T>(NAN));
   // This query sees nothing.
-  if (max == -INF) return (void)std::fill_n(output, p.value_dim, from_float<T>(0.0f));
+  if (max == -INF) return note(-INF), (void)std::fill_n(output, p.value_dim, from_float<T>(0.0f));
   float total = p.sink_logits ? std::exp(p.sink_logits[head] - max) : 0.0f;
   float sums[MAX_HEAD];
   std::fill_n(sums, p.value_dim, 0.0f);
@@ -208,6 +211,7 @@ void merge_row(const Problem& p, const Partial* chunks, int64_t count, int64_t b
     for (int64_t j = 0; j < p.value_dim; ++j) sums[j] += part[j] * share;
   }
   for (int64_t j = 0; j < p.value_dim; ++j) output[j] = from_float<T>(sums[j] / total);
+  note(max + std::log(total));
 }
 
 // As many chunks per head as give every thread the same share of the tokens (threads take equal

@@ -72,6 +72,7 @@ struct Problem {
   int64_t columns;                // tokens with those of the prompt that were evicted, which a mask has too
   int64_t query_heads = 0, queries = 0;
   Rows query, output;
+  float* lse = nullptr;  // [B, Hq, L], the log-sum-exp of each row's scores, where it is asked for
   bool causal = false;
   int64_t causal_offset = 0;
   MaskKind mask_kind = MaskKind::none;

@@ -54,24 +54,29 @@ void boxed_build(StableIValue* stack, uint64_t, uint64_t) {
   std::copy_n(again.begin(), 4, stack);
 }
 
+// `step`, or `step_partial`, which returns the log-sum-exp too.
+template <bool PARTIAL>
 void boxed_step(StableIValue* stack, uint64_t, uint64_t) {
+  constexpr const char* name = PARTIAL ? "spark_reference::step_partial" : "spark_reference::step";
   const Text text(stack[12]);
   const StepOperands o{
       to<Tensor>(stack[0]), to<Tensor>(stack[1]), to<Tensor>(stack[2]), to<Tensor>(stack[3]), to<Tensor>(stack[4]),
       to<Tensor>(stack[5]), to<Tensor>(stack[6]), to<std::optional<Tensor>>(stack[7]),
       to<std::optional<Tensor>>(stack[8]), to<std::optional<int64_t>>(stack[9]),
       to<std::optional<int64_t>>(stack[10]), to<std::optional<Tensor>>(stack[11]), text.view()};
-  if (const auto output = step(o, spec_of(text.view()))) {
+  std::optional<Tensor> lse;
+  if (const auto output = step(o, spec_of(text.view()), PARTIAL ? &lse : nullptr)) {
     stack[0] = from(*output);
+    if constexpr (PARTIAL) stack[1] = from(*lse);
     return;
   }
-  need_python("spark_reference::step", text.view());
+  need_python(name, text.view());
   std::array<StableIValue, 13> again{
       from(o.query), from(o.new_key), from(o.new_value), from(o.key_pages), from(o.key_head), from(o.value_pages),
       from(o.value_head), from(o.mask), from(o.sinks), from(o.causal_offset), from(o.keep), from(o.position),
       from(std::string(text.view()))};
-  call("spark_reference::step", again);
-  stack[0] = again[0];
+  call(name, again);
+  std::copy_n(again.begin(), PARTIAL ? 2 : 1, stack);
 }
 
 #ifdef SPARK_DEFINE_OPERATORS
@@ -107,5 +112,8 @@ STABLE_TORCH_LIBRARY_IMPL(spark, CPU, m) { m.impl("evict", &spark::boxed_evict);
 
 STABLE_TORCH_LIBRARY_IMPL(spark, CPU, m) {
   m.impl("build", &spark::boxed_build);
-  m.impl("step", &spark::boxed_step);
+  m.impl("step", &spark::boxed_step<false>);
+#ifndef SPARK_DEFINE_OPERATORS  // exported programs spread no cache over ranks
+  m.impl("step_partial", &spark::boxed_step<true>);
+#endif
 }

@@ -179,7 +179,8 @@ void run(const Problem& p) {
 }
 
 // The output of the attention, or nothing if native code cannot do the step; then nothing is written.
-inline std::optional<Tensor> step(const StepOperands& o, const Spec* spec) {
+// `lse` becomes the log-sum-exp of the scores, [B, Hq, L'].
+inline std::optional<Tensor> step(const StepOperands& o, const Spec* spec, std::optional<Tensor>* lse = nullptr) {
   if (!spec) return std::nullopt;
   const std::array<int64_t, 2> heads{size_of(o.key_pages, 0), size_of(o.key_pages, 1)};
   auto keys = side_of("key_pages", o.key_pages, "key_head", o.key_head, heads, *spec, spec->key);
@@ -207,6 +208,10 @@ inline std::optional<Tensor> step(const StepOperands& o, const Spec* spec) {
   p.sink_logits = logits.get();
   Tensor output = new_tensor({p.batch, p.query_heads, p.queries, p.value_dim}, spec->value.dtype);
   p.output = rows_of(output, spec->value.itemsize);
+  if (lse) {
+    lse->emplace(new_tensor({p.batch, p.query_heads, p.queries}, ScalarType::Float));
+    p.lse = static_cast<float*>((*lse)->data_ptr());
+  }
   with_dtype(spec->key.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     if (p.query_rows() > 0) run<T>(p);

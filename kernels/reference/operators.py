@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -28,12 +30,17 @@ def build(
     return sides
 
 
-def step(
+def step(*operands: Any) -> Tensor:
+    """The output of :func:`step_partial`, whose operands these are."""
+    return step_partial(*operands)[0]
+
+
+def step_partial(
     query: Tensor, new_key: Tensor, new_value: Tensor, keys: Store, values: Store,
     attn_mask: Tensor | None, sinks: Tensor | None, causal_offset: int | None, keep: int | None,
     position: Tensor | None,
-) -> Tensor:  # fmt: skip
-    """Attend over the cache and the new tokens, then append them; see ``spark::step``.
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Attend over the cache and the new tokens, then append them; see ``spark::step_partial``.
 
     Raises:
         ValueError: a damaged cache, a short mask, or no room; nothing is written.
@@ -63,7 +70,7 @@ def step(
     key = torch.cat((keys.rows(), new_key.float()), dim=2)
     value = torch.cat((values.rows(), new_value.float()), dim=2)
     seen, offset = _of_stored(attn_mask, causal_offset, query, keys, new_key.shape[2])
-    output, _ = attention(query, key, value, seen, offset, spec.scale, spec.softcap, sinks)
+    output, lse = attention(query, key, value, seen, offset, spec.scale, spec.softcap, sinks)
     if keep is None:
         keys.observe(query)
         values.observe(query)
@@ -74,7 +81,7 @@ def step(
             new_key, new_value = take(new_key, positions), take(new_value, positions)
         keys.append(new_key, keep, query, positions)
         values.append(new_value, keep, query, positions)
-    return output.to(value_dtype)
+    return output.to(value_dtype), lse
 
 
 def _counted(store: Store) -> Tensor:

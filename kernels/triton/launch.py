@@ -25,9 +25,13 @@ from .sides import Operand
 
 def attend(
     query: Tensor, keys: Operand, values: Operand, attn_mask: Tensor | None,
-    sinks: Tensor | None, causal_offset: int | None, spec: Spec,
-) -> Tensor:  # fmt: skip
-    """Attention over the stored and the new tokens, [B, Hq, L, Dv]."""
+    sinks: Tensor | None, causal_offset: int | None, spec: Spec, partial: bool = False,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Attention over the stored and the new tokens, [B, Hq, L, Dv].
+
+    Args:
+        partial: asks for the log-sum-exp [B, Hq, L] too.
+    """
     query = by_channel(query)
     batch, query_heads, queries, dim = query.shape
     new, slots = keys.arguments[2:4]
@@ -65,13 +69,15 @@ def attend(
         **values.named("VALUE_", attend_split), num_warps=block.warps, num_stages=block.stages,
     )  # fmt: skip
     output = query.new_empty((batch, query_heads, queries, value_dim))
+    lse = query.new_empty((batch, query_heads, queries), dtype=torch.float32) if partial else None
     head = values.arguments[1]
     wrap_triton(merge_splits)[(rows,)](
         part_output, part_top, part_total, part_top if sinks is None else sinks.contiguous(),
-        output, splits, of_packed, query_heads, group, queries, value_dim, head, *head.stride()[:2],
-        SINKS=sinks is not None, BLOCK_SPLITS=32, **values.of(merge_splits), num_warps=4,
+        output, part_top if lse is None else lse, splits, of_packed, query_heads, group, queries,
+        value_dim, head, *head.stride()[:2], SINKS=sinks is not None, PARTIAL=partial,
+        BLOCK_SPLITS=32, **values.of(merge_splits), num_warps=4,
     )  # fmt: skip
-    return output
+    return output, lse
 
 
 def turn(query: Tensor, keys: Operand) -> tuple[Tensor, Tensor]:

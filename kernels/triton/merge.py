@@ -42,12 +42,15 @@ def _merged(
 @triton.jit(do_not_specialize=["splits", "packed_splits", "rows", "queries"])
 def merge_splits(
     part_output: tl.tensor, part_top: tl.tensor, part_total: tl.tensor, sinks: tl.tensor,
-    result: tl.tensor, splits: tl.tensor, packed_splits: tl.tensor, query_heads: tl.tensor,
-    group: tl.tensor, queries: tl.tensor, value_dim: tl.tensor, head: tl.tensor, head_b: tl.tensor,
-    head_h: tl.tensor, SINKS: tl.constexpr, BLOCK_SPLITS: tl.constexpr, DIM: tl.constexpr,
+    result: tl.tensor, lse: tl.tensor, splits: tl.tensor, packed_splits: tl.tensor,
+    query_heads: tl.tensor, group: tl.tensor, queries: tl.tensor, value_dim: tl.tensor,
+    head: tl.tensor, head_b: tl.tensor, head_h: tl.tensor, SINKS: tl.constexpr,
+    PARTIAL: tl.constexpr, BLOCK_SPLITS: tl.constexpr, DIM: tl.constexpr,
     QUANTIZED: tl.constexpr, ROTATED: tl.constexpr, GAIN: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
     """The output [B, Hq, L, Dv] from the shares of each row.
+
+    PARTIAL: these are shares themselves, of which the log-sum-exp [B, Hq, L] is needed too.
 
     QUANTIZED: sums of levels become sums of values, once for all packed tokens.
     """
@@ -76,5 +79,8 @@ def merge_splits(
         base = tl.where(higher == -float("inf"), 0.0, higher)
         output *= tl.exp2(top - base)
         total = total * tl.exp2(top - base) + tl.exp2(logit - base)
+        top = higher
     merged = (output / tl.where(total > 0, total, 1.0)).to(result.dtype.element_ty)
     tl.store(result + row * value_dim + channel, merged, mask=channel < value_dim)
+    if PARTIAL:
+        tl.store(lse + row, tl.where(total == 0, -float("inf"), (top + tl.log2(total)) / _LOG2E))

@@ -55,6 +55,22 @@ def step(
     )  # fmt: skip
 
 
+@triton_op(
+    "spark_triton::step_partial",
+    mutates_args=("key_pages", "key_head", "value_pages", "value_head"),
+)
+def step_partial(
+    query: Tensor, new_key: Tensor, new_value: Tensor, key_pages: Tensor, key_head: Tensor,
+    value_pages: Tensor, value_head: Tensor, attn_mask: Tensor | None, sinks: Tensor | None,
+    causal_offset: int | None, keep: int | None, position: Tensor | None, spec: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """``spark::step_partial``."""
+    return _step_partial(
+        query, new_key, new_value, key_pages, key_head, value_pages, value_head, attn_mask, sinks,
+        causal_offset, keep, position, spec,
+    )  # fmt: skip
+
+
 def _build(
     key: Tensor, value: Tensor, queries: list[Tensor], spec: str, capacity: int | None,
     positions: Tensor | None = None,
@@ -100,18 +116,27 @@ def _build_side(
     return pages, head
 
 
-def _step(
-    query: Tensor, new_key: Tensor, new_value: Tensor, key_pages: Tensor, key_head: Tensor,
-    value_pages: Tensor, value_head: Tensor, attn_mask: Tensor | None, sinks: Tensor | None,
-    causal_offset: int | None, keep: int | None, position: Tensor | None, spec: str,
-) -> Tensor:  # fmt: skip
+def _step(*given: Any) -> Tensor:
+    return _stepped(torch.ops.spark_reference.step, False, *given)  # type: ignore[no-any-return]
+
+
+def _step_partial(*given: Any) -> tuple[Tensor, Tensor]:
+    return _stepped(torch.ops.spark_reference.step_partial, True, *given)  # type: ignore[no-any-return]
+
+
+def _stepped(
+    reference: Callable[..., Any], partial: bool, query: Tensor, new_key: Tensor,
+    new_value: Tensor, key_pages: Tensor, key_head: Tensor, value_pages: Tensor,
+    value_head: Tensor, attn_mask: Tensor | None, sinks: Tensor | None, causal_offset: int | None,
+    keep: int | None, position: Tensor | None, spec: str,
+) -> Any:  # fmt: skip
+    """The output; ``partial``: and the log-sum-exp."""
     parsed = parse_spec(spec)
     if not sides.can(parsed) or query.dtype != parsed.key.dtype:
-        attended: Tensor = torch.ops.spark_reference.step(
+        return reference(
             query, new_key, new_value, key_pages, key_head, value_pages, value_head, attn_mask,
             sinks, causal_offset, keep, position, spec,
         )  # fmt: skip
-        return attended
     stored = key_pages, key_head, value_pages, value_head
     check_step(query, new_key, new_value, *stored, attn_mask, sinks, keep, position, parsed)
     keys = _operand(key_pages, key_head, new_key, parsed, "key")
@@ -124,13 +149,15 @@ def _step(
             counted = counters(head)
             evicted = torch.maximum(counted[..., FIRST], counted[..., LENGTH] - parsed.rolls)
             counted[..., FIRST].copy_(evicted)
-    output = launch.attend(query, keys, values, attn_mask, sinks, causal_offset, parsed)
+    output, lse = launch.attend(
+        query, keys, values, attn_mask, sinks, causal_offset, parsed, partial
+    )
     for operand in (keys, values):
         if keep is None:
             launch.observe(query, operand, parsed)
         else:
             launch.append(query, operand, keep, parsed)
-    return output
+    return (output, lse) if partial else output
 
 
 def _operand(pages: Tensor, head: Tensor, new: Tensor, spec: Spec, side: Side) -> sides.Operand:
@@ -139,7 +166,9 @@ def _operand(pages: Tensor, head: Tensor, new: Tensor, spec: Spec, side: Side) -
     return sides.operand(pages, head, launch.by_channel(new), spec, side)
 
 
-EAGER: dict[str, Callable[..., Any]] = {"build": _build, "step": _step}
+EAGER: dict[str, Callable[..., Any]] = {
+    "build": _build, "step": _step, "step_partial": _step_partial,
+}  # fmt: skip
 """What ``torch.ops.spark.<name>`` calls on a GPU."""
 
 

@@ -11,7 +11,7 @@ import torch
 from stores import Cache, assert_close, assert_same, format_of
 from torch import Tensor
 
-from spark_compile import ops
+from spark_compile import ops, spread_ops
 from spark_compile.kernels import cpu, layout
 from spark_compile.kernels.layout import FIRST, LENGTH, PACKED, STEP
 from spark_compile.kernels.reference.store import ALL
@@ -60,13 +60,18 @@ def check_build(spec: Spec, prompt: Tokens, capacity: int | None = None) -> Cach
 
 
 def check_step(cache: Cache, new: Tokens, *rest: Any) -> Tensor:
-    """Both operators make the same of a step, which ``cache`` is changed by; returns the output."""
+    """All operators make the same of a step, which ``cache`` is changed by; returns the output."""
     rest = rest or (None, None, None, ALL, None)
-    actual = cache.clone()
+    actual, of_part = cache.clone(), cache.clone()
     output = ops.step(*new, *actual.tensors, *rest, cache.spec.text)
-    expected: Tensor = reference.step(*new, *cache.tensors, *rest, cache.spec.text)
+    part, lse = spread_ops.step_partial(*new, *of_part.tensors, *rest, cache.spec.text)
+    expected: Tensor
+    expected, expected_lse = reference.step_partial(*new, *cache.tensors, *rest, cache.spec.text)
     assert_close(output, expected, cache.spec.key.dtype)
-    assert_same(actual, cache)
+    assert torch.equal(part, output)
+    assert_close(lse, expected_lse, cache.spec.key.dtype)
+    for each in (actual, of_part):
+        assert_same(each, cache)
     return expected
 
 
@@ -293,3 +298,17 @@ def test_quantized_numbers_that_are_not_finite_leave_the_constants_as_they_are()
         for side, _, head in cache.sides():
             for constant in spec.head(side).constants(head).values():
                 assert constant.isfinite().all()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_steps_without_new_tokens(name: str, dtype: torch.dtype) -> None:
+    """As of a rank that stores none of the new ones, or none at all yet."""
+    spec = spec_of(name, name, dtype)
+    for length in (0, 3, 40):
+        cache = check_build(spec, tokens_of(spec, length))
+        for queries in (1, 3):
+            (query, *_), (_, *nothing) = tokens_of(spec, queries), tokens_of(spec, 0)
+            check_step(cache, (query, *nothing))
+            check_step(cache, (query, *nothing), None, None, length // 2 - 1, ALL, None)
+        check_step(cache, tokens_of(spec, 2))

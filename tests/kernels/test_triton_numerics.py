@@ -172,6 +172,26 @@ def scattered(tensor: Tensor) -> Tensor:
     return spread.permute(*reversed(range(tensor.dim()))).copy_(tensor)
 
 
+PARTS = [("spark(kept=5)", "dense"), ("int8", "quantized(bits=4)"), ("dense", "dense")]
+
+
+@pytest.mark.parametrize(("key", "value"), PARTS)
+@pytest.mark.parametrize("tokens", [0, 24])
+def test_a_part_of_the_tokens(key: str, value: str, tokens: int) -> None:
+    """Also none: as of a rank that stores none of the new ones, or none at all yet."""
+    cache = Cache(spec_of(key, value), tokens=tokens, batch=2)
+    for new, queries in ((0, 1), (1, 1), (0, 3), (3, 3)):
+        given = [cache.queries(queries), *cache.new(new)]
+        sinks = torch.randn(cache.heads[0]) if new else None
+        rest = (None, sinks, cache.visible + new - 2, ALL, None, cache.spec.text)
+        expected = [t.clone() for t in cache.stored]
+        wanted = REFERENCE.step_partial(*given, *expected, *rest)
+        result = EAGER["step_partial"](*given, *cache.stored, *rest)
+        allowed = {"atol": TOLERANCES[torch.float32], "rtol": TOLERANCES[torch.float32]}
+        torch.testing.assert_close(result, wanted, **allowed)
+        check_same(cache.stored, expected, cache.spec)
+
+
 # 5 is no divisor of the number of values: the fast ones meet every key and every value.
 @pytest.mark.parametrize(("key", "value"), some_are_slow(*product(KEYS, VALUES), every=7))
 def test_every_pair_of_formats(key: str, value: str) -> None:

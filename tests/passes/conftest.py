@@ -12,12 +12,12 @@ from torch import fx
 
 from spark_compile import ops
 from spark_compile.config import SparkConfig
+from spark_compile.form import StateForm
 from spark_compile.passes.dataflow import live_nodes
 from spark_compile.passes.lower import fake_inputs, lower
 from spark_compile.passes.pipeline import run_passes
 from spark_compile.passes.program import Program
 from spark_compile.state import SparkTensor, new_state
-from spark_compile.storage import StateForm
 
 CONFIG = SparkConfig(key_ratio=0.5, window=4, inner="eager")
 

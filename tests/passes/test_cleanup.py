@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from decoders import decoder, prompt
 from torch import Tensor
 
+from spark_compile.form import StateForm
 from spark_compile.kernels.reference.store import ALL
 from spark_compile.kernels.spec import SIDES
 from spark_compile.passes.pipeline import PIPELINE
@@ -22,7 +23,6 @@ from spark_compile.passes.program import (
     PlainOutput,
     StateInput,
 )
-from spark_compile.storage import StateForm
 
 CANONICAL = ("spark.attention", "spark.kv_append")
 SDPA = F.scaled_dot_product_attention

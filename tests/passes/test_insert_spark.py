@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from spark_compile.adoption import adopt as adopt_buffer
 from spark_compile.config import SparkConfig
+from spark_compile.form import StateForm
 from spark_compile.kernels.reference.store import ALL
 from spark_compile.kernels.spec import SIDES, parse_spec
 from spark_compile.passes.find_attention import FindAttention
@@ -20,7 +21,6 @@ from spark_compile.passes.insert_spark import InsertSpark
 from spark_compile.passes.normalize import Normalize
 from spark_compile.passes.program import Growth
 from spark_compile.passes.states import adopt
-from spark_compile.storage import StateForm
 
 FIND = (Normalize(), FindAttention(), FindKVAppend())
 PASSES = (*FIND, InsertSpark())

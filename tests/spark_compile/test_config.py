@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from spark_compile import SparkConfig, SparkError, SparkWarning
+from spark_compile.group import Group
 from spark_compile.kernels.formats import Dense
 from spark_compile.kernels.layout import round_up
 from spark_compile.kernels.spec import SIDES
+from spark_compile.report import OptionError
 
 HUGE = 10**30
 WRONG = [
@@ -74,6 +76,8 @@ WRONG = [
     ("evict", 7, "the text of a scorer, or texts by layer"),
     *(("budget", value, "a number with 0 < budget <= 1, or one of 'near-lossless', 'balanced', ")
       for value in (0, -0.1, 1.5, HUGE, math.nan, True, "0.3", "tiny", [0.5], 0.5j)),
+    *(("context_parallel", value, "a process group that this rank is in, or a DeviceMesh of one")
+      for value in (2, "group", [])),
     ("strict", 1, "True or False"),
     ("strict", None, "True or False"),
 ]  # fmt: skip
@@ -90,6 +94,7 @@ EXTREMES = [
     *({"saliency": name} for name in ("squared", "absolute")),
     *({"inner": name} for name in ("inductor", "eager", "aot_eager")),
     {"strict": True},
+    *({"context_parallel": group} for group in (None, Group("0", 2, 1))),
     *({"budget": budget} for budget in (1, 0.001, "smallest", None)),
     *({f"{side}_format": text} for side in ("key", "value") for text in ("dense", "int8",
       "pruned(kept=3,stored=int8)", "spark(kept=26,recovery=none)")),
@@ -109,6 +114,12 @@ def test_a_wrong_value_raises_and_is_named(name: str, value: Any, allowed: str) 
         assert isinstance(caught.value, SparkError)
         assert str(caught.value).startswith(f"option {name!r} is {value!r}: allowed is ")
         assert allowed in str(caught.value)
+
+
+def test_what_no_rank_has_all_of_does_not_go_with_spread_tokens() -> None:
+    for other in ({"evict": "knorm(tokens=64)"}, {"min_tokens": 9}):
+        with pytest.raises(OptionError, match=r"'context_parallel' and '[a-z_]+' are both given"):
+            SparkConfig(context_parallel=Group("0", 2, 1), **other)
 
 
 def test_every_option_has_a_wrong_value_above() -> None:

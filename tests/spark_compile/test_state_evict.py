@@ -24,12 +24,12 @@ from torch import Tensor
 
 from spark_compile import SparkConfig, SparkError, SparkWarning, kv_bytes, ops
 from spark_compile.adoption import adopt
+from spark_compile.form import StateForm
 from spark_compile.kernels.layout import DROPPED, PACKED, counters
 from spark_compile.kernels.reference.evict import take
 from spark_compile.kernels.reference.store import Store
 from spark_compile.passes.program import Adopted
 from spark_compile.state import SparkTensor, new_state
-from spark_compile.storage import StateForm
 
 CONFIG = SparkConfig(
     key_ratio=0.0, window=4, recent_tokens=3, sink_tokens=2, evict="snapkv(tokens=19,window=5)"

@@ -12,8 +12,8 @@ from states import BATCH, HEADS, KEY_DIM, new_rows, prefill, reloaded, spec_of, 
 from torch import Tensor
 
 from spark_compile import SparkConfig
+from spark_compile.form import StateForm
 from spark_compile.state import SparkTensor, new_state
-from spark_compile.storage import StateForm
 
 CAPACITY = 30
 EXACT = SparkConfig(key_ratio=0, window=4)

@@ -11,10 +11,10 @@ from side_model import SideModel
 from torch import Tensor
 
 from spark_compile import PrunedKeys, SparkConfig, StoredValues, ops
+from spark_compile.form import StateForm
 from spark_compile.kernels.reference.store import ALL, Store
 from spark_compile.kernels.spec import SIDES, Spec
 from spark_compile.state import SparkTensor, new_state
-from spark_compile.storage import StateForm
 
 BATCH, HEADS, KEY_DIM, VALUE_DIM = 2, 3, 12, 10
 

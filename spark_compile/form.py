@@ -1,0 +1,44 @@
+"""What is constant about a state, whatever tokens it holds."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from .kernels.spec import Side, Spec
+from .kernels.spread import Spread
+
+
+class StateForm(NamedTuple):
+    """What is constant about a state: what Dynamo guards on besides its stored tensors."""
+
+    spec: Spec
+    static: bool = False
+    """Whether it has a fixed capacity and is changed in place."""
+    tokens_dim: int = 2
+    """Dimension of the sequence: 2 in [B, Hkv, S, D], 1 in [B, S, Hkv, D]."""
+    strict: bool = False  # an operator that needs the dense tensor raises in place of a warning
+    ranks: int = 1
+    """How many ranks the context is spread over."""
+    rank: int = 0
+    """Which one this is, of those."""
+
+    def shape(self, side: Side, head: Tensor, length: int) -> tuple[int, ...]:
+        """The logical shape of ``length`` tokens."""
+        heads, dim = head.shape[1], self.spec.format(side).head_dim
+        middle = (heads, length) if self.tokens_dim == 2 else (length, heads)
+        return head.shape[0], *middle, dim
+
+    @property
+    def spread(self) -> Spread:
+        """Which tokens of the context are stored here."""
+        return Spread(self.ranks, self.rank, self.spec.window)
+
+    def own(self, tokens: int) -> int:
+        """Number of tokens that are stored here, of the first ones of a context."""
+        return tokens if self.ranks == 1 else int(self.spread.own(tokens))
+
+    def taken(self, rows: Tensor, first: int) -> Tensor:
+        """Those of tokens [B, H, L, D] from token ``first`` on that are stored here."""
+        return rows if self.ranks == 1 else self.spread.taken(rows, first)
