@@ -10,7 +10,7 @@ import torch
 from states import HEADS, KEY_DIM, VALUE_DIM, spec_of, tokens
 from torch import Tensor
 
-from spark_compile import SparkConfig, SparkError, spread_ops
+from spark_compile import SparkConfig, SparkError, SparkWarning, spread_ops
 from spark_compile.form import StateForm
 from spark_compile.kernels.reference.store import Store
 from spark_compile.kernels.spec import SIDES
@@ -98,3 +98,13 @@ def test_there_is_no_dense_tensor(recwarn: pytest.WarningsRecorder) -> None:
             SparkError, match="what rank 1 of 3 stores of a cache: there is no dens"
         ):
             read(keys)
+
+
+def test_a_graph_that_reads_it_otherwise_says_what_it_cannot() -> None:
+    keys, _ = states_of(tokens(21, BATCH), 1)
+    mean = torch.compile(lambda keys: keys.mean(), backend="spark", options={"inner": "eager"})
+    with (
+        pytest.warns(SparkWarning, match="is spread over ranks, none of which can make it dense"),
+        pytest.raises(SparkError, match="what rank 1 of 3 stores of a cache"),
+    ):
+        mean(keys)
