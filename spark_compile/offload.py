@@ -41,13 +41,15 @@ def moving_around(block: nn.Module, call: Call) -> Call:
         block: a layer of a decoder; its attentions have transformers' ``layer_idx``.
         call: the block's, compiled.
     """
+    numbers = [getattr(module, "layer_idx", None) for module in block.modules()]
+    layers = sorted({number for number in numbers if isinstance(number, int)})
+    if layers:
+        call = _around_offloading(layers, call)
     if _can_be_around(_hooks_in(block)):
         for module, _hook in _hooks_in(block):
             module.forward = module._old_forward  # type: ignore[assignment]
-        call = _around_hooks(block, call)
-    numbers = [getattr(module, "layer_idx", None) for module in block.modules()]
-    layers = sorted({number for number in numbers if isinstance(number, int)})
-    return _around_offloading(layers, call) if layers else call
+        call = _around_hooks(block, call)  # outermost: it brings the arguments to the device
+    return call
 
 
 def _hooks_in(module: nn.Module) -> list[Hook]:

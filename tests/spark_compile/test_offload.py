@@ -170,6 +170,17 @@ def test_an_offloaded_cache_moves_what_is_stored(monkeypatch: pytest.MonkeyPatch
     assert model.generate(IDS, **ARGUMENTS)[CACHE].offloading is False
 
 
+def test_weights_and_a_cache_that_are_both_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    moves = Moves(monkeypatch)
+    model = optimize(mapped(tmp_path, 2), strict=True, **EXACT)
+    output = model.generate(IDS, cache_implementation="offloaded", **ARGUMENTS)
+    assert torch.equal(output.sequences, expected(2))
+    assert are_compressed(output[CACHE])
+    assert moves.log[:4] == [("off", 0), ("on", 0), ("off", 1), ("on", 1)]
+
+
 def test_an_offloaded_static_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     moves = Moves(monkeypatch)
     model = optimize(llama(1), strict=True, **EXACT)
