@@ -56,7 +56,7 @@ class Ranks:
         for place in self.places:
             built = spread_ops.build_own(*self.tokens, [query], self.spec.text, place)
             # Room for the steps to come.
-            built = [pad(t, (0, 0, 0, 9)) if t.dim() == 4 else t for t in built]
+            built = [pad(t, (0, 0, 0, 9) if t.dim() == 4 else (0, 64 * DIM)) for t in built]
             self.caches.append(Cache(self.spec, *built))
 
     @property
