@@ -14,6 +14,7 @@ from . import (
     prefill_memory,
     quality,
     regressions,
+    spread_cost,
     step_overhead,
     tasks,
 )
@@ -29,6 +30,7 @@ COMMANDS = {
     "memory": prefill_memory.main,
     "overhead": step_overhead.main,
     "quality": quality.main,
+    "spread": spread_cost.main,
     "tasks": tasks.main,
 }
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)

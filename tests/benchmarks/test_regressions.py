@@ -12,7 +12,17 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from benchmarks import compare, counted, exact, history, measure, pictures, regressions, timed
+from benchmarks import (
+    compare,
+    counted,
+    exact,
+    history,
+    measure,
+    pictures,
+    regressions,
+    spread_cost,
+    timed,
+)
 from benchmarks.__main__ import app
 from benchmarks.bench_kernels import BASELINES
 from benchmarks.measure import Contender, interleave
@@ -209,7 +219,8 @@ def test_more_rows_than_expected_are_red(planted, monkeypatch):
 
 
 def test_every_command_has_help():
-    for name in ("check", "compare", "decode", "gpu", "history", "kernels", "memory", "overhead"):
+    for name in ("check", "compare", "decode", "gpu", "history", "kernels", "memory", "overhead",
+                 "spread"):  # fmt: skip
         shown = CliRunner().invoke(app, [name, "--help"])
         assert shown.exit_code == 0, name
     assert json.loads(regressions.history_line([result(ROW)]))["values"]["x: a: sites"] == 2
@@ -221,3 +232,18 @@ def test_only_tasks_needs_lm_eval(monkeypatch):
     assert ran.exit_code == 2
     assert "pip install -c .venv/torch.txt -e '.[tasks]'" in ran.output
     assert CliRunner().invoke(app, ["tasks", "--help"]).exit_code == 0
+
+
+def test_what_a_spread_context_costs():
+    attention, shape = spread_cost.Attention.measured(), spread_cost.SHAPES[0]
+    for tokens, us in ((32_768, 48.5), (131_072, 138.3)):  # as measured
+        assert attention.us(shape.token_bytes * tokens) == pytest.approx(us)
+    # By hand: 7 hops of NVLink; then 14 of them and one between nodes.
+    part = 4 * 32 * 129
+    assert spread_cost.collective_us(shape, 1) == 0
+    assert spread_cost.collective_us(shape, 8) == pytest.approx(6.6 + 7 * 0.6 + 7 * part / 141e3)
+    across = 6.6 + 14 * 0.6 + 2.7 + 15 * part / 45e3
+    assert spread_cost.collective_us(shape, 16) == pytest.approx(across)
+    one, two = (spread_cost.token_us(shape, 1 << 20, ranks, 1, attention) for ranks in (1, 2))
+    assert one == pytest.approx(32 * (attention.start_us + 4096 * 2**20 / attention.bytes_per_us))
+    assert two < one
