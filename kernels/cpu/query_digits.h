@@ -34,7 +34,7 @@ class QueryDigits {
   // width: channels of a row of levels.
   QueryDigits(int64_t rows, size_t parts, int64_t width)
       : rows_(rows), width_(width), parts_(parts), digits_(scratch<int8_t>((rows + 7) / 8 * 16 * width)),
-        corrections_(scratch<int32_t>((rows + 7) / 8 * int64_t(parts) * 16)), units_(scratch<float>((rows + 7) / 8 * 8 * int64_t(parts))) {}
+        corrections_(scratch<int32_t>((rows + 7) / 8 * 8 * int64_t(parts))), units_(scratch<float>((rows + 7) / 8 * 8 * int64_t(parts))) {}
 
   // How many of eight rows of queries from a multiple of eight on a product has columns for, high digits and
   // then low ones: 2, 4 or 8. What is left of 16 columns is for further words of four channels.
@@ -45,8 +45,8 @@ class QueryDigits {
   // 64 bytes for 8 / columns() words.
   const int8_t* at(int64_t row) const { return &digits_[row / 8 * 16 * width_]; }
   float unit(int64_t row, size_t part) const { return units_[place(row, part)]; }
-  // 128 * (sum of the high digits), and of the low ones.
-  int32_t correction(int64_t row, size_t part, int digit) const { return corrections_[2 * place(row, part) + digit]; }
+  // 128 * (128 * the sum of the high digits + that of the low ones), as 32 bits have it.
+  int32_t correction(int64_t row, size_t part) const { return corrections_[place(row, part)]; }
 
   // query: the channels of a part, whose first one is in a column.
   void split(int64_t row, size_t part, const Columns& own, const float* query) {
@@ -57,17 +57,17 @@ class QueryDigits {
     units_[place(row, part)] = nan ? NAN : largest / DIGITS;
     const int rows = columns(row), span = 8 / rows, r = int(row % 8);
     int8_t* digits = &digits_[row / 8 * 16 * width_];
-    int32_t total[2] = {};
+    uint32_t total = 0;
     for (int64_t j = 0; j < own.channels; ++j) {
       const int whole = nan ? 0 : int(std::lrint(query[j] * inverse)), high = (whole + 64) >> 7;
       const int8_t both[2] = {int8_t(high), int8_t(whole - 128 * high)};
+      total += uint32_t(whole);
       const int64_t word = (own.column + j) / 4;
       for (int d = 0; d < 2; ++d) {
         digits[word / span * 64 + ((d * rows + r) * span + word % span) * 4 + j % 4] = both[d];
-        total[d] += both[d];
       }
     }
-    for (int d = 0; d < 2; ++d) corrections_[2 * place(row, part) + d] = 128 * total[d];
+    corrections_[place(row, part)] = int32_t(128 * total);
   }
 
  private:

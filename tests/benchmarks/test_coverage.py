@@ -24,9 +24,9 @@ OTHER_SIZES = {"bloom", "falcon", "mistral", "phi"}
 """Run at another batch size and length as well, which takes as long again,
 and with a static cache."""
 LONG = {
-    "cohere2", "ctrl", "deepseek_v2", "falcon", "falcon_h1", "gemma2", "gemma4_text", "gpt_oss",
-    "granite_swa", "jamba", "llama4_text", "mistral", "phi", "qwen3_next", "recurrent_gemma",
-    "zamba2",
+    "cohere2", "ctrl", "deepseek_v2", "doge", "falcon", "falcon_h1", "gemma2", "gemma4_text",
+    "gpt_neo", "gpt_oss", "granite_swa", "jamba", "llama4_text", "mistral", "phi", "qwen3_next",
+    "recurrent_gemma", "zamba2",
 }  # fmt: skip
 """More than ten seconds each: left to the slow tests."""
 LIKE_OTHERS = {

@@ -11,6 +11,7 @@ import itertools
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -413,25 +414,22 @@ def other_levels() -> list[str]:
     return [name for name in supported() if name != level()] + ["amx"] * bool(emulated)
 
 
-NEXT_LEVEL = "avx512" if "avx512" in other_levels() else "avx2"
-"""The one that the fast tests try; a minute each."""
+def levels_and_files() -> Iterator[Any]:
+    """What to run at which level; the fast tests try one level, which takes most of a minute."""
+    next_level = "avx512" if "avx512" in other_levels() else "avx2"
+    for other, name in itertools.product(other_levels(), ("", "_edges", "_evict")):
+        marks = [] if (other, name) == (next_level, "") else [pytest.mark.slow]
+        yield pytest.param(other, f"test_cpu{name}.py", marks=marks)
 
 
-@pytest.mark.parametrize(
-    "other",
-    [
-        pytest.param(other, marks=[pytest.mark.slow] * (other != NEXT_LEVEL))
-        for other in other_levels()
-    ],
-)
-def test_every_other_level(other: str) -> None:
+@pytest.mark.parametrize(("other", "name"), list(levels_and_files()))
+def test_every_other_level(other: str, name: str) -> None:
     if "SPARK_COMPILE_CPU" in os.environ:
         pytest.skip("this is one of the other levels")
     environment = {**os.environ, "SPARK_COMPILE_CPU": other}
     if other not in supported():
         environment["SPARK_COMPILE_CXXFLAGS"] = EMULATED_TILES
-    names = "test_cpu.py", "test_cpu_edges.py", "test_cpu_evict.py"
-    files = [str(Path(__file__).with_name(name)) for name in names]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
+    file = str(Path(__file__).with_name(name))
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]

@@ -306,7 +306,7 @@ def test_steps_without_new_tokens(name: str, dtype: torch.dtype) -> None:
     """As of a rank that stores none of the new ones, or none at all yet."""
     spec = spec_of(name, name, dtype)
     for length in (0, 3, 40):
-        cache = check_build(spec, tokens_of(spec, length))
+        cache = check_build(spec, tokens_of(spec, length), length + 2)
         for queries in (1, 3):
             (query, *_), (_, *nothing) = tokens_of(spec, queries), tokens_of(spec, 0)
             check_step(cache, (query, *nothing))

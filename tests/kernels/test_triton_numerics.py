@@ -100,7 +100,7 @@ class Cache:
         self.spec, self.heads, self.batch, self.stored = spec, heads, batch, list[Tensor]()
         query = self.queries(min(tokens, 7))
         for side, rows in zip(SIDES, self.new(tokens), strict=True):
-            empty = allocate(rows, spec, side, pages, int(spec.tail_rows(tokens)))
+            empty = allocate(rows, spec, side, pages, int(spec.tail_rows(tokens, tokens + 9)))
             for stored in (empty.pages, empty.head[..., spec.head(side).offsets["tail"] :]):
                 stored.fill_(garbage)
             store = Store(empty.pages, empty.head, spec, side)
@@ -466,7 +466,7 @@ def test_what_does_not_fit_is_named() -> None:
         ({"query": given["query"][:, :3]}, r"query is .*\[2, 3, 1, 12\]: allowed is .*\[2, 2, 1, "),
         ({"new_value": given["new_value"][..., :5]}, r"new_value is torch.float32\[2, 2, 1, 5\]"),
         ({"key_pages": given["key_pages"][..., 1:]}, "key_pages is"),
-        ({"value_head": given["value_head"][..., :-8]}, "value_head is"),
+        ({"value_head": given["value_head"][..., :32]}, "value_head is"),
         (
             {"key_pages": given["key_pages"].mT.contiguous().mT},
             "key_pages has pages that do not lie one after the other",

@@ -123,14 +123,14 @@ def refusals(program: Program, graphs: list[GraphReport]) -> list[str]:
     return found
 
 
-@settings(QUICK, max_examples=5)
+@settings(QUICK, max_examples=3)
 @given(family(), st.sampled_from(RATIOS))
 def test_what_has_to_be_rewritten_is(program: Program, key_ratio: float) -> None:
     """The property cannot pass by refusing everything: here nothing may be refused."""
     assert not refusals(program, check(program, key_ratio))
 
 
-@settings(QUICK, max_examples=5)
+@settings(QUICK, max_examples=3)
 @given(programs(), st.sampled_from(RATIOS))
 def test_rewritten_and_equal_or_refused_and_equal(program: Program, key_ratio: float) -> None:
     check_all(program, key_ratio)
