@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from .kernels import cpu, triton
-from .kernels.operands import check_build, check_evict, check_side, check_step
+from .kernels.layout import Count
+from .kernels.operands import check_build, check_evict, check_side
 from .kernels.reference import operators as reference
 from .kernels.reference.attend import attention as reference_attention
 from .kernels.reference.evict import kept_positions
 from .kernels.reference.store import Store
-from .kernels.spec import SIDES, Side, parse_spec
+from .kernels.spec import SIDES, Side, Spec, parse_spec
 from .report import SparkError, warn_once
 
 _library = torch.library.Library("spark", "FRAGMENT")
@@ -161,13 +162,19 @@ def evict(
     return kept_positions(key, queries, attn_mask, causal_offset, parsed)
 
 
-def _fake_build(key, value, queries, spec, capacity, positions=None):  # type: ignore[no-untyped-def]
-    parsed, stored = parse_spec(spec), []
-    room = parsed.room(key.shape[2], capacity)
+def empty_cache(
+    key: Tensor, value: Tensor, spec: Spec, tokens: Count, capacity: Count | None = None
+) -> tuple[Tensor, ...]:
+    """Tensors as ``spark::build`` makes them, with room for ``tokens`` tokens or a capacity."""
+    room, stored = spec.room(tokens, capacity), list[Tensor]()
     for side, rows in zip(SIDES, (key, value), strict=True):
-        shapes = parsed.stored_shapes(side, rows.shape[:2], *room)
+        shapes = spec.stored_shapes(side, rows.shape[:2], *room)
         stored += [rows.new_empty(shape, dtype=torch.uint8) for shape in shapes]
     return tuple(stored)
+
+
+def _fake_build(key, value, queries, spec, capacity, positions=None):  # type: ignore[no-untyped-def]
+    return empty_cache(key, value, parse_spec(spec), key.shape[2], capacity)
 
 
 @operator_of(
@@ -205,12 +212,14 @@ def _fake_step(query, new_key, new_value, *_args):  # type: ignore[no-untyped-de
     return new_value.new_empty((*query.shape[:3], new_value.shape[3]))
 
 
-@operator_of(
+STEP_OPERANDS = (
     "(Tensor query, Tensor new_key, Tensor new_value, Tensor(a!) key_pages, Tensor(b!) key_head, "
     "Tensor(c!) value_pages, Tensor(d!) value_head, Tensor? attn_mask, Tensor? sinks, "
-    "SymInt? causal_offset, SymInt? keep, Tensor? position, str spec) -> Tensor",
-    _fake_step,
+    "SymInt? causal_offset, SymInt? keep, Tensor? position, str spec)"
 )
+
+
+@operator_of(f"{STEP_OPERANDS} -> Tensor", _fake_step)
 def step(
     query: Tensor, new_key: Tensor, new_value: Tensor, key_pages: Tensor, key_head: Tensor,
     value_pages: Tensor, value_head: Tensor, attn_mask: Tensor | None, sinks: Tensor | None,
@@ -244,13 +253,10 @@ def step(
         ValueError: operands do not fit the spec or each other, the cache is damaged, or there is no
             room; nothing is written.
     """
-    parsed = parse_spec(spec)
-    stored = key_pages, key_head, value_pages, value_head
-    check_step(query, new_key, new_value, *stored, attn_mask, sinks, keep, position, parsed)
-    keys, values = Store(*stored[:2], parsed, "key"), Store(*stored[2:], parsed, "value")
-    return reference.step(
-        query, new_key, new_value, keys, values, attn_mask, sinks, causal_offset, keep, position
-    )
+    return reference.step(*reference.checked(
+        query, new_key, new_value, key_pages, key_head, value_pages, value_head, attn_mask, sinks,
+        causal_offset, keep, position, spec,
+    ))  # fmt: skip
 
 
 def _fake_recover(pages, head, spec, is_key, length):  # type: ignore[no-untyped-def]

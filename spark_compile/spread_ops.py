@@ -8,12 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .kernels.operands import check_step
 from .kernels.reference import operators as reference
-from .kernels.reference.store import ALL, Store
-from .kernels.spec import SIDES, parse_spec
+from .kernels.reference.store import ALL
+from .kernels.spec import parse_spec
 from .kernels.spread import Spread
-from .ops import operator_of
+from .ops import STEP_OPERANDS, empty_cache, operator_of
 
 
 def _fake_partial(query, new_key, new_value, *_args):  # type: ignore[no-untyped-def]
@@ -22,12 +21,7 @@ def _fake_partial(query, new_key, new_value, *_args):  # type: ignore[no-untyped
     return output, query.new_empty(rows, dtype=torch.float32)
 
 
-@operator_of(
-    "(Tensor query, Tensor new_key, Tensor new_value, Tensor(a!) key_pages, Tensor(b!) key_head, "
-    "Tensor(c!) value_pages, Tensor(d!) value_head, Tensor? attn_mask, Tensor? sinks, "
-    "SymInt? causal_offset, SymInt? keep, Tensor? position, str spec) -> (Tensor, Tensor)",
-    _fake_partial,
-)
+@operator_of(f"{STEP_OPERANDS} -> (Tensor, Tensor)", _fake_partial)
 def step_partial(
     query: Tensor, new_key: Tensor, new_value: Tensor, key_pages: Tensor, key_head: Tensor,
     value_pages: Tensor, value_head: Tensor, attn_mask: Tensor | None, sinks: Tensor | None,
@@ -42,22 +36,16 @@ def step_partial(
     Raises:
         ValueError: as of ``spark::step``.
     """
-    parsed = parse_spec(spec)
-    stored = key_pages, key_head, value_pages, value_head
-    check_step(query, new_key, new_value, *stored, attn_mask, sinks, keep, position, parsed)
-    keys, values = Store(*stored[:2], parsed, "key"), Store(*stored[2:], parsed, "value")
-    return reference.step_partial(
-        query, new_key, new_value, keys, values, attn_mask, sinks, causal_offset, keep, position
-    )
+    return reference.step_partial(*reference.checked(
+        query, new_key, new_value, key_pages, key_head, value_pages, value_head, attn_mask, sinks,
+        causal_offset, keep, position, spec,
+    ))  # fmt: skip
 
 
 def _fake_build_own(key, value, queries, spec, place):  # type: ignore[no-untyped-def]
-    parsed, stored = parse_spec(spec), []
-    room = parsed.room(Spread(place[0], place[1], parsed.window).own(key.shape[2]))
-    for side, rows in zip(SIDES, (key, value), strict=True):
-        shapes = parsed.stored_shapes(side, rows.shape[:2], *room)
-        stored += [rows.new_empty(shape, dtype=torch.uint8) for shape in shapes]
-    return tuple(stored)
+    parsed = parse_spec(spec)
+    own = Spread(place[0], place[1], parsed.window).own(key.shape[2])
+    return empty_cache(key, value, parsed, own)
 
 
 @operator_of(

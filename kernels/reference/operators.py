@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..operands import check_mask
-from ..spec import SIDES, Spec
+from ..operands import check_mask, check_step
+from ..spec import SIDES, Spec, parse_spec
 from .attend import attention
 from .evict import kept_positions, take
 from .store import ALL, Store, allocate, position_of
@@ -28,6 +28,22 @@ def build(
         store.append(rows, ALL, positions=positions)
         sides.append(store)
     return sides
+
+
+def checked(
+    query: Tensor, new_key: Tensor, new_value: Tensor, key_pages: Tensor, key_head: Tensor,
+    value_pages: Tensor, value_head: Tensor, attn_mask: Tensor | None, sinks: Tensor | None,
+    causal_offset: int | None, keep: int | None, position: Tensor | None, spec: str,
+) -> tuple[Any, ...]:  # fmt: skip
+    """The operands of :func:`step_partial`, of those of ``spark::step``.
+
+    Raises:
+        ValueError: operands do not fit the spec or each other.
+    """
+    parsed, stored = parse_spec(spec), (key_pages, key_head, value_pages, value_head)
+    check_step(query, new_key, new_value, *stored, attn_mask, sinks, keep, position, parsed)
+    keys, values = Store(*stored[:2], parsed, "key"), Store(*stored[2:], parsed, "value")
+    return query, new_key, new_value, keys, values, attn_mask, sinks, causal_offset, keep, position
 
 
 def step(*operands: Any) -> Tensor:
