@@ -52,15 +52,21 @@ class Stored:
     int8_values: bool = False
     bits: int | None = None
     """Of quantized keys and values, in place of the above."""
+    budget: str | None = None
+    """Chooses the formats, in place of all the above."""
 
     def spec(self, head_dim: int, dtype: torch.dtype) -> Spec:
         """The same for heads of a size, with the scale that attention has by default."""
-        config = SparkConfig(
-            key_ratio=self.key_ratio,
-            key_dtype="int8" if self.int8_keys else "model",
-            value_dtype="int8" if self.int8_values else "model",
-            key_format=f"quantized(bits={self.bits},scaled=True)" if self.bits else None,
-            value_format=f"quantized(bits={self.bits})" if self.bits else None,
+        config = (
+            SparkConfig(budget=self.budget)
+            if self.budget
+            else SparkConfig(
+                key_ratio=self.key_ratio,
+                key_dtype="int8" if self.int8_keys else "model",
+                value_dtype="int8" if self.int8_values else "model",
+                key_format=f"quantized(bits={self.bits},scaled=True)" if self.bits else None,
+                value_format=f"quantized(bits={self.bits})" if self.bits else None,
+            )
         )
         key, value = (config.format_for(side, head_dim, dtype) for side in SIDES)
         return config.spec(key, value).attending(head_dim**-0.5, 0.0)
@@ -75,6 +81,7 @@ STORED = (
     Stored("spark int8", int8_keys=True, int8_values=True),
     Stored("spark 6 bits", bits=6),
     Stored("spark 4 bits", bits=4),
+    Stored("spark smallest", budget="smallest"),
 )
 EXPANDED, GQA, PACKED = "HF: expanded heads + mask", "SDPA enable_gqa", "SDPA packed queries"
 

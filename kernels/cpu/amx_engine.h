@@ -29,7 +29,8 @@ class AmxEngine {
         keys_(scratch<bf16>(BLOCK * key_width_)),
         room_(scratch<bf16>(BLOCK * room_width_)), values_(scratch<bf16>(BLOCK * value_width_)),
         queries_(scratch<bf16>(groups_ * key_width_ * QUERIES)),
-        weights_(scratch<float>(key_width_)) {
+        weights_(scratch<float>(key_width_)),
+        requests_({BLOCK / 4, p.query_rows(), BLOCK / 4, (p.query_rows() + QUERIES - 1) / QUERIES * value_width / 16}) {
     TileConfig config;
     for (int tile = 0; tile < 8; ++tile) config.row_bytes[tile] = 64, config.rows[tile] = 16;
     for (int tile : {1, 3, 6}) config.rows[tile] = uint8_t(weight_rows);
@@ -60,7 +61,7 @@ class AmxEngine {
     p_.each_run(block, [&](const Run& run) {
       if (f.int8) read_column(run.keys.at<bf16>(f.step), run.count, key_steps_ + run.first);
       if (f.has_planes()) return f.int8 ? pruned_keys<int8_t>(run) : pruned_keys<bf16>(run);
-      const AwakeRequests ahead = requests(run);
+      const AwakeRequests ahead = key_requests();
       const Tokens rows = run.keys.rows(f.channels);
       f.int8 ? plain_keys<int8_t>(rows, run.first, run.count, &ahead) : plain_keys<bf16>(rows, run.first, run.count, &ahead);
     });
@@ -85,7 +86,7 @@ class AmxEngine {
     }
   }
 
-  void accumulate(const Block&, float (*weights)[BLOCK], int count, const float* rescale, float* sums) {
+  void accumulate(const Block&, int64_t, int count, float (*weights)[BLOCK], const float* rescale, float* sums) {
     const int64_t width = value_width_;
     if (rescale) rescale_sums(rescale, count, width, sums);
     alignas(64) bf16 pairs[QUERIES][BLOCK];
@@ -99,6 +100,7 @@ class AmxEngine {
     TILE_LOAD(1, pairs, sizeof(pairs[0]));
     if (N > 32) TILE_LOAD(3, pairs[0] + 32, sizeof(pairs[0]));
     for (int64_t j = 0; j < width; j += 16) {
+      requests_(BlockRequests::SUMS);
       TILE_LOAD(6, sums + j, width * 4);
       TILE_LOAD(7, &values_[j * 32], 64);
       TILE_ADD_BF16(6, 1, 7);
@@ -110,7 +112,12 @@ class AmxEngine {
     }
   }
 
-  static void stay_awake() { TILE_STAY_AWAKE(); }
+  void begin(const Block& block) { requests_.begin(p_, block); }
+  // Of each query row.
+  void before_softmax() {
+    requests_(BlockRequests::SOFTMAX);
+    stay_awake();
+  }
 
   // Sums of packed and of dense tokens have the same order.
   void finish_packed(Partial, int64_t) {}
@@ -128,10 +135,8 @@ class AmxEngine {
   }
 
  protected:
-  AwakeRequests requests(const Run& run) const {
-    const Format& values = *p_.values.format;
-    return {{{Ahead(*p_.keys.format), run.keys}, {Ahead(values, 0, early_bytes(values)), run.values}}};
-  }
+  static void stay_awake() { TILE_STAY_AWAKE(); }
+  AwakeRequests key_requests() { return {{requests_, BlockRequests::KEYS}}; }
 
   // Keys that have every channel, those from `first` on of a block.
   template <class K>
@@ -178,7 +183,7 @@ class AmxEngine {
     // Copies: what is stored below might, for all the compiler knows, change a member.
     const bool whole = CHANNELS;
     const Format f = *p_.keys.format;
-    const AwakeRequests ahead = requests(run);
+    const AwakeRequests ahead = key_requests();
     const int64_t width = whole ? CHANNELS : key_width_, plane = whole ? CHANNELS / 8 : f.plane(), kept = f.kept;
     const bf16* amplitudes = run.keys.at<bf16>(f.scale);
     const uint8_t *keep = run.keys.at<uint8_t>(f.keep), *negative = run.keys.at<uint8_t>(f.negative);
@@ -209,26 +214,29 @@ class AmxEngine {
   // Where a pair of tokens begins in the tiles of the values; finish() undoes the order of its channels.
   bf16* pair(int t) { return &values_[t / 32 * 32 * value_width_ + t % 32 * 16]; }
 
+  // Before every four tokens whose values are expanded.
+  void values_begin(int t) {
+    requests_(BlockRequests::VALUES);
+    if (t % 8 == 0) stay_awake();
+  }
+
   // Values that have every channel.
   void plain_values(const Block& block) {
     const Format& f = *p_.values.format;
     const int64_t width = value_width_, channels = p_.value_dim;
-    const Ahead ahead(f, early_bytes(f), f.token_bytes);
     const bool packed = block.packed;
     Places places(p_.values, block);
     const auto find = [&](int t) -> const bf16* {
       if (t >= block.count) return nullptr;
       if (!packed) return reinterpret_cast<const bf16*>(block.value(t));
-      const Place place = places.next();
-      ahead(place);
-      return place.at<const bf16>(f.channels);
+      return places.next().at<const bf16>(f.channels);
     };
     const auto some = [&](const bf16* row, int64_t j) { return row ? load_words(row + j, channels - j) : __m512i{}; };
     std::fill_n(steps_, BLOCK, 1.0f);
     for (int t = 0; t < BLOCK; t += 2) {
       const bf16 *even = find(t), *odd = find(t + 1);
       bf16* tile = pair(t);
-      if (t % 8 == 0) stay_awake();
+      if (t % 4 == 0) values_begin(t);
       if (odd && width == channels) {
         for (int64_t j = 0; j < width; j += 32, tile += 1024) put_pair(tile, load_words(even + j), load_words(odd + j));
       } else {
@@ -244,7 +252,7 @@ class AmxEngine {
     const auto value = [&](int t) { return t < block.count ? PrunedValue<V>(p_.values, places.next()) : PrunedValue<V>(); };
     for (int t = 0; t < BLOCK; t += 2) {
       PrunedValue<V> even = value(t), odd = value(t + 1);
-      if (t % 8 == 0) stay_awake();
+      if (t % 4 == 0) values_begin(t);
       steps_[t] = even.step, steps_[t + 1] = odd.step;
       bf16* tile = pair(t);
       for (int64_t j = 0; j < width; j += 32, tile += 1024) put_pair(tile, even.next(j), odd.next(j));
@@ -279,6 +287,7 @@ class AmxEngine {
   const int64_t key_width_, value_width_, room_width_, groups_;
   Scratch<bf16> keys_, room_, values_, queries_;
   Scratch<float> weights_;
+  BlockRequests requests_;
   bool in_steps_ = false;  // keys are in units of key_steps_
   alignas(64) float key_steps_[BLOCK] = {}, steps_[BLOCK] = {};
 };

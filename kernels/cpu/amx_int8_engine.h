@@ -19,6 +19,8 @@ class AmxInt8Engine : public AmxEngine<N> {
 
  public:
   static constexpr int BLOCK = N;
+  // As many blocks have sums that fit 32 bits.
+  static constexpr int64_t MOST_BLOCKS = (int64_t(1) << 31) / (64 * 127 * 127 + 1);
   static int64_t padded(int64_t channels) { return round_up(channels, 64); }
   // Two digits of eight queries at a time.
   static int64_t digit_rows(int64_t rows) { return 2 * std::min<int64_t>(rows, 8); }
@@ -33,7 +35,9 @@ class AmxInt8Engine : public AmxEngine<N> {
         kept_(scratch<int8_t>(int8_keys_ * BLOCK * key_width_ + 64)),
         signs_(scratch<int8_t>(int8_keys_ * BLOCK * key_width_)), values_(scratch<int8_t>(64 * value_width_)),
         eights_(int8_keys_ * (p.query_rows() + 7) / 8), digits_(scratch<int8_t>(2 * eights_ * 16 * key_width_)),
-        units_(scratch<float>(2 * eights_ * 8)), query_(scratch<float>(key_width_)) {}
+        units_(scratch<float>(2 * eights_ * 8)), query_(scratch<float>(key_width_)),
+        whole_(scratch<int32_t>((p.query_rows() + 7) / 8 * value_width_ * 2 * low_row_)),
+        sum_units_(scratch<float>(p.query_rows())) {}
 
   void start(int64_t b, int64_t h) {
     Base::start(b, h);
@@ -64,20 +68,18 @@ class AmxInt8Engine : public AmxEngine<N> {
   void expand_values(const Block& block) {
     if (!block.packed) return Base::expand_values(block);
     const Format& f = *p_.values.format;
-    const int64_t width = value_width_, channels = f.dim, early = early_bytes(f);
+    const int64_t width = value_width_, channels = f.dim;
     Places places(p_.values, block);
     std::fill_n(steps_, BLOCK, 0.0f);
     p_.each_run(block, [&](const Run& run) { read_column(run.values.at<bf16>(f.step), run.count, steps_ + run.first); });
     for (int t = 0; t < BLOCK; t += 4) {
-      if (t % 8 == 0) this->stay_awake();
+      this->values_begin(t);
       const bool whole = t + 4 <= block.count && channels == width;
-      Place four[4] = {};
       const int8_t* from[4] = {};
-      for (int i = 0; i < 4 && t + i < block.count; ++i) four[i] = places.next(), from[i] = four[i].at<int8_t>(f.channels);
+      for (int i = 0; i < 4 && t + i < block.count; ++i) from[i] = places.next().at<int8_t>(f.channels);
       for (int64_t j = 0; j < width; j += 64) {
         __m512i rows[4];
         for (int i = 0; i < 4; ++i) {
-          if (whole && j >= early) Ahead(f, j, j + 64)(four[i]);
           rows[i] = whole ? _mm512_loadu_si512(from[i] + j) : from[i] ? some_bytes(from[i] + j, channels - j) : __m512i{};
         }
         put_four(rows, &values_[(j + tile_row(t)) * 64]);
@@ -93,16 +95,18 @@ class AmxInt8Engine : public AmxEngine<N> {
     }
   }
 
-  void accumulate(const Block& block, float (*weights)[BLOCK], int count, const float* rescale, float* sums) {
-    if (!block.packed) return Base::accumulate(block, weights, count, rescale, sums);
+  void accumulate(const Block& block, int64_t first, int count, float (*weights)[BLOCK], const float* rescale, float* sums) {
+    if (!block.packed) return Base::accumulate(block, first, count, weights, rescale, sums);
+    if (first == 0) ++blocks_;
     for (int r = 0; r < count; r += 8) {
-      accumulate_eight(weights + r, std::min(count - r, 8), rescale ? rescale + r : nullptr, sums + r * value_width_);
+      accumulate_eight(first + r, std::min(count - r, 8), weights + r, rescale ? rescale + r : nullptr, sums + r * value_width_);
     }
   }
 
   // From the order of these sums to the one that dense tokens have; finish() undoes that one.
   void finish_packed(Partial partial, int64_t rows) {
     float* sums = partial.sums;
+    for (int64_t row = 0; row < rows; ++row) add_whole(row, sums + row * value_width_);
     for (int64_t at = 0; at < rows * value_width_; at += 64) {
       float ordered[64];
       for (int i = 0; i < 64; ++i) ordered[i % 16 / 4 * 16 + i / 16 * 4 + i % 4] = sums[at + i];
@@ -140,7 +144,7 @@ class AmxInt8Engine : public AmxEngine<N> {
 
   // Keys that have every channel.
   void copy_levels(const Run& run) {
-    const AwakeRequests ahead = this->requests(run);
+    const AwakeRequests ahead = this->key_requests();
     const int64_t channels = p_.key_dim;
     const int8_t* row = run.keys.at<int8_t>(p_.keys.format->channels);
     int8_t* kept = &kept_[run.first * key_width_];
@@ -154,7 +158,7 @@ class AmxInt8Engine : public AmxEngine<N> {
   template <int CHANNELS>
   [[gnu::noinline]] void expand_bytes(const Run& run) {
     const bool whole = CHANNELS;
-    const AwakeRequests ahead = this->requests(run);
+    const AwakeRequests ahead = this->key_requests();
     const Format f = *p_.keys.format;
     const int64_t width = whole ? CHANNELS : key_width_, plane = whole ? CHANNELS / 8 : f.plane(), channels = f.kept;
     const int8_t* row = run.keys.at<int8_t>(f.channels);
@@ -177,39 +181,55 @@ class AmxInt8Engine : public AmxEngine<N> {
     }
   }
 
-  // Up to eight queries: the high digits of their weights are the first rows of a tile, the low ones follow.
-  void accumulate_eight(float (*weights)[BLOCK], int count, const float* rescale, float* sums) {
-    const int64_t width = value_width_;
-    const int8_t* values = values_.get();
+  // Sums of packed tokens, of eight queries, stay whole numbers while weights fit the digits of a query's unit: in
+  // tiles of 16 channels whose first rows are those of high digits and whose last ones those of low digits.
+  int32_t* whole_sums(int64_t row) { return &whole_[row / 8 * value_width_ * 2 * low_row_]; }
+  // A query's whole numbers become floats, and 0.
+  void add_whole(int64_t row, float* sums) {
+    int32_t* high = whole_sums(row) + row % 8 * 16;
+    for (int64_t j = 0; j < value_width_; j += 16, high += 2 * low_row_ * 16) {
+      int32_t* low = high + low_row_ * 16;
+      store(sums + j, load(sums + j) + joined(load<__m512i>(high), load<__m512i>(low)) * sum_units_[row]);
+      std::fill_n(high, 16, 0), std::fill_n(low, 16, 0);
+    }
+    sum_units_[row] = 0;
+  }
+
+  // Up to eight queries from `first` on.
+  void accumulate_eight(int64_t first, int count, float (*weights)[BLOCK], const float* rescale, float* sums) {
+    const bool full = blocks_ % MOST_BLOCKS == 0;
     alignas(64) int8_t digits[16][64];  // rows of queries that are not there may be anything
-    alignas(64) int32_t parts[8][16][16];
-    float units[8];
     for (int r = 0; r < count; ++r) {
-      F scaled[4] = {};
-      for (int i = 0; i < BLOCK / 16; ++i) scaled[i] = load(weights[r] + 16 * i) * load(steps_ + 16 * i);
-      units[r] = split_weights(scaled, digits[r], digits[low_row_ + r]);
+      F scaled[4] = {}, top{};
+      for (int i = 0; i < BLOCK / 16; ++i) {
+        scaled[i] = load(weights[r] + 16 * i) * load(steps_ + 16 * i);
+        top = spark::max(top, scaled[i]);
+      }
+      float &unit = sum_units_[first + r], *row = sums + r * value_width_;
+      const bool rescaled = rescale && rescale[r] != 1.0f;
+      if (rescaled || full || lane_bits(top > splat(unit * DIGITS))) {
+        add_whole(first + r, row);
+        if (rescaled) rescale_sums(rescale + r, 1, value_width_, row);
+        unit = maximum(top) / DIGITS;
+      }
+      const F all = (scaled[0] + scaled[1]) + (scaled[2] + scaled[3]);
+      if (lane_bits(all != all)) std::fill_n(row, value_width_, NAN);  // no digits are worth it
+      split_weights(scaled, unit > 0 ? 1 / unit : 0.0f, digits[r], digits[low_row_ + r]);
     }
     TILE_LOAD(1, digits, 64);
-    for (int64_t j = 0; j < width; j += 128) {
-      const int64_t stop = std::min<int64_t>(j + 128, width);
-      for (int64_t at = j; at < stop; at += 32, values += 2048) {
-        TILE_ZERO(3);
-        TILE_LOAD(5, values, 64);
-        TILE_ADD_INT8(3, 1, 5);
-        TILE_ZERO(6);
-        TILE_LOAD(7, values + 1024, 64);
-        TILE_ADD_INT8(6, 1, 7);
-        TILE_STORE(3, parts[(at - j) / 16], 64);
-        TILE_STORE(6, parts[(at - j) / 16 + 1], 64);
-      }
-      for (int r = 0; r < count; ++r) {
-        const float kept = rescale ? rescale[r] : 1.0f;
-        for (int64_t at = j; at < stop; at += 16) {
-          const auto& part = parts[(at - j) / 16];
-          const F fresh = joined(load<__m512i>(part[r]), load<__m512i>(part[low_row_ + r])) * units[r];
-          store(sums + r * width + at, load(sums + r * width + at) * kept + fresh);
-        }
-      }
+    const int8_t* values = values_.get();
+    int32_t* whole = whole_sums(first);
+    for (int64_t j = 0, step = 2 * low_row_ * 16; j < value_width_; j += 32, values += 2048, whole += 2 * step) {
+      this->requests_(BlockRequests::SUMS);
+      TILE_LOAD(3, whole, 64);
+      TILE_LOAD(5, values, 64);
+      TILE_ADD_INT8(3, 1, 5);
+      this->requests_(BlockRequests::SUMS);
+      TILE_LOAD(6, whole + step, 64);
+      TILE_LOAD(7, values + 1024, 64);
+      TILE_ADD_INT8(6, 1, 7);
+      TILE_STORE(3, whole, 64);
+      TILE_STORE(6, whole + step, 64);
     }
   }
 
@@ -267,6 +287,9 @@ class AmxInt8Engine : public AmxEngine<N> {
   const int64_t eights_;
   Scratch<int8_t> digits_;
   Scratch<float> units_, query_;
+  Scratch<int32_t> whole_;
+  Scratch<float> sum_units_;
+  int64_t blocks_ = 0;
   alignas(64) float amplitudes_[BLOCK] = {};
 };
 

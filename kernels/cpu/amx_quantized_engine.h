@@ -50,13 +50,13 @@ class AmxQuantizedEngine : public AmxInt8Engine<N> {
     if (!block.packed || !turns_keys_) return Base::expand_keys(block);
     const Format& f = *p_.keys.format;
     p_.each_run(block, [&](const Run& run) {
-      const AwakeRequests ahead{{{Ahead(f), run.keys}, {Ahead(*p_.values.format), run.values}}};
+      const AwakeRequests ahead = this->key_requests();
       each_part([&](const Part& part, int64_t at) {
         int8_t* out = &kept_[run.first * key_width_ + at];
         expand_part<0>(part, run.keys.rows(f.channels), run.count, out, key_width_, at ? nullptr : &ahead);
       });
       for (int p = 0; p < f.part_count; ++p) {
-        read_amplitudes(run.keys.at<uint8_t>(f.scale) + p, f.part_count, run.count, part_amplitudes_[p] + run.first);
+        read_amplitudes(run.keys.at<uint8_t>(f.scale), f.part_count, p, run.count, part_amplitudes_[p] + run.first);
       }
     });
   }
@@ -71,14 +71,13 @@ class AmxQuantizedEngine : public AmxInt8Engine<N> {
     const Format& f = *p_.values.format;
     std::fill_n(steps_, BLOCK, 0.0f);
     p_.each_run(block, [&](const Run& run) {
-      read_amplitudes(run.values.at<uint8_t>(f.scale), 1, run.count, steps_ + run.first);
+      read_amplitudes(run.values.at<uint8_t>(f.scale), 1, 0, run.count, steps_ + run.first);
     });
     const auto tile_at = [&](int t) {
-      if (t % 8 == 0) this->stay_awake();
+      this->values_begin(t);
       return &this->values_[tile_row(t) * 64];
     };
-    // What comes next was asked for with the keys.
-    put_quantized(p_.values, block, levels_.get(), value_width_, tile_at, [](const Place&) {});
+    put_quantized(p_.values, block, levels_.get(), value_width_, tile_at);
   }
 
   void finish_packed(Partial partial, int64_t rows) {
@@ -120,22 +119,19 @@ class AmxQuantizedEngine : public AmxInt8Engine<N> {
     }
   }
 
-  static void read_amplitudes(const uint8_t* codes, int step, int count, float* numbers) {
-    const std::array<float, 256>& worth = amplitudes();
-    for (int t = 0; t < count; ++t) numbers[t] = worth[codes[t * step]];
-  }
-
   void score_eight(int64_t first, int count, float (*scores)[BLOCK]) {
-    alignas(64) int32_t dots[32][16];
+    alignas(64) int32_t dots[BLOCK][16];
     int p = 0;
     each_part([&](const Part& part, int64_t at) {
       const int64_t channels = round_up(part.channels, 64);
+      for (int t = 0; t < BLOCK; t += 32) {
+        this->multiply(&kept_[t * key_width_ + at], this->digits(first, 0) + at * 16, channels, dots + t);
+      }
       for (int t = 0; t < BLOCK; t += 16) {
-        if (t % 32 == 0) this->multiply(&kept_[t * key_width_ + at], this->digits(first, 0) + at * 16, channels, dots);
         const F amplitude = load(part_amplitudes_[p] + t);
         for (int r = 0; r < count; r += 4) {
           F k[4];
-          Base::whole_numbers(dots + t % 32, r, k);
+          Base::whole_numbers(dots + t, r, k);
           for (int i = 0; i < 4; ++i) {
             const F before = p ? load(&scores[r + i][t]) : splat(biases_[first + r + i]);
             store(&scores[r + i][t], before + k[i] * (units(first, 0)[r + i] * amplitude));

@@ -74,12 +74,10 @@ struct PrunedValue {
   int left = 0;  // stored channels; more bits may be set than there are
 };
 
-// Requests, and products now and then while keys are expanded.
-struct AwakeRequests {
-  Requests requests;
-
+// Requests, and products now and then, while keys are expanded.
+struct AwakeRequests : TokenRequests {
   void operator()(int t) const {
-    requests(t);
+    TokenRequests::operator()(t);
     if (t % 8 == 0) TILE_STAY_AWAKE();
   }
 };

@@ -10,11 +10,8 @@ constexpr float DIGITS = 127.0f * 128.0f;  // the largest number of two digits
 // The row of a tile of values where four tokens of a block lie, from t on: packing weights leaves this order.
 inline int tile_row(int t) { return t / 4 % 4 * 4 + t / 16; }
 
-// 64 weights, times 1 / unit, as two digits each: x = unit * (128 * high + low). Returns the unit.
-inline float split_weights(const F (&x)[4], int8_t* high, int8_t* low) {
-  const F all = (x[0] + x[1]) + (x[2] + x[3]);
-  const float largest = maximum(spark::max(spark::max(x[0], x[1]), spark::max(x[2], x[3])));
-  const float inverse = largest > 0 ? DIGITS / largest : 0.0f;
+// 64 weights, times the inverse of their unit, as two digits each: x = unit * (128 * high + low).
+inline void split_weights(const F (&x)[4], float inverse, int8_t* high, int8_t* low) {
   const auto whole = [&](int i) { return _mm512_cvtps_epi32(x[i] * inverse); };
   const __m512i numbers[2] = {_mm512_packs_epi32(whole(0), whole(1)), _mm512_packs_epi32(whole(2), whole(3))};
   __m512i tens[2], ones[2];
@@ -24,7 +21,6 @@ inline float split_weights(const F (&x)[4], int8_t* high, int8_t* low) {
   }
   _mm512_store_si512(high, _mm512_packs_epi16(tens[0], tens[1]));
   _mm512_store_si512(low, _mm512_packs_epi16(ones[0], ones[1]));
-  return lane_bits(all != all) ? NAN : largest / DIGITS;  // no digits are worth a NaN
 }
 
 }  // namespace spark

@@ -134,6 +134,7 @@ struct Weights {
 template <class Engine>
 void attend_block(const Problem& p, Engine& engine, const Block& block, Weights<Engine::BLOCK>& weights, Partial partial) {
   const int64_t rows = p.query_rows(), width = Engine::padded(p.value_dim);
+  engine.begin(block);
   engine.expand_keys(block);
   int64_t read[Engine::BLOCK];
   const int64_t* positions = block.packed && p.is_scattered() ? read : nullptr;
@@ -142,7 +143,7 @@ void attend_block(const Problem& p, Engine& engine, const Block& block, Weights<
     const int count = std::min<int64_t>(Engine::QUERIES, rows - first);
     engine.scores(block, first, count, weights.rows + first);
     for (int64_t row = first; row < first + count; ++row) {
-      engine.stay_awake();
+      engine.before_softmax();
       finish_scores(p, block, positions, row, weights.rows[row]);
       weights.rescale[row] = partial.softmax[row].update(weights.rows[row]);
     }
@@ -153,7 +154,7 @@ void attend_block(const Problem& p, Engine& engine, const Block& block, Weights<
     const int count = std::min<int64_t>(Engine::QUERIES, rows - first);
     const float* rescale = weights.rescale.get() + first;
     const bool changed = std::any_of(rescale, rescale + count, [](float x) { return x != 1.0f; });
-    engine.accumulate(block, weights.rows + first, count, changed ? rescale : nullptr, partial.sums + first * width);
+    engine.accumulate(block, first, count, weights.rows + first, changed ? rescale : nullptr, partial.sums + first * width);
   }
 }
 

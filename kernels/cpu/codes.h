@@ -216,6 +216,32 @@ inline const std::array<float, 256>& amplitudes() {
   return AMPLITUDES;
 }
 
+// The same for several codes, without the table.
+inline F amplitudes_of(I codes) {
+  static const auto mantissas = [] {
+    std::array<float, 16> made;
+    for (int i = 0; i < OCTAVE; ++i) made[i] = std::exp2(float(i) / OCTAVE);
+    return made;
+  }();
+  const I steps = codes - UNIT_CODE;
+  const F finite = bit_cast<F>(bit_cast<I>(Table<4>(mantissas.data())[steps]) + (steps >> 4 << 23));
+  return select(codes == 0, F{}, select(codes == NOT_FINITE, splat(NAN), finite));
+}
+
+// Amplitudes of `count` tokens, for each of which there are `parts` codes: of part p.
+inline void read_amplitudes(const uint8_t* codes, int parts, int p, int count, float* numbers) {
+  typedef uint16_t Pairs __attribute__((vector_size(2 * LANES)));
+  int t = 0;
+  if (parts == 1 || parts == 2 || parts == 4) {
+    for (; t + LANES <= count; t += LANES) {
+      const uint8_t* from = codes + parts * t;
+      const I whole = parts == 1 ? load_codes(from) : parts == 2 ? __builtin_convertvector(load<Pairs>(from), I) : load<I>(from);
+      store(numbers + t, amplitudes_of(whole >> (8 * p) & 255));
+    }
+  }
+  for (; t < count; ++t) numbers[t] = amplitudes()[codes[t * parts + p]];
+}
+
 // The code next to an amplitude, or the next higher one.
 inline uint8_t amplitude_code(float amplitude, bool up) {
   if (!std::isfinite(amplitude)) return NOT_FINITE;

@@ -66,10 +66,7 @@ struct FourPlanes {
   __m512i codes(int first, int i) const {
     const __m512i ones = splat_byte((1 << WIDTH) - 1);
     if constexpr (BYTES >= 64) return right(fours[first % BYTES / 64][i], first / BYTES * WIDTH) & ones;
-    const Words shifts = [&]<size_t... W>(std::index_sequence<W...>) {
-      return Words{uint16_t((int(W) / 8 * 16 + first) / BYTES * WIDTH)...};
-    }(std::make_index_sequence<32>{});
-    return right(fours[0][i], shifts) & ones;
+    return right(fours[0][i], Shifts<WIDTH, BYTES, 8>::from(first)) & ones;
   }
 
   __m512i fours[(BYTES + 63) / 64][4];
@@ -98,21 +95,19 @@ inline void put_four_levels(const uint8_t* const (&codes)[4], int8_t* tile) {
 }
 
 // Levels of a block's quantized values in tiles, those of four tokens at once. CHANNELS: of a value, or 0 for any
-// number. tile_at(t): where the four tokens from t on go; each(place): called for each token; levels: room for
-// four rows of `width` bytes.
-template <int BITS, int CHANNELS, class TileAt, class Each>
-[[gnu::noinline]] void put_quantized(const Side& side, const Block& block, int8_t* levels, int64_t width, const TileAt& tile_at,
-                                     const Each& each) {
+// number. tile_at(t): where the four tokens from t on go, asked for in turn; levels: room for four rows of `width` bytes.
+template <int BITS, int CHANNELS, class TileAt>
+[[gnu::noinline]] void put_quantized(const Side& side, const Block& block, int8_t* levels, int64_t width, const TileAt& tile_at) {
   const Field& field = side.format->channels;
   Places places(side, block);
   for (int t = 0; t < block.count; t += 4) {
     int8_t* tile = tile_at(t);
     const uint8_t* codes[4];
-    places.next_four(block.count - t, field, codes, each);
+    places.next_four(block.count - t, field, codes);
     if constexpr (can_four_levels<BITS, CHANNELS>()) put_four_levels<BITS, CHANNELS>(codes, tile);
     else {
       for (int i = 0; i < 4; ++i) {
-        expand_tokens<BITS, 0, CHANNELS, Requests>(codes[i], 0, 1, side.format->dim, levels + i * width, width, nullptr);
+        expand_tokens<BITS, 0, CHANNELS, TokenRequests>(codes[i], 0, 1, side.format->dim, levels + i * width, width, nullptr);
       }
       for (int64_t j = 0; j < width; j += 64) {
         __m512i rows[4];
@@ -123,14 +118,13 @@ template <int BITS, int CHANNELS, class TileAt, class Each>
   }
 }
 
-template <class TileAt, class Each>
-inline void put_quantized(const Side& side, const Block& block, int8_t* levels, int64_t width, const TileAt& tile_at,
-                          const Each& each) {
+template <class TileAt>
+inline void put_quantized(const Side& side, const Block& block, int8_t* levels, int64_t width, const TileAt& tile_at) {
   with_bits(side.format->parts[0].bits, [&](auto bits) {
     switch (side.format->dim) {
-      case 64: return put_quantized<bits, 64>(side, block, levels, width, tile_at, each);
-      case 128: return put_quantized<bits, 128>(side, block, levels, width, tile_at, each);
-      default: put_quantized<bits, 0>(side, block, levels, width, tile_at, each);
+      case 64: return put_quantized<bits, 64>(side, block, levels, width, tile_at);
+      case 128: return put_quantized<bits, 128>(side, block, levels, width, tile_at);
+      default: put_quantized<bits, 0>(side, block, levels, width, tile_at);
     }
   });
 }

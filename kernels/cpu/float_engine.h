@@ -37,13 +37,13 @@ class FloatRows {
   void expand(const Tokens& rows, int first, int count) { dense(rows, count, &rows_[first * width_], [](int) {}); }
 
   // Packed tokens, from `place` on: those from `first` on of a block.
-  void expand(const Place& place, int first, int count) {
+  void expand(const Place& place, int first, int count, const TokenRequests& ahead) {
     float* out = &rows_[first * width_];
     switch (f_.kind) {
-      case Kind::dense: return dense(place.rows(f_.channels), count, out, [&, ahead = Ahead(f_)](int t) { ahead(place + t); });
-      case Kind::int8: return int8(place, count, out);
-      case Kind::quantized: return quantized(place, count, out, &amplitudes_[first]);
-      default: f_.int8 ? pruned<int8_t>(place, count, out) : pruned<T>(place, count, out);
+      case Kind::dense: return dense(place.rows(f_.channels), count, out, ahead);
+      case Kind::int8: return int8(place, count, out, ahead);
+      case Kind::quantized: return quantized(place, count, out, &amplitudes_[first], ahead);
+      default: f_.int8 ? pruned<int8_t>(place, count, out, ahead) : pruned<T>(place, count, out, ahead);
     }
   }
 
@@ -60,9 +60,9 @@ class FloatRows {
   }
 
  private:
-  // request(t): asks for what comes after token t.
+  // request(t): called before token t.
   template <class Request>
-  void dense(const Tokens& rows, int count, float* out, Request request) const {
+  void dense(const Tokens& rows, int count, float* out, const Request& request) const {
     const int64_t dim = f_.dim, width = width_;
     for (int t = 0; t < count; ++t, out += width) {
       request(t);
@@ -71,45 +71,45 @@ class FloatRows {
     }
   }
 
-  void int8(const Place& place, int count, float* out) const {
-    const Ahead ahead(f_);
+  void int8(const Place& place, int count, float* out, const TokenRequests& ahead) const {
     const int8_t* levels = place.at<int8_t>(f_.channels);
     const T* steps = place.at<T>(f_.step);
     const int64_t dim = f_.dim, width = width_;
     for (int t = 0; t < count; ++t, levels += dim, out += width) {
-      ahead(place + t);
+      ahead(t);
       const float step = to_float(steps[t]);
       for (int64_t j = 0; j < dim; j += LANES) store(out + j, load_floats(levels + j, dim - j) * step);
     }
   }
 
   // Levels by rank, of several parts times their amplitudes, of one part without them: they are `factors`.
-  void quantized(const Place& place, int count, float* out, float* factors) const {
+  void quantized(const Place& place, int count, float* out, float* factors, const TokenRequests& ahead) const {
     const std::array<float, 256>& worth = spark::amplitudes();
     const bool single = f_.part_count == 1;
     const uint8_t* amplitudes = place.at<uint8_t>(f_.scale);
-    for (int t = 0; t < count; ++t) factors[t] = single ? worth[amplitudes[t]] : 1.0f;
+    if (single) read_amplitudes(amplitudes, 1, 0, count, factors);
+    else std::fill_n(factors, count, 1.0f);
     // What comes after a part is written, too: the next part has to follow it.
     const int together = single ? count : 1;
     for (int t = 0; t < count; t += together) {
       for (int p = 0; p < f_.part_count; ++p) {
         const float factor = single ? 1.0f : worth[amplitudes[t * f_.part_count + p]];
-        levels(p, place + t, together, factor, out + t * width_);
+        levels(p, place, t, together, factor, out + t * width_, ahead);
       }
     }
   }
 
-  void levels(int p, const Place& place, int count, float factor, float* out) const {
+  // Of part p of `count` tokens, the first of which is the `first` one from `place` on.
+  void levels(int p, const Place& place, int first, int count, float factor, float* out, const TokenRequests& ahead) const {
     const Part part = f_.parts[p];
-    const Tokens rows = place.rows(f_.channels);
-    const Ahead ahead(f_);
+    const Tokens rows = (place + first).rows(f_.channels);
     const int64_t width = width_;
     out += part.first;
     with_bits(part.bits, [&](auto bits) {
       const Table<bits> table(grid_of(bits).levels);
       uint8_t copy[MAX_HEAD + LANES];
       for (int t = 0; t < count; ++t, out += width) {
-        if (p == 0) ahead(place + t);
+        if (p == 0) ahead(first + t);
         const char* row = rows.at(t);
         const uint8_t* codes = reinterpret_cast<const uint8_t*>(row);
         if (row + rows.step + LANES > end_) codes = static_cast<const uint8_t*>(std::memcpy(copy, row, rows.step));
@@ -119,8 +119,7 @@ class FloatRows {
   }
 
   template <class Stored>
-  void pruned(const Place& place, int count, float* out) const {
-    const Ahead ahead(f_);
+  void pruned(const Place& place, int count, float* out, const TokenRequests& ahead) const {
     // Copies: what is stored below might, for all the compiler knows, change a member.
     const Format f = f_;
     const char* const end = end_;
@@ -131,7 +130,7 @@ class FloatRows {
     const uint8_t *keep = place.at<uint8_t>(f.keep), *negative = place.at<uint8_t>(f.negative);
     const T *scales = place.at<T>(f.scale), *steps = place.at<T>(f.step);
     for (int t = 0; t < count; ++t, row += f.kept, keep += plane, negative += plane, out += width) {
-      ahead(place + t);
+      ahead(t);
       const float scale = to_float(scales[t]), step = f.int8 ? to_float(steps[t]) : 1.0f;
       int rank = 0;
       for (int64_t j = 0; j < f.dim; j += LANES) {
@@ -166,7 +165,8 @@ class FloatEngine {
       : keys_(p.keys, BLOCK), values_(p.values, BLOCK), key_width_(keys_.width()), value_width_(values_.width()),
         queries_(scratch<float>(p.query_rows() * key_width_)), key_head_(*p.keys.format), value_head_(*p.values.format),
         turned_(scratch<float>(p.keys.format->kind == Kind::quantized ? p.query_rows() * key_width_ : 0)), p_(p),
-        biases_(scratch<float>(p.query_rows())) {}
+        biases_(scratch<float>(p.query_rows())),
+        requests_({BLOCK / 4, p.query_rows(), BLOCK / 4, (p.query_rows() + 3) / 4 * (value_width_ + 15) / 16}) {}
 
   void start(int64_t b, int64_t h) {
     keys_.start(p_.keys, b, h);
@@ -186,14 +186,14 @@ class FloatEngine {
   }
 
   void expand_keys(const Block& block) {
-    if (block.packed) return p_.each_run(block, [&](const Run& run) { keys_.expand(run.keys, run.first, run.count); });
+    if (block.packed) return p_.each_run(block, [&](const Run& run) { keys_.expand(run.keys, run.first, run.count, requests(BlockRequests::KEYS)); });
     keys_.expand(block.keys, 0, block.old);
     keys_.expand(block.new_keys, block.old, block.count - block.old);
   }
 
   void expand_values(const Block& block) {
     if (block.packed) {
-      p_.each_run(block, [&](const Run& run) { values_.expand(run.values, run.first, run.count); });
+      p_.each_run(block, [&](const Run& run) { values_.expand(run.values, run.first, run.count, requests(BlockRequests::VALUES)); });
     } else {
       values_.expand(block.values, 0, block.old);
       values_.expand(block.new_values, block.old, block.count - block.old);
@@ -217,7 +217,7 @@ class FloatEngine {
     }
   }
 
-  void accumulate(const Block& block, float (*weights)[BLOCK], int count, const float* rescale, float* sums) {
+  void accumulate(const Block& block, int64_t, int count, float (*weights)[BLOCK], const float* rescale, float* sums) {
     const float* amplitudes = values_.amplitudes(block);
     for (int r = 0; amplitudes && r < count; ++r) {
       for (int t = 0; t < BLOCK; t += LANES) store(&weights[r][t], load(&weights[r][t]) * load(amplitudes + t));
@@ -229,7 +229,8 @@ class FloatEngine {
     add_values<1>(weights, sums);
   }
 
-  void stay_awake() {}
+  void begin(const Block& block) { requests_.begin(p_, block); }
+  void before_softmax() { requests_(BlockRequests::SOFTMAX); }
   // Sums of levels become those of the values.
   void finish_packed(Partial partial, int64_t rows) {
     if (!p_.packed || p_.values.format->kind != Kind::quantized) return;
@@ -267,6 +268,7 @@ class FloatEngine {
   void add_values(float (*weights)[BLOCK], float* sums) {
     for (int64_t j = 0; j < value_width_; j += LANES) {
       F total[R], more[R] = {};
+      requests_(BlockRequests::SUMS);
       for (int r = 0; r < R; ++r) total[r] = load(sums + r * value_width_ + j);
       for (int t = 0; t < BLOCK; t += 2) {
         const F v0 = load(values_[t] + j), v1 = load(values_[t + 1] + j);
@@ -291,9 +293,11 @@ class FloatEngine {
   }
 
   const float* key_weights() const { return keys_.weights(); }
+  TokenRequests requests(BlockRequests::Stage stage) { return {requests_, stage}; }
 
   const Problem& p_;
   Scratch<float> biases_;
+  BlockRequests requests_;
 };
 
 }  // namespace spark

@@ -50,7 +50,7 @@ class LevelEngine : public FloatEngine<T, N> {
     if (!block.packed) return Base::expand_keys(block);
     const Format& f = *p_.keys.format;
     p_.each_run(block, [&](const Run& run) {
-      const SideRequests requests{Ahead(f), run.keys};
+      const TokenRequests requests = this->requests(BlockRequests::KEYS);
       uint8_t* out = &keys_[run.first * width_];
       if (f.int8) {
         if (f.kind != Kind::spark) copy_levels<128>(run.keys, run.count, p_.keys, out, width_, requests);
@@ -65,7 +65,7 @@ class LevelEngine : public FloatEngine<T, N> {
       for (int p = 0; p < f.part_count; ++p) {
         expand_part<128>(f.parts[p], run.keys.rows(f.channels), run.count, reinterpret_cast<int8_t*>(out) + parts_[p].column,
                          width_, p ? nullptr : &requests);
-        for (int t = 0; t < run.count; ++t) amplitudes_[p][run.first + t] = spark::amplitudes()[codes[t * f.part_count + p]];
+        read_amplitudes(codes, f.part_count, p, run.count, amplitudes_[p] + run.first);
       }
     });
   }
@@ -79,15 +79,14 @@ class LevelEngine : public FloatEngine<T, N> {
     std::fill_n(steps_, BLOCK, 0.0f);
     p_.each_run(block, [&](const Run& run) {
       if (f.kind == Kind::int8) return to_floats(run.values.at<T>(f.step), run.count, steps_ + run.first);
-      const uint8_t* codes = run.values.at<uint8_t>(f.scale);
-      for (int t = 0; t < run.count; ++t) steps_[run.first + t] = spark::amplitudes()[codes[t]];
+      read_amplitudes(run.values.at<uint8_t>(f.scale), 1, 0, run.count, steps_ + run.first);
     });
   }
 
   // Levels of int8 tokens from `place` on, plus OFFSET, as rows of `width` bytes.
   template <int OFFSET>
   static void copy_levels(const Place& place, int count, const Side& side, uint8_t* out, int64_t width,
-                          const SideRequests& ahead) {
+                          const TokenRequests& ahead) {
     const int64_t dim = side.format->dim;
     const Tokens rows = place.rows(side.format->channels);
     for (int t = 0; t < count; ++t, out += width) {
@@ -126,7 +125,7 @@ class LevelEngine : public FloatEngine<T, N> {
   // Kept channels, and 1 or -1 where channels are pruned; zeros elsewhere. DIM: channels of a key whose planes
   // are whole words, or 0 for any number.
   template <int DIM>
-  [[gnu::noinline]] void expand_kept(const Run& run, uint8_t* out, const SideRequests& requests) {
+  [[gnu::noinline]] void expand_kept(const Run& run, uint8_t* out, const TokenRequests& requests) {
     const Format f = *p_.keys.format;
     const int64_t dim = DIM ? DIM : f.dim, plane = DIM ? DIM / 8 : f.plane(), signs = parts_.back().column, width = width_;
     const char* end = p_.keys.pages_end;

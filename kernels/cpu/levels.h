@@ -16,6 +16,23 @@ inline Bytes level_bytes(Bytes codes) {
   }
 }
 
+// By how much words are shifted where a plane's BYTES repeat, each time WIDTH bits further. WORDS neighbours of them
+// lie in the same 2 WORDS bytes of the plane. A table: GCC 12 would make the vector anew for each token.
+template <int WIDTH, int BYTES, int WORDS = 1>
+struct Shifts {
+  alignas(WIDE) static constexpr std::array<uint16_t, WIDE / 2> TABLE = [] {
+    std::array<uint16_t, WIDE / 2> made{};
+    for (int w = 0; w < WIDE / 2; ++w) made[w] = uint16_t(w / WORDS * WORDS * 2 / BYTES * WIDTH);
+    return made;
+  }();
+
+  // From channel `first` on, a multiple of BYTES.
+  static Words from(int64_t first) {
+    const uint16_t more = uint16_t(first / BYTES * WIDTH);
+    return load<Words>(TABLE.data()) + more;
+  }
+};
+
 // Codes of WIDE channels from `first` on, alone in their bytes, from a plane of WIDTH bits. CHANNELS: of the
 // part, a power of two; bytes behind the last one mean nothing, and nothing after the plane is read.
 template <int WIDTH, int CHANNELS>
@@ -24,10 +41,7 @@ inline Bytes codes_of(const uint8_t* plane, int64_t first) {
   const Bytes ones = splat_byte((1 << WIDTH) - 1);
   if constexpr (BYTES >= WIDE) return right(load<Bytes>(plane + first % BYTES), int(first / BYTES * WIDTH)) & ones;
   else {
-    const Words shifts = [&]<size_t... W>(std::index_sequence<W...>) {
-      return Words{uint16_t((2 * int64_t(W) + first) / BYTES * WIDTH)...};
-    }(std::make_index_sequence<WIDE / 2>{});
-    return right(repeated<BYTES>(plane), shifts) & ones;
+    return right(repeated<BYTES>(plane), Shifts<WIDTH, BYTES>::from(first)) & ones;
   }
 }
 

@@ -32,7 +32,7 @@ class MaddEngine : public LevelEngine<T, QueryWords, 32> {
     this->read_value_steps(block);
     const Format& f = *p_.values.format;
     p_.each_run(block, [&](const Run& run) {
-      const SideRequests requests{Ahead(f), run.values};
+      const TokenRequests requests = this->requests(BlockRequests::VALUES);
       int8_t* out = &levels_[run.first * value_width_];
       if (f.int8) Base::template copy_levels<128>(run.values, run.count, p_.values, reinterpret_cast<uint8_t*>(out), value_width_, requests);
       else expand_part<128>(f.parts[0], run.values.rows(f.channels), run.count, out, value_width_, &requests);
@@ -52,8 +52,8 @@ class MaddEngine : public LevelEngine<T, QueryWords, 32> {
     }
   }
 
-  void accumulate(const Block& block, float (*weights)[BLOCK], int count, const float* rescale, float* sums) {
-    if (!block.packed) return Floats::accumulate(block, weights, count, rescale, sums);
+  void accumulate(const Block& block, int64_t first, int count, float (*weights)[BLOCK], const float* rescale, float* sums) {
+    if (!block.packed) return Floats::accumulate(block, first, count, weights, rescale, sums);
     with_rows(count, [&](auto rows) { add_levels<rows>(weights, rescale, sums); });
   }
 
@@ -152,6 +152,7 @@ class MaddEngine : public LevelEngine<T, QueryWords, 32> {
     const int64_t width = Base::padded(p_.value_dim);
     const uint8_t* values = values_.get();
     for (int64_t at = 0; at < width; values += 16 * BLOCK, at += at % 16 ? 24 : 8) {
+      this->requests_(BlockRequests::SUMS);
       __m256i own[ROWS][2];
       for (int r = 0; r < ROWS; ++r) own[r][0] = own[r][1] = _mm256_set1_epi32(all[r].correction);
 #pragma GCC unroll 8

@@ -37,16 +37,13 @@ class Places {
     return {next_.page, next_.token++};
   }
 
-  // Where a field of the next four tokens is; of those that are not there, at the first one. each(place): called
-  // for each of `left` tokens.
-  template <class T, class Each>
-  void next_four(int left, const Field& field, const T* (&rows)[4], const Each& each) {
+  // Where a field of the next four tokens is, of `left` ones; of those that are not there, at the first one.
+  template <class T>
+  void next_four(int left, const Field& field, const T* (&rows)[4]) {
     for (int i = 0; i < 4; ++i) {
       rows[i] = rows[0];
       if (i >= left) continue;
-      const Place place = next();
-      each(place);
-      rows[i] = place.template at<T>(field);
+      rows[i] = next().template at<T>(field);
     }
   }
 
@@ -139,46 +136,59 @@ inline void recovery_weights(const Side& side, int64_t b, int64_t h, float* weig
   for (int64_t j = 0; j < f.dim; ++j) weights[j] = f.recovers ? 1.0f / weights[j] : 0.0f;
 }
 
-// Asks for pages that come later, one token's share of the bytes of a page for each token that is
-// worked on. At most 16 lines are on their way at a time, and who asks for more has to wait: so it is
-// done token by token. Into the second-level cache: from there the lines displace nothing of the first
-// one's.
-class Ahead {
+// Asks for the pages that come after a block, a few lines at a time, through all that is done with the block: at most
+// 16 lines are on their way, and who asks for more has to wait. Into the second-level cache: from there the
+// lines displace nothing of the first one's.
+class BlockRequests {
   static constexpr int64_t TOKENS = 64;
 
  public:
-  // The bytes [first, last) of the share that comes TOKENS later.
-  Ahead(const Format& f, int64_t first, int64_t last)
-      : step_(f.token_bytes), first_(first), last_(last) {}
-  explicit Ahead(const Format& f) : Ahead(f, 0, f.token_bytes) {}
+  enum Stage { KEYS, SOFTMAX, VALUES, SUMS, STAGES };
 
-  void operator()(const Place& place) const {
-    const uintptr_t share = reinterpret_cast<uintptr_t>(place.page) + (place.token + TOKENS) * step_;
-    // The lines that begin there: one of two tokens is asked for once.
-    for (uintptr_t line = (share + first_ + 63) & ~uintptr_t(63); line < share + last_; line += 64) {
-      __builtin_prefetch(reinterpret_cast<const void*>(line), 0, 2);
-      asm volatile("");  // GCC drops calls of functions that do nothing but prefetch
+  // calls: how often each stage asks while a block is worked on.
+  explicit BlockRequests(const std::array<int64_t, STAGES>& calls) {
+    for (int s = 0; s < STAGES; ++s) shares_[s] = float(1 << BITS) / float(STAGES * std::max<int64_t>(calls[s], 1));
+  }
+
+  // For the tokens that come TOKENS later than those of a block; none for dense tokens.
+  void begin(const Problem& p, const Block& block) {
+    lines_ = counts_[0] = asked_ = due_ = 0;
+    if (block.packed) {
+      const Side* sides[2] = {&p.keys, &p.values};
+      for (int i = 0; i < 2; ++i) {
+        const int64_t step = sides[i]->format->token_bytes;
+        next_[i] = sides[i]->page(block.batch, block.head, block.page) + (block.token + TOKENS) * step;
+        lines_ += (block.count * step + 63) / 64;
+        if (i == 0) counts_[0] = lines_;
+      }
+    }
+    for (int s = 0; s < STAGES; ++s) rates_[s] = int64_t(std::ceil(float(lines_) * shares_[s]));
+  }
+
+  // Asks for what a call of a stage has to.
+  void operator()(Stage stage) {
+    due_ += rates_[stage];
+    for (const int64_t due = std::min(due_ >> BITS, lines_); asked_ < due; ++asked_) {
+      const int side = asked_ >= counts_[0];
+      __builtin_prefetch(next_[side], 0, 2);
+      next_[side] += 64;
     }
   }
 
  private:
-  int64_t step_, first_, last_;
+  static constexpr int BITS = 16;
+  const char* next_[2] = {};
+  int64_t counts_[2] = {}, lines_ = 0, asked_ = 0, due_ = 0, rates_[STAGES] = {};
+  float shares_[STAGES];
 };
-// For the tokens of a run, while those of one side are expanded.
-struct SideRequests {
-  Ahead ahead;
-  Place first;
+// The requests of a stage that goes through tokens, for every four of them.
+struct TokenRequests {
+  BlockRequests& requests;
+  BlockRequests::Stage stage;
 
-  void operator()(int t) const { ahead(first + t); }
+  void operator()(int t) const {
+    if (t % 4 == 0) requests(stage);
+  }
 };
-// Likewise for both sides, while keys are expanded.
-struct Requests {
-  SideRequests keys, values;
-
-  void operator()(int t) const { keys(t), values(t); }
-};
-// Expanding keys leaves more time between two requests than expanding values does: the first half of
-// a value's share (in whole lines) is asked for with its key.
-inline int64_t early_bytes(const Format& f) { return std::max<int64_t>(f.token_bytes / 128 * 64, 64); }
 
 }  // namespace spark

@@ -36,28 +36,31 @@ class VnniEngine : public LevelEngine<T, QueryDigits, 64> {
     if (!block.packed) return Floats::expand_values(block);
     this->read_value_steps(block);
     const Format& f = *p_.values.format;
-    const Ahead ahead(f);
-    const auto tile_at = [&](int t) { return &values_[t * 16]; };
-    if (f.kind == Kind::quantized) return put_quantized(p_.values, block, levels_.get(), value_width_, tile_at, ahead);
+    const auto tile_at = [&](int t) {
+      this->requests_(BlockRequests::VALUES);
+      return &values_[t * 16];
+    };
+    if (f.kind == Kind::quantized) return put_quantized(p_.values, block, levels_.get(), value_width_, tile_at);
     Places places(p_.values, block);
     for (int t = 0; t < block.count; t += 4) {
       const int8_t* levels[4];
-      places.next_four(block.count - t, f.channels, levels, ahead);
+      places.next_four(block.count - t, f.channels, levels);
+      int8_t* tile = tile_at(t);
       for (int64_t j = 0; j < value_width_; j += 64) {
         __m512i rows[4];
         for (int i = 0; i < 4; ++i) rows[i] = some_bytes(levels[i] + j, f.dim - j);
-        put_four(rows, tile_at(t) + 64 * j);
+        put_four(rows, tile + 64 * j);
       }
     }
   }
 
-  void accumulate(const Block& block, float (*weights)[BLOCK], int count, const float* rescale, float* sums) {
+  void accumulate(const Block& block, int64_t first, int count, float (*weights)[BLOCK], const float* rescale, float* sums) {
     const int64_t width = Base::padded(p_.value_dim);
     for (int r = 0; r < count; r += 4) {
       const int few = std::min(count - r, 4);
       const float* own = rescale ? rescale + r : nullptr;
       if (block.packed) accumulate_four(weights + r, few, own, sums + r * width);
-      else Floats::accumulate(block, weights + r, few, own, sums + r * width);
+      else Floats::accumulate(block, first + r, few, weights + r, own, sums + r * width);
     }
   }
 
@@ -153,6 +156,7 @@ class VnniEngine : public LevelEngine<T, QueryDigits, 64> {
     for (int64_t j = 0; j < width; j += 64) {
       F parts[4][4];
       for (int i = 0; i < 4; ++i) {
+        this->requests_(BlockRequests::SUMS);
         __m512i own[8] = {};
         const int8_t* values = &values_[j * 64 + i * 1024];
         for (int k = 0; k < BLOCK / 4; ++k) {

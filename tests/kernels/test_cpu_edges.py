@@ -264,6 +264,21 @@ def test_the_largest_sums_of_products(dim: int, dtype: torch.dtype) -> None:
     check_step(check_build(spec, tokens), tokens, *(None,) * 5)
 
 
+def test_more_tokens_than_sums_of_whole_numbers_hold() -> None:
+    """All weights and all values are the largest: 32 bits would overflow after 133,000 tokens."""
+    count, threads = 140_000, torch.get_num_threads()
+    spec = spec_of("int8", "int8", torch.bfloat16)
+    query, key, value = tokens_of(spec, 1, batch=1)
+    rows = [torch.ones_like(part).expand(-1, -1, count, -1) for part in (key, value)]
+    torch.set_num_threads(1)  # which takes all tokens of a head one after the other
+    try:
+        built = ops.build(*rows, [query], spec.text, count + 1)
+        output = ops.step(query, key, value, *built, None, None, None, None, None, spec.text)
+    finally:
+        torch.set_num_threads(threads)
+    assert_close(output, torch.ones_like(output), torch.bfloat16)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_quantized_keys_and_values_of_any_ranks(dtype: torch.dtype) -> None:
     for dim in (13, 32, 64, 128):
