@@ -20,6 +20,8 @@ from rich.console import Console
 
 RESULTS = Path(__file__).parent / "results"
 LEAST_REPEATS = 3
+MOMENT = ("load_average", "commit", "date")
+"""Facts of a run, which another run on the same machine does not share."""
 
 
 @dataclass
@@ -124,6 +126,11 @@ def machine_facts() -> dict[str, Any]:
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def lasting(facts: dict[str, Any]) -> dict[str, Any]:
+    """The facts that are a machine's, and not those of a moment on it."""
+    return {name: fact for name, fact in facts.items() if name not in MOMENT}
 
 
 def available_bytes() -> int:

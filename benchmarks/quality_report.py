@@ -15,7 +15,7 @@ def summary(name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
     """One row per method: means over its windows, with standard errors (None of a single one).
 
     Args:
-        entry: of a result file: "family", "what" and "windows", rows by number.
+        entry: of ``Results``: "family", "what" and "windows", rows by number.
     """
     rows = list(entry["windows"].values())
     kl, kl_se = mean_and_error([row["kl"] for row in rows])
@@ -35,6 +35,7 @@ def summary(name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
         "seconds": statistics.median(row["seconds"] for row in rows),
         "compile_s": entry.get("compile_s"),
         "commits": sorted({row["commit"] for row in rows}),
+        "cpus": sorted({row["machine"]["cpu"] for row in rows}),
     }
 
 
@@ -70,12 +71,13 @@ def quality_table(
     title: str, rows: Sequence[dict[str, Any]], errors: Mapping[str, str], left_out: Sequence[str]
 ) -> Table:
     """The rows of ``with_front``; below, methods that failed and those that were left out."""
-    commits = sorted({commit for row in rows for commit in row["commits"]})
+    commits, cpus = ({each for row in rows for each in row[name]} for name in ("commits", "cpus"))
     notes = [
         "* on the Pareto front of bytes and KL; +- standard error over windows",
         "packed: bytes of packed tokens over dense ones in bfloat16; whole: with tail, norms, room",
         *left_out,
-        *([f"measured at several commits: {', '.join(commits)}"] if len(commits) > 1 else []),
+        *_several("at several commits", commits),
+        *_several("on several machines", cpus),
     ]
     table = Table(
         title=title,
@@ -91,6 +93,10 @@ def quality_table(
     for name, error in errors.items():
         table.add_row(name, escape(error.strip().splitlines()[-1][:60]), style="red")
     return table
+
+
+def _several(what: str, names: Collection[str]) -> list[str]:
+    return [f"measured {what}: {', '.join(sorted(names))}"] if len(names) > 1 else []
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:

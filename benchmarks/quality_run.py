@@ -17,6 +17,7 @@ import copy
 import dataclasses
 import math
 import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ from spark_compile.kernels.spec import SIDES, Side
 from spark_compile.state import SparkTensor
 from spark_compile.transformers_names import cache_argument
 
+from .measure import lasting
 from .quality_methods import Method, Ours, Peer
 
 SCORED_TOKENS = 256
@@ -81,6 +83,19 @@ def read_window(model: Any, ids: Tensor) -> Window:
     return Window(prompt, scored, past, logits, _nll(logits, scored))
 
 
+class Windows:
+    """Windows of a text and what the dense model says to them, read when first asked for."""
+
+    def __init__(self, model: Any, texts: Sequence[Tensor]) -> None:
+        self._model, self._texts = model, texts
+        self._read: dict[int, Window] = {}
+
+    def __getitem__(self, number: int) -> Window:
+        if number not in self._read:
+            self._read[number] = read_window(self._model, self._texts[number])
+        return self._read[number]
+
+
 @torch.no_grad()
 def read(model: Any, ids: Tensor, cache: Any, **arguments: Any) -> Tensor:
     """Logits [L, vocabulary] of tokens [1, L] after those in the cache, which they join."""
@@ -104,6 +119,35 @@ def prepared(model: Any, method: Method, inner: str) -> Any:
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
     options = dataclasses.asdict(method.config) | {"inner": inner, "strict": True}
     return spark_compile.optimize(copy.deepcopy(model, shared), **options)
+
+
+def run_method(
+    model: Any, method: Method, windows: Windows, numbers: Sequence[int], entry: dict[str, Any],
+    inner: str, machine: Mapping[str, Any], note: Callable[[], object] = lambda: None,
+) -> None:  # fmt: skip
+    """Measure a method on windows of some numbers; an error becomes part of its entry.
+
+    Args:
+        entry: gets the rows, under "windows"; "compile_s", "error".
+        inner: the compiler of our graphs.
+        machine: this one, as ``machine_facts`` describes it.
+        note: called after each window and after an error.
+    """
+    entry.pop("error", None)
+    if not numbers:
+        return
+    try:
+        reader = prepared(model, method, inner)
+        if isinstance(method, Ours):  # compiles
+            entry["compile_s"] = measure(reader, method, windows[numbers[0]])["seconds"]
+        for number in numbers:
+            row = measure(reader, method, windows[number])
+            where = {"commit": machine["commit"], "machine": lasting(dict(machine))}
+            entry["windows"][str(number)] = {**row, **where}
+            note()
+    except Exception as error:
+        entry["error"] = f"{type(error).__name__}: {error}"
+        note()
 
 
 def measure(model: Any, method: Method, window: Window) -> dict[str, Any]:

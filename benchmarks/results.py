@@ -84,3 +84,11 @@ class Result:
 def ratios(better: Literal["less", "more"], names: Iterable[str]) -> dict[str, Metric]:
     """Metrics that are ratios of times."""
     return {name: Metric("ratio", better) for name in names}
+
+
+def differing(one: Result, other: Result, versions: Iterable[str]) -> str:
+    """What two results differ in: their machines' versions of packages, and settings."""
+    names = dict.fromkeys((*one.settings, *other.settings))
+    pairs = [(name, one.machine.get(name), other.machine.get(name)) for name in versions]
+    pairs += [(name, one.settings.get(name), other.settings.get(name)) for name in names]
+    return ", ".join(f"{name} {a}, now {b}" for name, a, b in pairs if a != b)

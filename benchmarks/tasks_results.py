@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from . import measure
 from .quality_methods import Ours
 from .quality_report import mean_and_error
-from .results import Metric, Result
+from .results import Metric, Result, differing
 
 ESSAYS = "essays"
 """The task whose score is a perplexity: lower is better, and it is part of no average."""
@@ -56,8 +56,8 @@ class Results:
         )
         if not fresh and self.path.exists():
             earlier = Result.read(self.path)
-            if differing := _differing(earlier, self._result):
-                raise ResultsError(f"{self.path} is of other settings: {differing}")
+            if changes := differing(earlier, self._result, _VERSIONS):
+                raise ResultsError(f"{self.path} is of other settings: {changes}")
             self._result, self.rows = earlier, by_key(earlier)
 
     def missing(self, key: Key, what: str, samples: int) -> range:
@@ -102,10 +102,3 @@ def summary(task: str, scores: Sequence[float]) -> tuple[float, float | None]:
 def by_key(result: Result) -> dict[Key, dict[str, Any]]:
     """The rows of a file by what they are of."""
     return {Key(*(row[name] for name in Key._fields)): row for row in result.rows}
-
-
-def _differing(one: Result, other: Result) -> str:
-    """What the machine's versions and the settings of two files differ in."""
-    pairs = [(n, one.machine.get(n), other.machine.get(n)) for n in _VERSIONS]
-    pairs += [(n, one.settings.get(n), value) for n, value in other.settings.items()]
-    return ", ".join(f"{name} {a}, now {b}" for name, a, b in pairs if a != b)

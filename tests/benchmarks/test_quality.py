@@ -135,6 +135,7 @@ def test_statistics_over_windows():
     assert mean_and_error([1.0]) == (1.0, None)
     assert mean_and_error([1.0, 3.0]) == (2.0, pytest.approx(1.0))
     shares = {"packed_share": 0.5, "whole_share": 0.6, "seconds": 1.0, "commit": "c"}
+    shares["machine"] = {"cpu": "one"}
     rows = {
         str(number): {"kl": 0.1, "nll": nll, "dense_nll": 3.0, **shares}
         for number, nll in enumerate((3.1, 3.3))
@@ -187,7 +188,7 @@ def test_results_are_written_and_gone_on_with(on_a_tiny_model, monkeypatch, caps
         asked.append(method.name)
         return measure_window(reader, method, window)
 
-    monkeypatch.setattr(quality, "measure_window", watched)
+    monkeypatch.setattr(quality_run, "measure", watched)
     run(1)
     assert asked == ["int8", "int8", "KIVI-4"]  # the first time to compile
     run(2, only="KIVI*")
