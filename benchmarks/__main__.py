@@ -16,6 +16,7 @@ from . import (
     regressions,
     spread_cost,
     step_overhead,
+    sweep,
     tasks,
 )
 
@@ -31,6 +32,7 @@ COMMANDS = {
     "overhead": step_overhead.main,
     "quality": quality.main,
     "spread": spread_cost.main,
+    "sweep": sweep.main,
     "tasks": tasks.main,
 }
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)

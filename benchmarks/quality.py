@@ -137,7 +137,7 @@ def main(
             results = Results.of(name, tokens, inner, measure.machine_facts())
             if replaced := results.go_on(known):
                 console.print(replaced, markup=False)
-            results.forget(selected if fresh else ())
+            results.forget(method.name for method in selected if fresh)
             run_context(loaded, texts, selected, results, console)
             failed |= bool(results.errors())
     if failed:

@@ -91,7 +91,8 @@ class Results:
 
     def due(self, method: Method, windows: int) -> tuple[int, ...]:
         """The numbers of the first ``windows`` windows that a method has not been measured on."""
-        measured = self.entry(method)["windows"]
+        found = self.methods.get(method.name)
+        measured = found["windows"] if found and found["what"] == method.what else {}
         return tuple(number for number in range(windows) if str(number) not in measured)
 
     def add(self, method: Method, found: Mapping[str, Any]) -> None:
@@ -106,10 +107,10 @@ class Results:
         entry |= {name: found[name] for name in ("compile_s", "error") if name in found}
         self.save()
 
-    def forget(self, methods: Iterable[Method]) -> None:
-        """Drop what there is of some methods, which is then measured again."""
-        for method in methods:
-            self.methods.pop(method.name, None)
+    def forget(self, names: Iterable[str]) -> None:
+        """Drop what there is of methods of some names, which are then measured again."""
+        for name in names:
+            self.methods.pop(name, None)
 
     def rows(self) -> list[dict[str, Any]]:
         """A summary of each method that has been measured."""

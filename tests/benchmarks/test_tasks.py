@@ -12,7 +12,7 @@ import transformers
 import typer
 from lm_eval.api.model import LM
 from rich.console import Console
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizer import of_bytes
 
 from benchmarks import measure, tasks, tasks_bench, tasks_report, tasks_suites
 from benchmarks.quality_methods import SNAPKV, ours
@@ -29,16 +29,8 @@ TEXT = "What is written well is read with joy, says Mr. Graham. So write it well
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     """One token per byte, in a folder."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {letter: number for number, letter in enumerate(alphabet)} | {"<end>": 256}
-    bare = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    bare.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bare.decoder = decoders.ByteLevel()
     folder = tmp_path_factory.mktemp("tokenizer")
-    fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=bare, eos_token="<end>", pad_token="<end>"
-    )
-    fast.save_pretrained(folder)
+    of_bytes().save_pretrained(folder)
     return transformers.AutoTokenizer.from_pretrained(folder)
 
 
