@@ -43,7 +43,7 @@ class OnRay:
                 address or "local", runtime_env=sent, logging_level=logging.ERROR,
                 **({} if address else own),
             )  # fmt: skip
-        except (RuntimeError, ValueError, ImportError) as error:
+        except (RuntimeError, ValueError, ImportError, ray.exceptions.RayError) as error:
             raise ConnectionError(str(error)) from error
         # A job that fails is told, and the next sweep tries it again.
         self._run = ray.remote(num_cpus=threads, max_retries=0)(_run)
