@@ -18,6 +18,7 @@ from many_ranks import (
     Scenarios,
     parallelized,
     planned,
+    planned_eagerly,
     told_otherwise,
 )
 from zoo import CACHE, tiny
@@ -114,8 +115,13 @@ def test_four_ranks(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_more_ranks_than_key_heads_by_a_plan_that_gathers_them(tmp_path: Path) -> None:
     path, tokens = saved(tmp_path, num_key_value_heads=1)
-    scenarios: Scenarios = {"planned": (planned, path, {}, GATHERED)}
+    scenarios: Scenarios = {
+        "by its own plan": (planned_eagerly, path),
+        "planned": (planned, path, {}, GATHERED),
+    }
     for rank in many_ranks.run(scenarios, 2, tmp_path):
+        # Each rank gets half a head of 16 channels for 20 tokens: the model itself cannot use it.
+        assert "shape '[1, 20, -1, 16]' is invalid" in rank["by its own plan"]["error"]
         check(rank["planned"], 2, 1)
         assert torch.equal(rank["planned"]["tokens"], tokens)
 

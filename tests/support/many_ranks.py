@@ -62,10 +62,23 @@ def _run(rank: int, scenarios: Scenarios, ranks: int, folder: Path) -> None:
 
 def planned(path: str, options: dict[str, Any] | None = None, plan: Any = "auto") -> Found:
     """A model of transformers, sharded by its own plan, or with rules in place of some of that."""
-    config = t.distributed.DistributedConfig(tp_plan=plan)
-    model = t.AutoModelForCausalLM.from_pretrained(path, distributed_config=config).eval()
+    model = _sharded(path, plan)
     spark_compile.optimize(model, strict=True, **EXACT | (options or {}))
     return _generated(model, ARGUMENTS)
+
+
+def planned_eagerly(path: str) -> Found:
+    """A model of transformers, sharded by its own plan and not compiled."""
+    try:
+        _sharded(path, "auto").generate(IDS, **ARGUMENTS)
+    except RuntimeError as error:
+        return {"error": str(error)}
+    return {"error": ""}
+
+
+def _sharded(path: str, plan: Any) -> Any:
+    config = t.distributed.DistributedConfig(tp_plan=plan)
+    return t.AutoModelForCausalLM.from_pretrained(path, distributed_config=config).eval()
 
 
 def spread(name: str, arguments: dict[str, Any], options: dict[str, Any] | None = None) -> Found:
