@@ -1,110 +1,22 @@
-"""Sweeps without Ray: what is due, going on, failures, Ctrl-C, machines, plans."""
+"""Sweeps without Ray: what is due, going on, failures, Ctrl-C, machines."""
 
 from __future__ import annotations
 
 import dataclasses
-from types import SimpleNamespace
 
 import pytest
 import torch
 import typer
+from sweeps import CONTEXTS, INT8, KIVI, described, measured, rows
 
-from benchmarks import measure, quality, sweep
-from benchmarks.quality_methods import Peer, ours
-from benchmarks.quality_peers import PerChannel, PerToken, Rounded
+from benchmarks import measure, sweep
+from benchmarks.quality_methods import Peer
+from benchmarks.quality_peers import Rounded
 from benchmarks.quality_results import Results
 from benchmarks.results import Result
-from benchmarks.sweep_jobs import Measure, Setup, Text, Tune, Tuned, WorkerError, unmeasured
-from spark_compile.plan import Measured, Plan, PlannedLayer
+from benchmarks.sweep_jobs import Measure, Setup, Tune, WorkerError
 
-CONTEXTS = (1024, 2048)
-INT8 = ours("int8", key_dtype="int8", value_dtype="int8")
-KIVI = Peer("KIVI-4", PerChannel(4), PerToken(4))
 ROUNDED = Peer("bfloat16", Rounded(), Rounded())
-ROW = {"kl": 0.1, "nll": 3.1, "dense_nll": 3.0, "packed_share": 0.5, "whole_share": 0.6,
-       "seconds": 1.0, "commit": "c"}  # fmt: skip
-TEXT_TOKENS = 100_000
-
-
-def described(**changes):
-    return measure.lasting(measure.machine_facts()) | changes
-
-
-def measured(job, **changes):
-    """What a worker returns for a job of measuring."""
-    return {"windows": {str(n): {**ROW, "machine": described(**changes)} for n in job.numbers}}
-
-
-def plan(budget, key="quantized(bits=4)"):
-    layer = PlannedLayer("model.layers.0.self_attn", key, "int8", 0.2, {key: 0.1}, {"int8": 0.2})
-    facts = Measured("Llama", "bfloat16", "float32", 0.0, ((64, 64),), 4, 1024, 128, {"torch": "2"})
-    return Plan(budget, 0.2, (layer,), facts)
-
-
-def tuned(job, key="quantized(bits=4)", used=None):
-    """What a worker returns for a job of tuning."""
-    text = unmeasured(TEXT_TOKENS, 0, job.contexts, job.windows, 1152, job.settings["windows"])
-    machine = measure.machine_facts()
-    return Tuned(plan(job.budget, key), Text(TEXT_TOKENS, 0, used or text.used), machine, 1.0)
-
-
-class Here:
-    """Answers jobs one after the other; an answer may be an exception."""
-
-    def __init__(self, answer):
-        self.answer, self.waiting, self.titles, self.stopped = answer, [], [], False
-
-    def start(self, job):
-        self.waiting.append(job)
-
-    def next(self):
-        if not self.waiting:
-            return None
-        job = self.waiting.pop(0)
-        self.titles.append(job.title)
-        try:
-            return job, self.answer(job)
-        except Exception as error:
-            return job, error
-
-    def stop(self):
-        self.stopped = True
-
-
-def answered(job):
-    return tuned(job) if isinstance(job, Tune) else measured(job)
-
-
-@pytest.fixture
-def swept(monkeypatch, tmp_path):
-    """Runs a sweep whose jobs are answered by a function: titles of the jobs, exit status."""
-    monkeypatch.setattr(sweep, "methods", lambda _: (INT8, KIVI))
-
-    def run(answer=answered, **options):
-        started = []
-
-        def executor(*_):
-            started.append(Here(answer))
-            return started[0]
-
-        monkeypatch.setattr(sweep, "on_ray", executor)
-        given = {"model": "smollm2", "context": "1024", "windows": 2, "only": "*", "budget": "",
-                 "tune_windows": 4, "fresh": False, "inner": "eager", "threads": 1, "address": "",
-                 "cpus": 0, "results": tmp_path, **options}  # fmt: skip
-        status = 0
-        try:
-            sweep.main(**given)
-        except typer.Exit as error:
-            status = error.exit_code
-        assert all(each.stopped for each in started)
-        return (started[0].titles if started else []), status
-
-    return run
-
-
-def rows(folder, context=1024):
-    result = Result.read(folder / f"quality-smollm2-{context}.jsonl")
-    return {row["method"]: row for row in result.rows}
 
 
 def test_what_is_measured_is_not_run_again(swept, tmp_path):
@@ -217,86 +129,6 @@ def test_a_worker_with_other_versions_measures_nothing():
             Measure("smollm2", 1024, KIVI, (0,), 1, "eager", setup).run()
         with pytest.raises(WorkerError, match=name):
             Tune("smollm2", 0.3, (1024,), 1, {}, setup).run()
-
-
-def test_plans_are_made_once_and_then_measured(swept, tmp_path):
-    titles, status = swept(budget=".28,smallest,0.18", context="1024,2048", only="")
-    assert titles[:2] == ["smollm2, plan for 0.28", "smollm2, plan for 0.18"]
-    assert sorted(titles[2:]) == sorted(
-        f"smollm2, {context} tokens: plan smollm2-{budget}"
-        for context in CONTEXTS
-        for budget in (0.28, 0.18)
-    )
-    assert status == 0
-    loaded = Plan.load(tmp_path / "plans" / "smollm2-0.28.json")
-    assert loaded == plan(0.28)
-    assert rows(tmp_path, 2048)["plan smollm2-0.18"]["windows"] == 2
-    again = {"budget": "0.28,0.18", "context": "1024,2048", "only": ""}
-    assert swept(**again) == ([], 0)
-    (tmp_path / "plans" / "smollm2-0.28.json").unlink()
-    # The same plan comes again, and with it what was measured of it; another one is measured.
-    assert swept(**again) == (["smollm2, plan for 0.28"], 0)
-    (tmp_path / "plans" / "smollm2-0.28.json").unlink()
-    other = "quantized(bits=3)"
-    titles, _ = swept(
-        lambda job: tuned(job, other) if isinstance(job, Tune) else measured(job), **again
-    )
-    assert len(titles) == 3
-    assert other in rows(tmp_path)["plan smollm2-0.28"]["what"]
-    assert len(swept(**again, fresh=True)[0]) == 6
-
-
-def test_a_plan_that_has_seen_a_window_is_made_anew(swept):
-    (third,) = Text(TEXT_TOKENS, 0, []).measured([1024], 3)[2:]
-    seen = [(third[0] + 5, third[0] + 9)]
-
-    def answer(job):
-        return tuned(job, used=seen) if isinstance(job, Tune) else measured(job)
-
-    assert len(swept(answer, budget="0.28", only="", windows=2)[0]) == 2
-    titles, _ = swept(budget="0.28", only="", windows=3)
-    assert titles == ["smollm2, plan for 0.28", "smollm2, 1024 tokens: plan smollm2-0.28"]
-
-
-def test_a_plan_that_cannot_be_made_is_told(swept, capsys):
-    def answer(job):
-        if isinstance(job, Tune):
-            raise ValueError("budget is 0.01: allowed is 0.1403 or more")
-        return measured(job)
-
-    titles, status = swept(answer, budget="0.01")
-    assert (len(titles), status) == (3, 1)
-    told = "failed: smollm2, plan for 0.01: ValueError: budget is 0.01: allowed is 0.1403 or more"
-    assert told in capsys.readouterr().out
-    assert swept(budget="0.01")[0][0] == "smollm2, plan for 0.01"
-
-
-def test_plans_of_other_settings_are_replaced(swept, capsys):
-    swept(budget="0.28", only="")
-    assert swept(budget="0.28", only="", tune_windows=2)[0] == ["smollm2, plan for 0.28"]
-    assert "is replaced: windows 4, now 2" in " ".join(capsys.readouterr().out.split())
-
-
-@pytest.mark.parametrize("before", [0, 1])
-def test_plans_are_made_by_text_that_is_not_measured(before):
-    text = unmeasured(TEXT_TOKENS, before, (1024, 4096), 8, 1152, 4)
-    assert [stop - start for start, stop in text.used] == [1152 - before] * 4
-    used = {place for start, stop in text.used for place in range(start, stop)}
-    assert len(used) == 4 * (1152 - before)
-
-    # The windows, as the quality benchmark draws them.
-    def tokenizer(written):
-        ids = range(10, 10 + len(written))
-        return SimpleNamespace(input_ids=[0] * before + [*ids])
-
-    for context in (1024, 4096):
-        length = context + quality.SCORED_TOKENS + 1
-        for window in quality.disjoint_windows(tokenizer, "x" * TEXT_TOKENS, length, 8):
-            assert window.shape == (1, length)
-            assert used.isdisjoint((window[0, before:] - 10).tolist())
-    assert text.is_apart((1024, 4096), 8)
-    with pytest.raises(ValueError, match=r"4 stretches of 1152 tokens .*: the text has 0"):
-        unmeasured(10_000, before, (1024,), 7, 1152, 4)
 
 
 def test_options_are_checked(swept, monkeypatch):
