@@ -137,10 +137,15 @@ void pack(const Side& side, int64_t pages) {
       const Pending<T> rows(side, b, h);
       Place place{side.page(b, h, side.packed / window + page), 0};
       if (f.has_gaps) std::memset(place.page, 0, f.page_bytes);
-      for (; place.token < window; ++place.token) {
-        const int64_t row = side.spec->sinks + page * window + place.token;
-        encoder.encode(rows[row], place);
-        if (f.position.bytes) *place.at<int32_t>(f.position) = int32_t(side.position_of(b, h, side.packed + row));
+      const int64_t row = side.spec->sinks + page * window;
+      for (; place.token < window; place = place + Encoder::TOGETHER) {
+        const T* together[Encoder::TOGETHER] = {};
+        const int some = int(std::min<int64_t>(window - place.token, Encoder::TOGETHER));
+        for (int k = 0; k < some; ++k) together[k] = rows[row + place.token + k];
+        encoder.encode(together, place, some);
+      }
+      for (place.token = 0; f.position.bytes && place.token < window; ++place.token) {
+        *place.at<int32_t>(f.position) = int32_t(side.position_of(b, h, side.packed + row + place.token));
       }
     }
   });

@@ -259,6 +259,7 @@ inline uint8_t amplitude_code(float amplitude, bool up) {
 template <int WIDTH>
 inline uint8_t* pack_plane(const uint8_t* __restrict codes, int64_t channels, int shift, uint8_t* __restrict plane) {
   typedef uint8_t Bytes __attribute__((vector_size(32)));
+  typedef uint8_t Eight __attribute__((vector_size(8)));
   const int64_t bytes = plane_bytes(channels, WIDTH);
   const auto pack = [&](auto zero, int64_t i) {
     typedef decltype(zero) V;
@@ -270,6 +271,7 @@ inline uint8_t* pack_plane(const uint8_t* __restrict codes, int64_t channels, in
   };
   int64_t i = 0;
   for (; i + int64_t(sizeof(Bytes)) <= bytes; i += sizeof(Bytes)) pack(Bytes{}, i);
+  for (; i + int64_t(sizeof(Eight)) <= bytes; i += sizeof(Eight)) pack(Eight{}, i);
   for (; i < bytes; ++i) pack(uint8_t{}, i);
   return plane + bytes;
 }

@@ -44,7 +44,11 @@ class Encoder {
     norm_powers(constant, f_.dim, f_.squared, recover_.get());
   }
 
-  void encode(const T* row, const Place& place) {
+  static constexpr int TOGETHER = 1;
+
+  // As QuantizedEncoder's.
+  void encode(const T* const (&rows)[TOGETHER], const Place& place, int) {
+    const T* row = rows[0];
     if (f_.kind == Kind::dense) return (void)std::memcpy(place.at(f_.channels), row, f_.row_bytes());
     const int64_t whole = f_.dim / LANES * LANES;
     float* numbers = numbers_.get();

@@ -30,16 +30,19 @@ inline void by_rank(const void* row, const uint16_t* order, int64_t channels, vo
 }
 #endif
 
-// Encodes the tokens of one head after the other.
+// Encodes the tokens of one head, a few at the same time: what is found of one token, each step of which waits for the
+// one before, goes on while the others' is.
 template <class T>
 class QuantizedEncoder {
   static constexpr int REFITS = 2;
 
  public:
+  static constexpr int TOGETHER = 4;
+
   explicit QuantizedEncoder(const Format& f)
-      : f_(f), head_(f), center_(scratch<float>(f.dim + LANES)), factor_(scratch<float>(f.dim + LANES)),
-        row_(scratch<float>(f.dim + LANES)), copy_(scratch<float>(f.dim + LANES)),
-        magnitudes_(scratch<float>(f.dim + LANES)), order_(scratch<uint16_t>(f.dim + 32)),
+      : f_(f), stride_(round_up(f.dim, LANES) + LANES), head_(f), center_(scratch<float>(stride_)),
+        factor_(scratch<float>(stride_)), rows_(scratch<float>(TOGETHER * stride_)), copies_(scratch<float>(TOGETHER * stride_)),
+        magnitudes_(scratch<float>(TOGETHER * stride_)), order_(scratch<uint16_t>(f.dim + 32)),
         ranked_(scratch<T>(f.dim + 32)), codes_(scratch<uint8_t>(f.dim + LANES + 8)) {}
 
   void start(const Side& side, int64_t b, int64_t h) {
@@ -50,41 +53,46 @@ class QuantizedEncoder {
     }
   }
 
-  void encode(const T* row, const Place& place) {
-    const int64_t dim = f_.dim;
-    float* numbers = row_.get();
-    if (f_.scaled) {
-#if defined(__AVX2__) && !defined(__AVX512BW__)
-      const float *center = center_.get(), *factor = factor_.get();
-      float* as_they_come = copy_.get();
-      to_floats(row, as_they_come);
-      const uint16_t* order = order_.get();
-      for (int64_t r = 0; r < dim; r += LANES) {
-        const __m256i ranks = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)(order + r)));
-        store(numbers + r, (F(_mm256_i32gather_ps(as_they_come, ranks, 4)) - load(center + r)) * load(factor + r));
-      }
-#else
-      rank(row);
-      const float *center = center_.get(), *factor = factor_.get();
-      const T* ranked = ranked_.get();  // more of them than channels can be read
-      for (int64_t r = 0; r < dim; r += LANES) {
-        store(numbers + r, (load_floats(ranked + r) - load(center + r)) * load(factor + r));
-      }
-#endif
-    } else to_floats(row, numbers);
-    uint8_t *amplitudes = place.at<uint8_t>(f_.scale), *codes = place.at<uint8_t>(f_.channels);
+  // `count` tokens of a page, from `place` on.
+  void encode(const T* const (&rows)[TOGETHER], const Place& place, int count) {
+    for (int k = 0; k < count; ++k) scale(rows[k], &rows_[k * stride_]);
     for (int p = 0; p < f_.part_count; ++p) {
       const Part& part = f_.parts[p];
       const float inverse = 1.0f / head_.gain(p);
-      // The last part may be rotated where it is.
-      numbers_ = &row_[part.first];
-      if (p + 1 < f_.part_count) numbers_ = std::copy_n(numbers_, part.channels, copy_.get()) - part.channels;
-      head_.turn(part, numbers_, inverse);
-      with_bits(part.bits, [&](auto bits) { amplitudes[p] = encode_part<bits>(part.channels, codes + part.codes); });
+      // Zeros follow a part where it is rotated: it may stay where it is if that needs none, or nothing follows.
+      const bool moves = p + 1 < f_.part_count && part.channels % LANES;
+      for (int k = 0; k < count; ++k) {
+        numbers_[k] = &rows_[k * stride_ + part.first];
+        if (moves) numbers_[k] = std::copy_n(numbers_[k], part.channels, &copies_[k * stride_]) - part.channels;
+        head_.turn(part, numbers_[k], inverse);
+      }
+      with_bits(part.bits, [&](auto bits) { encode_part<bits>(p, place, count); });
     }
   }
 
  private:
+  // A token's channels, by rank where they are scaled.
+  void scale(const T* row, float* numbers) {
+    if (!f_.scaled) return to_floats(row, numbers);
+    const int64_t dim = f_.dim;
+    const float *center = center_.get(), *factor = factor_.get();
+#if defined(__AVX2__) && !defined(__AVX512BW__)
+    float* as_they_come = copies_.get();
+    to_floats(row, as_they_come);
+    const uint16_t* order = order_.get();
+    for (int64_t r = 0; r < dim; r += LANES) {
+      const __m256i ranks = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)(order + r)));
+      store(numbers + r, (F(_mm256_i32gather_ps(as_they_come, ranks, 4)) - load(center + r)) * load(factor + r));
+    }
+#else
+    rank(row);
+    const T* ranked = ranked_.get();  // more of them than channels can be read
+    for (int64_t r = 0; r < dim; r += LANES) {
+      store(numbers + r, (load_floats(ranked + r) - load(center + r)) * load(factor + r));
+    }
+#endif
+  }
+
   void to_floats(const T* row, float* numbers) const {
     const int64_t dim = f_.dim, whole = dim / LANES * LANES;
     for (int64_t j = 0; j < whole; j += LANES) store(numbers + j, load_floats(row + j));
@@ -101,64 +109,78 @@ class QuantizedEncoder {
     for (int64_t r = 0; r < f_.dim; ++r) ranked[r] = row[order[r]];
   }
 
-  // Writes the codes of a part's numbers; returns the one of their amplitude.
+  // Writes the amplitudes and the codes of a part.
   template <int BITS>
-  uint8_t encode_part(int64_t channels, uint8_t* packed) {
-    const float amplitude = BITS >= 5 ? largest(channels) / float((1 << BITS) - 1) : refitted<BITS>(channels);
-    const uint8_t code = amplitude_code(amplitude, BITS >= 5);
-    const Nearest<BITS> nearest(positive(amplitudes()[code]));
+  void encode_part(int p, const Place& place, int count) {
+    const Part& part = f_.parts[p];
+    const int64_t channels = part.channels;
+    float amplitudes[TOGETHER];
+    if constexpr (BITS >= 5) {
+      for (int k = 0; k < count; ++k) amplitudes[k] = largest(numbers_[k], channels) / float((1 << BITS) - 1);
+    } else refit<BITS>(channels, count, amplitudes);
     uint8_t* codes = codes_.get();
-    const auto code_at = [&](int64_t j) { return nearest.code(load(numbers_ + j)); };
-    int64_t j = 0;
-    for (; j + 4 * LANES <= channels; j += 4 * LANES) {
-      store_low_bytes(codes + j, code_at(j), code_at(j + LANES), code_at(j + 2 * LANES), code_at(j + 3 * LANES));
+    for (int k = 0; k < count; ++k) {
+      const uint8_t code = amplitude_code(amplitudes[k], BITS >= 5);
+      (place + k).template at<uint8_t>(f_.scale)[p] = code;
+      const Nearest<BITS> nearest(positive(spark::amplitudes()[code]));
+      const float* numbers = numbers_[k];
+      const auto code_at = [&](int64_t j) { return nearest.code(load(numbers + j)); };
+      int64_t j = 0;
+      for (; j + 4 * LANES <= channels; j += 4 * LANES) {
+        store_low_bytes(codes + j, code_at(j), code_at(j + LANES), code_at(j + 2 * LANES), code_at(j + 3 * LANES));
+      }
+      for (; j < channels; j += LANES) store_low_bytes(codes + j, code_at(j));
+      std::memset(codes + channels, 0, 8);
+      pack_codes<BITS>(codes, channels, (place + k).template at<uint8_t>(f_.channels) + part.codes);
     }
-    for (; j < channels; j += LANES) store_low_bytes(codes + j, code_at(j));
-    std::memset(codes + channels, 0, 8);
-    pack_codes<BITS>(codes, channels, packed);
-    return code;
   }
 
   static float positive(float amplitude) { return amplitude > 0 ? amplitude : 1.0f; }
 
-  float largest(int64_t channels) const {
+  static float largest(const float* numbers, int64_t channels) {
     F top{};
-    for (int64_t j = 0; j < channels; j += LANES) top = max_or_nan(top, spark::abs(load(numbers_ + j)));
+    for (int64_t j = 0; j < channels; j += LANES) top = max_or_nan(top, spark::abs(load(numbers + j)));
     return maximum_or_nan(top);
   }
 
-  // The amplitude of normal numbers, then the least squares for the levels that it has led to.
+  // The amplitudes of normal numbers, then the least squares for the levels that they have led to.
   template <int BITS>
-  float refitted(int64_t channels) {
+  void refit(int64_t channels, int count, float* amplitudes) {
     const float* positives = grid_of(BITS).levels + (1 << (BITS - 1));
     const Table<BITS - 1> levels(positives);
-    float* magnitudes = magnitudes_.get();
-    F energy{};
-    for (int64_t j = 0; j < channels; j += LANES) {
-      const F x = load(numbers_ + j);
-      energy += x * x;
-      store(magnitudes + j, Nearest<BITS>::magnitude(x));
+    for (int k = 0; k < count; ++k) {
+      const float* numbers = numbers_[k];
+      float* magnitudes = &magnitudes_[k * stride_];
+      F energy{};
+      for (int64_t j = 0; j < channels; j += LANES) {
+        const F x = load(numbers + j);
+        energy += x * x;
+        store(magnitudes + j, Nearest<BITS>::magnitude(x));
+      }
+      amplitudes[k] = std::sqrt(sum(energy) / float(channels)) / DEVIATION[BITS - 1];
     }
     // Zeros after the channels have the lowest level.
     const float added = float(round_up(channels, LANES) - channels) * positives[0] * positives[0];
-    float amplitude = std::sqrt(sum(energy) / float(channels)) / DEVIATION[BITS - 1];
     for (int i = 0; i < REFITS; ++i) {
-      const Nearest<BITS> nearest(positive(amplitude));
-      F with_level{}, with_itself{};
-      for (int64_t j = 0; j < channels; j += LANES) {
-        // A number and its level have the same sign.
-        const F x = load(magnitudes + j), level = levels[nearest.rank(x)];
-        with_level += x * level, with_itself += level * level;
+      for (int k = 0; k < count; ++k) {
+        const Nearest<BITS> nearest(positive(amplitudes[k]));
+        const float* magnitudes = &magnitudes_[k * stride_];
+        F with_level{}, with_itself{};
+        for (int64_t j = 0; j < channels; j += LANES) {
+          // A number and its level have the same sign.
+          const F x = load(magnitudes + j), level = levels[nearest.rank(x)];
+          with_level += x * level, with_itself += level * level;
+        }
+        amplitudes[k] = sum(with_level) / (sum(with_itself) - added);
       }
-      amplitude = sum(with_level) / (sum(with_itself) - added);
     }
-    return amplitude;
   }
 
   const Format& f_;
+  const int64_t stride_;  // of a token's numbers
   QuantizedHead head_;
-  Scratch<float> center_, factor_, row_, copy_, magnitudes_;  // the first three by rank
-  float* numbers_ = nullptr;  // of a part, with zeros after them
+  Scratch<float> center_, factor_, rows_, copies_, magnitudes_;  // the first three by rank
+  float* numbers_[TOGETHER] = {};  // of a part, with zeros after them
   Scratch<uint16_t> order_;
   Scratch<T> ranked_;
   Scratch<uint8_t> codes_;
