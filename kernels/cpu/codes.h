@@ -216,15 +216,11 @@ inline const std::array<float, 256>& amplitudes() {
   return AMPLITUDES;
 }
 
-// The same for several codes, without the table.
+// The same for several codes: of the table only one octave, which a register holds, and the exponent.
 inline F amplitudes_of(I codes) {
-  static const auto mantissas = [] {
-    std::array<float, 16> made;
-    for (int i = 0; i < OCTAVE; ++i) made[i] = std::exp2(float(i) / OCTAVE);
-    return made;
-  }();
+  const Table<4> octave(&amplitudes()[UNIT_CODE]);
   const I steps = codes - UNIT_CODE;
-  const F finite = bit_cast<F>(bit_cast<I>(Table<4>(mantissas.data())[steps]) + (steps >> 4 << 23));
+  const F finite = bit_cast<F>(bit_cast<I>(octave[steps]) + (steps >> 4 << 23));
   return select(codes == 0, F{}, select(codes == NOT_FINITE, splat(NAN), finite));
 }
 

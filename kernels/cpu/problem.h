@@ -152,14 +152,14 @@ class BlockRequests {
 
   // For the tokens that come TOKENS later than those of a block; none for dense tokens.
   void begin(const Problem& p, const Block& block) {
-    lines_ = counts_[0] = asked_ = due_ = 0;
+    lines_ = key_lines_ = asked_ = due_ = 0;
     if (block.packed) {
       const Side* sides[2] = {&p.keys, &p.values};
       for (int i = 0; i < 2; ++i) {
         const int64_t step = sides[i]->format->token_bytes;
         next_[i] = sides[i]->page(block.batch, block.head, block.page) + (block.token + TOKENS) * step;
         lines_ += (block.count * step + 63) / 64;
-        if (i == 0) counts_[0] = lines_;
+        if (i == 0) key_lines_ = lines_;
       }
     }
     for (int s = 0; s < STAGES; ++s) rates_[s] = int64_t(std::ceil(float(lines_) * shares_[s]));
@@ -169,7 +169,7 @@ class BlockRequests {
   void operator()(Stage stage) {
     due_ += rates_[stage];
     for (const int64_t due = std::min(due_ >> BITS, lines_); asked_ < due; ++asked_) {
-      const int side = asked_ >= counts_[0];
+      const int side = asked_ >= key_lines_;
       __builtin_prefetch(next_[side], 0, 2);
       next_[side] += 64;
     }
@@ -178,7 +178,7 @@ class BlockRequests {
  private:
   static constexpr int BITS = 16;
   const char* next_[2] = {};
-  int64_t counts_[2] = {}, lines_ = 0, asked_ = 0, due_ = 0, rates_[STAGES] = {};
+  int64_t key_lines_ = 0, lines_ = 0, asked_ = 0, due_ = 0, rates_[STAGES] = {};
   float shares_[STAGES];
 };
 // The requests of a stage that goes through tokens, for every four of them.
