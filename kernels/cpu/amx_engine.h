@@ -73,14 +73,16 @@ class AmxEngine {
     f.int8 ? pruned_values<int8_t>(block) : pruned_values<bf16>(block);
   }
 
+  // Those of the first queries. scores() reads them when there was time to store them.
+  void products(const Block&) { multiply_block(0); }
+
   void scores(const Block&, int64_t first, int count, float (*scores)[BLOCK]) {
-    alignas(64) float dots[BLOCK][16];
-    for (int t = 0; t < BLOCK; t += 32) multiply(&queries_[first * key_width_], &keys_[t * key_width_], dots + t);
+    if (first) multiply_block(first);
     for (int t = 0; t < BLOCK; t += 16) {
       const F step = in_steps_ ? load(&key_steps_[t]) : splat(1.0f);
       for (int r = 0; r < count; r += 4) {
         F v[4];
-        columns(dots + t, r, v);
+        columns(dots_ + t, r, v);
         for (int i = 0; i < 4; ++i) store(&scores[r + i][t], v[i] * step);
       }
     }
@@ -259,6 +261,9 @@ class AmxEngine {
     }
   }
 
+  void multiply_block(int64_t first) {
+    for (int t = 0; t < BLOCK; t += 32) multiply(&queries_[first * key_width_], &keys_[t * key_width_], dots_ + t);
+  }
   // Dot products of 16 queries with 32 tokens.
   void multiply(const bf16* query, const bf16* keys, float (*dots)[16]) {
     const int64_t width = key_width_;
@@ -289,7 +294,7 @@ class AmxEngine {
   Scratch<float> weights_;
   BlockRequests requests_;
   bool in_steps_ = false;  // keys are in units of key_steps_
-  alignas(64) float key_steps_[BLOCK] = {}, steps_[BLOCK] = {};
+  alignas(64) float key_steps_[BLOCK] = {}, steps_[BLOCK] = {}, dots_[BLOCK][16];
 };
 
 }  // namespace spark

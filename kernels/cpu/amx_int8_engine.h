@@ -87,6 +87,11 @@ class AmxInt8Engine : public AmxEngine<N> {
     }
   }
 
+  void products(const Block& block) {
+    if (!block.packed || !int8_keys_) return Base::products(block);
+    multiply_eight(0);
+  }
+
   void scores(const Block& block, int64_t first, int count, float (*scores)[BLOCK]) {
     if (!block.packed || !int8_keys_) return Base::scores(block, first, count, scores);
     for (int r = 0; r < count; r += 8) {
@@ -233,20 +238,23 @@ class AmxInt8Engine : public AmxEngine<N> {
     }
   }
 
-  // Up to eight queries with all tokens of a packed block.
+  // Eight queries with all tokens of a packed block.
+  void multiply_eight(int64_t first) {
+    for (int t = 0; t < BLOCK; t += 32) {
+      multiply(&kept_[t * key_width_], digits(first, 0), key_width_, kept_dots_ + t);
+      if (has_signs_) multiply(&signs_[t * key_width_], digits(first, 1), key_width_, sign_dots_ + t);
+    }
+  }
+
   template <bool SIGNS>
   void score_eight(int64_t first, int count, float (*scores)[BLOCK]) {
-    alignas(64) int32_t kept[32][16], signs[32][16];
+    if (first) multiply_eight(first);
     for (int t = 0; t < BLOCK; t += 16) {
-      if (t % 32 == 0) {
-        multiply(&kept_[t * key_width_], digits(first, 0), key_width_, kept);
-        if (SIGNS) multiply(&signs_[t * key_width_], digits(first, 1), key_width_, signs);
-      }
       const F step = load(key_steps_ + t), amplitude = load(amplitudes_ + t);
       for (int r = 0; r < count; r += 4) {
         F k[4], s[4] = {};
-        whole_numbers(kept + t % 32, r, k);
-        if (SIGNS) whole_numbers(signs + t % 32, r, s);
+        whole_numbers(kept_dots_ + t, r, k);
+        if (SIGNS) whole_numbers(sign_dots_ + t, r, s);
         for (int i = 0; i < 4; ++i) {
           F dot = k[i] * (units(first, 0)[r + i] * step);
           if (SIGNS) dot += s[i] * (units(first, 1)[r + i] * amplitude);
@@ -291,6 +299,7 @@ class AmxInt8Engine : public AmxEngine<N> {
   Scratch<float> sum_units_;
   int64_t blocks_ = 0;
   alignas(64) float amplitudes_[BLOCK] = {};
+  alignas(64) int32_t kept_dots_[BLOCK][16], sign_dots_[BLOCK][16];
 };
 
 }  // namespace spark

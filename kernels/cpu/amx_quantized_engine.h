@@ -19,7 +19,7 @@ inline bool can_quantized_tiles(const Problem& p) {
 template <int N>
 class AmxQuantizedEngine : public AmxInt8Engine<N> {
   using Base = AmxInt8Engine<N>;
-  using Base::kept_, Base::key_width_, Base::query_, Base::steps_, Base::units, Base::value_width_;
+  using Base::kept_dots_, Base::kept_, Base::key_width_, Base::query_, Base::steps_, Base::units, Base::value_width_;
 
  public:
   static constexpr int BLOCK = N;
@@ -59,6 +59,11 @@ class AmxQuantizedEngine : public AmxInt8Engine<N> {
         read_amplitudes(run.keys.at<uint8_t>(f.scale), f.part_count, p, run.count, part_amplitudes_[p] + run.first);
       }
     });
+  }
+
+  void products(const Block& block) {
+    if (!block.packed || !turns_keys_) return Base::products(block);
+    multiply_part(0, p_.keys.format->parts[0], 0);
   }
 
   void scores(const Block& block, int64_t first, int count, float (*scores)[BLOCK]) {
@@ -119,19 +124,23 @@ class AmxQuantizedEngine : public AmxInt8Engine<N> {
     }
   }
 
+  // Eight queries with a part, from column `at` on, of all keys.
+  void multiply_part(int64_t first, const Part& part, int64_t at) {
+    const int64_t channels = round_up(part.channels, 64);
+    for (int t = 0; t < BLOCK; t += 32) {
+      this->multiply(&kept_[t * key_width_ + at], this->digits(first, 0) + at * 16, channels, kept_dots_ + t);
+    }
+  }
+
   void score_eight(int64_t first, int count, float (*scores)[BLOCK]) {
-    alignas(64) int32_t dots[BLOCK][16];
     int p = 0;
     each_part([&](const Part& part, int64_t at) {
-      const int64_t channels = round_up(part.channels, 64);
-      for (int t = 0; t < BLOCK; t += 32) {
-        this->multiply(&kept_[t * key_width_ + at], this->digits(first, 0) + at * 16, channels, dots + t);
-      }
+      if (first || p) multiply_part(first, part, at);
       for (int t = 0; t < BLOCK; t += 16) {
         const F amplitude = load(part_amplitudes_[p] + t);
         for (int r = 0; r < count; r += 4) {
           F k[4];
-          Base::whole_numbers(dots + t, r, k);
+          Base::whole_numbers(kept_dots_ + t, r, k);
           for (int i = 0; i < 4; ++i) {
             const F before = p ? load(&scores[r + i][t]) : splat(biases_[first + r + i]);
             store(&scores[r + i][t], before + k[i] * (units(first, 0)[r + i] * amplitude));

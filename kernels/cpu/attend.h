@@ -7,6 +7,7 @@
 #pragma once
 
 #include <numeric>
+#include <optional>
 
 #include "problem.h"
 #include "threads.h"
@@ -131,11 +132,29 @@ struct Weights {
   float (*rows)[BLOCK];  // a tile of 16 may be written where fewer are left
 };
 
+// Adds the weighted values of a block.
 template <class Engine>
-void attend_block(const Problem& p, Engine& engine, const Block& block, Weights<Engine::BLOCK>& weights, Partial partial) {
+void add_values(const Problem& p, Engine& engine, const Block& block, Weights<Engine::BLOCK>& weights, Partial partial) {
   const int64_t rows = p.query_rows(), width = Engine::padded(p.value_dim);
+  for (int64_t first = 0; first < rows; first += Engine::QUERIES) {
+    const int count = std::min<int64_t>(Engine::QUERIES, rows - first);
+    const float* rescale = weights.rescale.get() + first;
+    const bool changed = std::any_of(rescale, rescale + count, [](float x) { return x != 1.0f; });
+    engine.accumulate(block, first, count, weights.rows + first, changed ? rescale : nullptr, partial.sums + first * width);
+  }
+}
+
+// Expands a block and weighs it, and adds the values of the one before, if there is one. In this order nothing waits for
+// what was stored just before: loads of tiles do, and the stores of their products take long.
+template <class Engine>
+void attend_block(const Problem& p, Engine& engine, const Block& block, const Block* before, Weights<Engine::BLOCK>& weights,
+                  Partial partial) {
+  const int64_t rows = p.query_rows();
   engine.begin(block);
   engine.expand_keys(block);
+  if (before) add_values(p, engine, *before, weights, partial);
+  engine.products(block);
+  engine.expand_values(block);
   int64_t read[Engine::BLOCK];
   const int64_t* positions = block.packed && p.is_scattered() ? read : nullptr;
   if (positions) p.read_positions(block, read);
@@ -147,14 +166,6 @@ void attend_block(const Problem& p, Engine& engine, const Block& block, Weights<
       finish_scores(p, block, positions, row, weights.rows[row]);
       weights.rescale[row] = partial.softmax[row].update(weights.rows[row]);
     }
-  }
-  // Not before the scores: products would wait for these stores too.
-  engine.expand_values(block);
-  for (int64_t first = 0; first < rows; first += Engine::QUERIES) {
-    const int count = std::min<int64_t>(Engine::QUERIES, rows - first);
-    const float* rescale = weights.rescale.get() + first;
-    const bool changed = std::any_of(rescale, rescale + count, [](float x) { return x != 1.0f; });
-    engine.accumulate(block, first, count, weights.rows + first, changed ? rescale : nullptr, partial.sums + first * width);
   }
 }
 
@@ -168,11 +179,13 @@ void attend_chunk(const Problem& p, Engine& engine, Weights<Engine::BLOCK>& weig
   engine.start(b, h);
   const int64_t packed_stop = p.sinks + p.packed;
   const auto attend_range = [&](int64_t from, int64_t to, auto block_at) {
-    for (int64_t token = from; token < to;) {
+    std::optional<Block> before;
+    for (int64_t token = from; token < to; token += before->count) {
       const Block block = block_at(token, std::min<int64_t>(to - token, Engine::BLOCK));
-      attend_block(p, engine, block, weights, partial);
-      token += block.count;
+      attend_block(p, engine, block, before ? &*before : nullptr, weights, partial);
+      before.emplace(block);
     }
+    if (before) add_values(p, engine, *before, weights, partial);
   };
   const auto dense = [&](int64_t token, int64_t count) { return p.dense_block(b, h, token, count); };
   attend_range(std::max(start, p.sinks), std::min(stop, packed_stop), [&](int64_t token, int64_t count) {

@@ -32,6 +32,7 @@ _STANDALONE = "-DSPARK_DEFINE_OPERATORS"
 LEVELS: dict[str, tuple[str, ...]] = {
     "amx": (*_VECTORS, *_WIDE, *_TILES),
     "avx512": (*_VECTORS, *_WIDE),
+    "avxvnni": (*_VECTORS, "avxvnni"),
     "avx2": _VECTORS,
     "plain": (),
 }
@@ -40,7 +41,7 @@ LEVELS: dict[str, tuple[str, ...]] = {
 _CAPABILITIES = {
     "fma": "fma3", "avx512f": "avx512_f", "avx512bw": "avx512_bw", "avx512dq": "avx512_dq",
     "avx512vl": "avx512_vl", "avx512vbmi2": "avx512_vbmi2", "avx512vnni": "avx512_vnni",
-    "avx512bf16": "avx512_bf16",
+    "avx512bf16": "avx512_bf16", "avxvnni": "avx_vnni",
     "amx-tile": "amx_tile", "amx-bf16": "amx_bf16", "amx-int8": "amx_int8",
 }  # fmt: skip
 

@@ -202,6 +202,9 @@ class FloatEngine {
     values_.clear_from(block.count, BLOCK);
   }
 
+  // What scores() has to wait for.
+  void products(const Block&) {}
+
   // Dot products of `count` queries from row `first` on with the block.
   void scores(const Block& block, int64_t first, int count, float (*scores)[BLOCK]) {
     const float* amplitudes = keys_.amplitudes(block);

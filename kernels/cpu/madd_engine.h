@@ -1,4 +1,4 @@
-// Blocks of levels for AVX2's products of 16-bit numbers, vpmaddwd.
+// Blocks of levels for AVX2's products of 16-bit numbers, vpmaddwd, or AVX-VNNI's, vpdpwssd, which add them up, too.
 //
 // Levels are stored as level + 128: of a vector of bytes the even ones and the odd ones are 16-bit numbers after
 // one instruction each. They meet queries, or softmax weights, of 16 bits; a sum of two products has 32 bits.
@@ -71,8 +71,11 @@ class MaddEngine : public LevelEngine<T, QueryWords, 32> {
   static __m256i even(__m256i bytes) { return _mm256_and_si256(bytes, _mm256_set1_epi16(0xff)); }
   static __m256i odd(__m256i bytes) { return _mm256_srli_epi16(bytes, 8); }
   static __m256i plus_products(__m256i sum, __m256i a, __m256i b) {
-    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
-    return in_register(sum);
+#if defined(__AVXVNNI__)
+    return in_register(_mm256_dpwssd_avx_epi32(sum, a, b));
+#else
+    return in_register(_mm256_add_epi32(sum, _mm256_madd_epi16(a, b)));
+#endif
   }
   // At this place of the program: GCC would add products to each other first, for which registers do not
   // suffice, and load a query for each product.

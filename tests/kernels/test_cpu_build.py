@@ -38,6 +38,8 @@ def test_an_older_cpu_gets_a_lower_level(monkeypatch: pytest.MonkeyPatch) -> Non
     has = {"avx2": True, "f16c": True, "fma3": True, "bmi": True, "bmi2": True, "popcnt": True}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has, raising=False)
     assert build.supported() == ("avx2", "plain")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has | {"avx_vnni": True})
+    assert build.supported() == ("avxvnni", "avx2", "plain")
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has | {"f16c": False})
     assert build.supported() == ("plain",)
 
@@ -143,7 +145,7 @@ def test_gcc_before_12_can_compile_the_sources() -> None:
     compiler = build.compiler_command()
     if "clang" in build._run([*compiler, "--version"]):
         pytest.skip("this compiler is not GCC")
-    for level in ("plain", "avx2", "avx512"):
+    for level in ("plain", "avx2", "avxvnni", "avx512"):
         older = ["-U__GNUC__", "-D__GNUC__=11", "-D__builtin_shufflevector=newer", "-fsyntax-only"]
         build._run([*compiler, *build._arguments(level), "-O0", *older])
 
