@@ -1,10 +1,11 @@
-"""Inputs that are tensor subclasses, such as quantized or sharded weights, as plain tensors.
+"""Tensor subclasses, such as quantized or sharded weights, as plain tensors.
 
-A graph gets what a subclass flattens to. Pre-dispatch tracing asks no subclass what an operator
-does with it; so operators on them are traced on their own, where the subclass is asked, and
-inserted as plain ATen. Those that hand subclasses to one another are traced at once, because a
-subclass may keep what its flat form does not show (DTensor: which rows of a sharded embedding are
-another device's). Compressed states, which are subclasses too, are not meant here.
+A graph gets what a subclass flattens to, as inputs, or as attributes where weights stay in the
+module. Pre-dispatch tracing asks no subclass what an operator does with it; so operators on them
+are traced on their own, where the subclass is asked, and inserted as plain ATen. Those that hand
+subclasses to one another are traced at once, because a subclass may keep what its flat form does
+not show (DTensor: which rows of a sharded embedding are another device's). Compressed states, which
+are subclasses too, are not meant here.
 
 A mesh of devices, which code around sharded weights (DTensor) reads, is an input of a graph too.
 It flattens to nothing: what is traced with it has the names of its groups as constants, and what
@@ -17,6 +18,7 @@ import copy
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor, fx
@@ -89,6 +91,9 @@ class _Flat:
 def without_subclasses(module: fx.GraphModule, positions: Sequence[int]) -> fx.GraphModule:
     """The module itself, or a copy that takes its inputs at ``positions`` flattened.
 
+    An attribute of the module that is a subclass (a weight, where Inductor is told to freeze them)
+    becomes one for each plain tensor inside.
+
     Args:
         module: Dynamo's graph.
         positions: of the inputs that are subclasses.
@@ -96,7 +101,7 @@ def without_subclasses(module: fx.GraphModule, positions: Sequence[int]) -> fx.G
     Raises:
         NotImplementedError: the graph returns a subclass.
     """
-    if not positions:
+    if not positions and not _wrapped_attributes(module):
         return module
     module = fx.GraphModule(module, copy.deepcopy(module.graph))
     placeholders = module.graph.find_nodes(op="placeholder")
@@ -110,6 +115,8 @@ def without_subclasses(module: fx.GraphModule, positions: Sequence[int]) -> fx.G
                 for number, part in enumerate(_plain(value))
             )
         flat[whole] = _Flat(value, parts)
+    for whole in _wrapped_attributes(module):
+        flat[whole] = _Flat(_example(whole), _attributes(module, whole))
     done = [*flat]
     region: dict[fx.Node, bool] = {}  # whether a node makes what only nodes of a region can read
     autocasts: dict[fx.Node, Any] = {}
@@ -136,8 +143,29 @@ def without_subclasses(module: fx.GraphModule, positions: Sequence[int]) -> fx.G
             exit_autocast(entered)
     for node in reversed(done):
         module.graph.erase_node(node)
-    module.recompile()
-    return module
+    return fx.GraphModule(module, module.graph)  # without what the graph no longer reads
+
+
+def _wrapped_attributes(module: fx.GraphModule) -> list[fx.Node]:
+    read = module.graph.find_nodes(op="get_attr")
+    return [node for node in read if is_wrapper(_attribute(module, node))]
+
+
+def _attribute(module: fx.GraphModule, node: fx.Node) -> Any:
+    return attrgetter(str(node.target))(module)
+
+
+def _attributes(module: fx.GraphModule, whole: fx.Node) -> tuple[fx.Node, ...]:
+    """Nodes of attributes that are the plain tensors in the one that a node reads."""
+    parts = []
+    name = f"_spark_{str(whole.target).replace('.', '_')}_part"
+    examples = _plain(_example(whole))
+    for number, part in enumerate(_plain(_attribute(module, whole))):
+        module.register_buffer(f"{name}{number}", part)
+        with module.graph.inserting_before(whole):
+            parts.append(module.graph.get_attr(f"{name}{number}"))
+        parts[-1].meta["example_value"] = next(examples)
+    return tuple(parts)
 
 
 def _placeholder(graph: fx.Graph, name: str, part: Tensor) -> fx.Node:

@@ -48,6 +48,15 @@ def test_quantized_weights(kind: Any) -> None:
     assert report.graphs[0].sites[0].layer == "model.layers.0.self_attn"
 
 
+@pytest.mark.parametrize("kind", [Int8Weight, Nested])
+def test_quantized_weights_that_stay_in_the_module(kind: Any) -> None:
+    """Inductor's freezing, which low bits need for their kernels, asks Dynamo for that."""
+    models = [quantized(tiny("llama", "sdpa"), kind) for _ in range(2)]
+    with torch._inductor.config.patch(freezing=True), torch.no_grad():
+        report = check(*models)
+    assert [graph.phase for graph in report.graphs] == ["prefill", "decode"]
+
+
 @pytest.mark.slow
 def test_quantized_weights_with_inductor() -> None:
     model, tokens = quantized(decoder(layers=1)), prompt(13)
