@@ -34,15 +34,17 @@ LEVELS: dict[str, tuple[str, ...]] = {
     "avx512": (*_VECTORS, *_WIDE),
     "avxvnni": (*_VECTORS, "avxvnni"),
     "avx2": _VECTORS,
+    "neon": ("dotprod",),
     "plain": (),
 }
-"""Instruction sets of each level, best first, as compilers name them; "plain" runs anywhere."""
+"""Instruction sets of each level, best first, as compilers name them: "neon" is ARM's, "plain" runs
+anywhere."""
 
 _CAPABILITIES = {
     "fma": "fma3", "avx512f": "avx512_f", "avx512bw": "avx512_bw", "avx512dq": "avx512_dq",
     "avx512vl": "avx512_vl", "avx512vbmi2": "avx512_vbmi2", "avx512vnni": "avx512_vnni",
     "avx512bf16": "avx512_bf16", "avxvnni": "avx_vnni",
-    "amx-tile": "amx_tile", "amx-bf16": "amx_bf16", "amx-int8": "amx_int8",
+    "amx-tile": "amx_tile", "amx-bf16": "amx_bf16", "amx-int8": "amx_int8", "dotprod": "dot",
 }  # fmt: skip
 
 
@@ -177,14 +179,19 @@ def _keep(built: Path, folder: Path, name: str) -> Path:
 def _arguments(level: str) -> list[str]:
     """Those of the compiler, without the output."""
     root = Path(torch.__file__).parent
-    flags = [f"-m{name}" for name in LEVELS[level]]
-    if level == "amx":
-        flags.append("-DSPARK_AMX")
     return [
-        "-O3", "-std=c++20", "-shared", "-fPIC", "-fvisibility=hidden", *flags,
+        "-O3", "-std=c++20", "-shared", "-fPIC", "-fvisibility=hidden", *machine_flags(level),
         f"-I{root / 'include'}", str(_SOURCES / "spark.cpp"),
         f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10", *_extra_flags(),
     ]  # fmt: skip
+
+
+def machine_flags(level: str) -> list[str]:
+    """What a compiler is told of a level."""
+    if level == "neon":  # some compilers for ARM have its instruction sets at "plain", too
+        return ["+".join(("-march=armv8.2-a", *LEVELS[level])), "-DSPARK_NEON"]
+    tiles = ["-DSPARK_AMX"] if level == "amx" else []
+    return [*(f"-m{name}" for name in LEVELS[level]), *tiles]
 
 
 def _extra_flags() -> list[str]:

@@ -1,7 +1,5 @@
-// Vectors of bytes, of 64 with AVX-512 and of 32 with AVX2.
+// Vectors of bytes, of 64 with AVX-512, of 32 with AVX2 and of 16 with NEON.
 #pragma once
-
-#include <immintrin.h>
 
 #include <algorithm>
 
@@ -12,10 +10,14 @@ namespace spark {
 #if defined(__AVX512BW__)
 typedef __m512i Bytes;
 typedef uint64_t ByteMask;  // a bit for each byte
-#else
+#elif defined(__AVX2__)
 typedef __m256i Bytes;
 typedef uint32_t ByteMask;
+#else
+typedef uint8_t Bytes __attribute__((vector_size(16)));
+typedef uint16_t ByteMask;
 #endif
+typedef uint8_t Sixteen __attribute__((vector_size(16)));
 constexpr int WIDE = sizeof(Bytes);
 typedef uint16_t Words __attribute__((vector_size(sizeof(Bytes))));
 
@@ -39,8 +41,8 @@ inline Bytes right(Bytes v, int count) { return _mm512_srli_epi16(v, unsigned(co
 inline Bytes right(Bytes v, Words counts) { return _mm512_srlv_epi16(v, __m512i(counts)); }
 template <int COUNT>
 inline Bytes left(Bytes v) { return _mm512_slli_epi16(v, COUNT); }
-// The bytes of a table of 16 that the low halves of others point to, which are below 128.
-inline Bytes look_up(__m128i table, Bytes v) { return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), v); }
+// The bytes of a table that others, which are below 16, point to.
+inline Bytes look_up(Sixteen table, Bytes v) { return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(__m128i(table)), v); }
 inline Bytes choose(ByteMask mask, Bytes yes, Bytes no) { return _mm512_mask_mov_epi8(no, mask, yes); }
 inline I nearest_whole(F x) { return I(_mm512_cvtps_epi32(__m512(x))); }
 
@@ -69,7 +71,7 @@ inline Bytes repeated(const uint8_t* p) {
   else return _mm512_set1_epi16(load<int16_t>(p));
 }
 
-#else
+#elif defined(__AVX2__)
 
 inline Bytes splat_byte(int x) { return _mm256_set1_epi8(char(x)); }
 inline Bytes sum_of_bytes(Bytes a, Bytes b) { return _mm256_add_epi8(a, b); }
@@ -82,7 +84,7 @@ inline Bytes right(Bytes v, Words counts) {
 }
 template <int COUNT>
 inline Bytes left(Bytes v) { return _mm256_slli_epi16(v, COUNT); }
-inline Bytes look_up(__m128i table, Bytes v) { return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), v); }
+inline Bytes look_up(Sixteen table, Bytes v) { return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(__m128i(table)), v); }
 inline Bytes choose(ByteMask mask, Bytes yes, Bytes no) {
   const __m256i group = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
   const __m256i bit = _mm256_set1_epi64x(int64_t(0x8040201008040201));
@@ -119,6 +121,52 @@ inline Bytes repeated(const uint8_t* p) {
   else if constexpr (COUNT == 8) return _mm256_set1_epi64x(load<int64_t>(p));
   else if constexpr (COUNT == 4) return _mm256_set1_epi32(load<int32_t>(p));
   else return _mm256_set1_epi16(load<int16_t>(p));
+}
+
+#else
+
+inline Bytes splat_byte(int x) { return Bytes{} + uint8_t(x); }
+inline Bytes sum_of_bytes(Bytes a, Bytes b) { return a + b; }
+inline Bytes right(Bytes v, int count) { return v >> uint8_t(count); }
+inline Bytes right(Bytes v, Words counts) { return Bytes(Words(v) >> counts); }
+template <int COUNT>
+inline Bytes left(Bytes v) { return v << uint8_t(COUNT); }
+inline Bytes look_up(Sixteen table, Bytes v) { return Bytes(vqtbl1q_u8(table, v)); }
+// All ones where a bit is set.
+inline Bytes byte_mask(ByteMask mask) {
+  const Bytes group = {0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1}, bit = Bytes(vdupq_n_u64(0x8040201008040201));
+  return Bytes(vtstq_u8(look_up(Bytes(vdupq_n_u16(mask)), group), bit));
+}
+inline Bytes choose(ByteMask mask, Bytes yes, Bytes no) { return Bytes(vbslq_u8(byte_mask(mask), yes, no)); }
+inline I nearest_whole(F x) { return I(vcvtnq_s32_f32(x)); }
+
+inline Bytes some_bytes(const int8_t* p, int64_t count) {
+  if (count >= WIDE) return load<Bytes>(p);
+  int8_t copy[WIDE] = {};
+  std::memcpy(copy, p, size_t(count));
+  return load<Bytes>(copy);
+}
+inline Bytes some_bytes(const int8_t* p, int64_t count, const char* end) {
+  return reinterpret_cast<const char*>(p + WIDE) <= end ? load<Bytes>(p) : some_bytes(p, count);
+}
+inline Bytes expand_bytes(ByteMask mask, const int8_t* packed, int64_t count, const char* end) {
+  const Bytes set = byte_mask(mask), few = some_bytes(packed, count, end);
+  // Of the bytes up to each, minus the number of set ones, in four steps: one less than that number is its rank.
+  const uint8x16_t none = vdupq_n_u8(0);
+  Bytes counts = set + Bytes(vextq_u8(none, set, 15));
+  counts += Bytes(vextq_u8(none, counts, 14));
+  counts += Bytes(vextq_u8(none, counts, 12));
+  counts += Bytes(vextq_u8(none, counts, 8));
+  return look_up(few, ~(counts & set));  // from 16 on: 0
+}
+inline void store_some(int8_t* p, int64_t count, Bytes v) { std::memcpy(p, &v, size_t(std::min<int64_t>(count, WIDE))); }
+
+template <int COUNT>
+inline Bytes repeated(const uint8_t* p) {
+  if constexpr (COUNT == 16) return load<Bytes>(p);
+  else if constexpr (COUNT == 8) return Bytes(vdupq_n_u64(load<uint64_t>(p)));
+  else if constexpr (COUNT == 4) return Bytes(vdupq_n_u32(load<uint32_t>(p)));
+  else return Bytes(vdupq_n_u16(load<uint16_t>(p)));
 }
 
 #endif

@@ -70,6 +70,8 @@ class Table {
   static constexpr int COUNT = BITS <= 4 ? 1 : BITS == 5 ? 2 : 4;
 #elif defined(__AVX2__)
   static constexpr int COUNT = BITS <= 3 ? 1 : 2;
+#elif defined(SPARK_NEON)
+  static constexpr int COUNT = BITS <= 2 ? 1 : BITS == 3 ? 2 : 4;
 #else
   static constexpr int COUNT = 1;
 #endif
@@ -100,6 +102,16 @@ class Table {
       return _mm256_i32gather_ps(numbers_, (__m256i)(code & ((1 << BITS) - 1)), 4);
     }
 #else
+#if defined(SPARK_NEON)
+    if constexpr (BITS <= 4) {
+      // Four bytes for each code.
+      const uint8x16_t bytes = uint8x16_t((code & ((1 << BITS) - 1)) * 0x04040404 + 0x03020100);
+      const auto part = [&](int i) { return uint8x16_t(parts_[i]); };
+      if constexpr (COUNT == 1) return F(vqtbl1q_u8(part(0), bytes));
+      else if constexpr (COUNT == 2) return F(vqtbl2q_u8(uint8x16x2_t{{part(0), part(1)}}, bytes));
+      else return F(vqtbl4q_u8(uint8x16x4_t{{part(0), part(1), part(2), part(3)}}, bytes));
+    }
+#endif
     F v;
     for (int i = 0; i < LANES; ++i) v[i] = numbers_[code[i] & ((1 << BITS) - 1)];
     return v;
@@ -155,6 +167,8 @@ inline I load_codes(const uint8_t* p) {
   return (I)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
 #elif defined(__AVX2__)
   return (I)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+#elif defined(SPARK_NEON)
+  return I(vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(load<uint32_t>(p))))));
 #else
   I v;
   for (int i = 0; i < LANES; ++i) v[i] = p[i];
@@ -254,7 +268,7 @@ inline uint8_t amplitude_code(float amplitude, bool up) {
 // Packs a plane of WIDTH bits from bit `shift` of each code on; zeros have to follow the codes, 8 of them.
 template <int WIDTH>
 inline uint8_t* pack_plane(const uint8_t* __restrict codes, int64_t channels, int shift, uint8_t* __restrict plane) {
-  typedef uint8_t Bytes __attribute__((vector_size(32)));
+  typedef uint8_t Bytes __attribute__((vector_size(LANES < 8 ? 16 : 32)));
   typedef uint8_t Eight __attribute__((vector_size(8)));
   const int64_t bytes = plane_bytes(channels, WIDTH);
   const auto pack = [&](auto zero, int64_t i) {

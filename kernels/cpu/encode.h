@@ -8,6 +8,7 @@ namespace spark {
 
 // Writes LANES bits of a plane from channel `first` on; nothing after its end.
 inline void write_bits(uint8_t* plane, int64_t first, int64_t channels, uint32_t bits) {
+  if (LANES < 8 && first % 8) return (void)(plane[first / 8] |= uint8_t(bits << LANES));
   plane[first / 8] = uint8_t(bits);
   if (LANES > 8 && first + 8 < channels) plane[first / 8 + 1] = uint8_t(bits >> 8);
 }

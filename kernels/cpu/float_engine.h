@@ -17,6 +17,8 @@ inline uint32_t plane_bits(const uint8_t* plane, int64_t first, [[maybe_unused]]
   plane += first / 8;
 #if defined(__AVX512F__)
   return first / 8 + 1 < bytes ? load<uint16_t>(plane) : *plane;
+#elif defined(SPARK_NEON)
+  return *plane >> first % 8 & 15;
 #else
   return *plane;
 #endif

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <bit>
 
 #include "simd.h"
@@ -9,6 +10,20 @@
 namespace spark {
 
 typedef int16_t Halves __attribute__((vector_size(LANES * 4)));
+
+#if defined(SPARK_NEON)
+// For each four bits, the bytes of the numbers of SIZE bytes whose bit is set.
+template <int SIZE>
+inline constexpr std::array<std::array<uint8_t, 4 * SIZE>, 16> COMPRESSIONS = [] {
+  std::array<std::array<uint8_t, 4 * SIZE>, 16> made{};
+  for (int bits = 0; bits < 16; ++bits) {
+    for (int j = 0, rank = 0; j < LANES; rank += bits >> j & 1, ++j) {
+      for (int byte = 0; (bits >> j & 1) && byte < SIZE; ++byte) made[bits][rank * SIZE + byte] = uint8_t(SIZE * j + byte);
+    }
+  }
+  return made;
+}();
+#endif
 
 // Writes those of LANES numbers whose bit is set next to each other, and others after them: LANES in all.
 // Returns how many were meant.
@@ -30,6 +45,17 @@ inline int64_t compress(const Number* from, uint32_t bits, Number* to) {
     const __m128i numbers = _mm_loadu_si128((const __m128i*)from);
     _mm_storeu_si128((__m128i*)to, _mm_shuffle_epi8(numbers, _mm_unpacklo_epi8(first, second)));
   } else _mm_storel_epi64((__m128i*)to, _mm_shuffle_epi8(_mm_loadl_epi64((const __m128i*)from), places));
+#elif defined(SPARK_NEON)
+  constexpr int SIZE = sizeof(Number);
+  const uint8_t* places = COMPRESSIONS<SIZE>[bits].data();
+  if constexpr (SIZE == 4) {
+    const uint8x16_t kept = vqtbl1q_u8(load<uint8x16_t>(from), load<uint8x16_t>(places));
+    std::memcpy(to, &kept, 16);
+  } else {
+    typedef std::conditional_t<SIZE == 2, uint64_t, uint32_t> Four;
+    const uint8x8_t kept = vtbl1_u8(vcreate_u8(load<Four>(from)), vcreate_u8(load<Four>(places)));
+    std::memcpy(to, &kept, 4 * SIZE);
+  }
 #else
   for (uint32_t left = bits; left; left &= left - 1) *to++ = from[std::countr_zero(left)];
 #endif

@@ -1,8 +1,8 @@
 // Blocks of int8 and quantized tokens, and of spark keys in int8, as bytes for integer products.
 //
 // Stored levels go into the products as they are, and queries and softmax weights, which they meet there, are
-// whole numbers of a unit. Levels of keys are stored as level + 128, which the products' engine takes away
-// again. Spark keys are two planes, kept channels and signs. Dense tokens are float32.
+// whole numbers of a unit. Where products have bytes without sign, levels of keys are stored as level + 128, which
+// the products' engine takes away again. Spark keys are two planes, kept channels and signs. Dense tokens are float32.
 #pragma once
 
 #include "float_engine.h"
@@ -18,10 +18,11 @@ inline bool can_levels(const Problem& p) {
   return (has_levels(keys) || (keys.kind == Kind::spark && keys.int8)) && has_levels(values) && values.part_count <= 1;
 }
 
-// T: the model's dtype. Queries: as whole numbers. N: tokens of a block.
+// T: the model's dtype. Queries: as whole numbers, which meet levels + OFFSET. N: tokens of a block.
 template <class T, class Queries, int N>
 class LevelEngine : public FloatEngine<T, N> {
   using Base = FloatEngine<T, N>;
+  static constexpr int OFFSET = Queries::OFFSET;
 
  public:
   static constexpr int BLOCK = Base::BLOCK;
@@ -53,7 +54,7 @@ class LevelEngine : public FloatEngine<T, N> {
       const TokenRequests requests = this->requests(BlockRequests::KEYS);
       uint8_t* out = &keys_[run.first * width_];
       if (f.int8) {
-        if (f.kind != Kind::spark) copy_levels<128>(run.keys, run.count, p_.keys, out, width_, requests);
+        if (f.kind != Kind::spark) copy_levels<OFFSET>(run.keys, run.count, p_.keys, out, width_, requests);
         else if (f.dim == 64) expand_kept<64>(run, out, requests);
         else if (f.dim == 128) expand_kept<128>(run, out, requests);
         else expand_kept<0>(run, out, requests);
@@ -63,7 +64,7 @@ class LevelEngine : public FloatEngine<T, N> {
       }
       const uint8_t* codes = run.keys.at<uint8_t>(f.scale);
       for (int p = 0; p < f.part_count; ++p) {
-        expand_part<128>(f.parts[p], run.keys.rows(f.channels), run.count, reinterpret_cast<int8_t*>(out) + parts_[p].column,
+        expand_part<OFFSET>(f.parts[p], run.keys.rows(f.channels), run.count, reinterpret_cast<int8_t*>(out) + parts_[p].column,
                          width_, p ? nullptr : &requests);
         read_amplitudes(codes, f.part_count, p, run.count, amplitudes_[p] + run.first);
       }
@@ -83,8 +84,8 @@ class LevelEngine : public FloatEngine<T, N> {
     });
   }
 
-  // Levels of int8 tokens from `place` on, plus OFFSET, as rows of `width` bytes.
-  template <int OFFSET>
+  // Levels of int8 tokens from `place` on, plus ADDED, as rows of `width` bytes.
+  template <int ADDED>
   static void copy_levels(const Place& place, int count, const Side& side, uint8_t* out, int64_t width,
                           const TokenRequests& ahead) {
     const int64_t dim = side.format->dim;
@@ -92,7 +93,18 @@ class LevelEngine : public FloatEngine<T, N> {
     for (int t = 0; t < count; ++t, out += width) {
       ahead(t);
       const int8_t* row = reinterpret_cast<const int8_t*>(rows.at(t));
-      for (int64_t j = 0; j < dim; j += WIDE) store_bytes(out + j, some_bytes(row + j, dim - j, side.pages_end) ^ splat_byte(OFFSET));
+      for (int64_t j = 0; j < dim; j += WIDE) store_bytes(out + j, some_bytes(row + j, dim - j, side.pages_end) ^ splat_byte(ADDED));
+    }
+  }
+
+  // Calls f with an integral constant of the rows, 1 to 4.
+  template <class Function>
+  static void with_rows(int count, const Function& f) {
+    switch (count) {
+      case 1: return f(std::integral_constant<int, 1>{});
+      case 2: return f(std::integral_constant<int, 2>{});
+      case 3: return f(std::integral_constant<int, 3>{});
+      default: f(std::integral_constant<int, 4>{});
     }
   }
 
@@ -100,19 +112,19 @@ class LevelEngine : public FloatEngine<T, N> {
   template <int LIMIT>
   float whole_weights(const float* weights, I* whole) const {
     F scaled[BLOCK / LANES], top{};
-    uint32_t nan = 0;
+    AnyLane nan{};
     for (int i = 0; i < BLOCK / LANES; ++i) {
       scaled[i] = load(weights + LANES * i) * load(steps_ + LANES * i);
-      top = spark::max(top, scaled[i]), nan |= lane_bits(scaled[i] != scaled[i]);
+      top = spark::max(top, scaled[i]), nan |= any_lane(scaled[i] != scaled[i]);
     }
     const float largest = maximum(top), inverse = largest > 0 ? float(LIMIT) / largest : 0.0f;
     for (int i = 0; i < BLOCK / LANES; ++i) whole[i] = nearest_whole(scaled[i] * inverse);
-    return nan ? NAN : largest / float(LIMIT);
+    return is_set(nan) ? NAN : largest / float(LIMIT);
   }
 
   const std::vector<Columns> parts_;
   const int64_t width_, value_width_;
-  Scratch<uint8_t> keys_;   // level + 128
+  Scratch<uint8_t> keys_;   // level + OFFSET
   Scratch<int8_t> levels_;  // of values
   Queries digits_;
   alignas(64) float amplitudes_[MAX_PARTS][BLOCK] = {};
@@ -131,7 +143,7 @@ class LevelEngine : public FloatEngine<T, N> {
     const char* end = p_.keys.pages_end;
     const int8_t* row = run.keys.at<int8_t>(f.channels);
     const uint8_t *keep = run.keys.at<uint8_t>(f.keep), *negative = run.keys.at<uint8_t>(f.negative);
-    const Bytes zero = splat_byte(128), plus = splat_byte(129), minus = splat_byte(127);
+    const Bytes zero = splat_byte(OFFSET), plus = splat_byte(OFFSET + 1), minus = splat_byte(OFFSET - 1);
     for (int t = 0; t < run.count; ++t, row += f.kept, keep += plane, negative += plane, out += width) {
       requests(t);
       int64_t rank = 0;

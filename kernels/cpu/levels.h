@@ -12,7 +12,7 @@ inline Bytes level_bytes(Bytes codes) {
   if constexpr (BITS >= 5) {
     return sum_of_bytes(sum_of_bytes(codes, codes), splat_byte(OFFSET + 1 - (1 << BITS)));
   } else {
-    return look_up(_mm_add_epi8(load<__m128i>(grid_of(BITS).bytes), _mm_set1_epi8(char(OFFSET))), codes);
+    return look_up(load<Sixteen>(grid_of(BITS).bytes) + uint8_t(OFFSET), codes);
   }
 }
 
@@ -43,6 +43,15 @@ inline Bytes codes_of(const uint8_t* plane, int64_t first) {
   else {
     return right(repeated<BYTES>(plane), Shifts<WIDTH, BYTES>::from(first)) & ones;
   }
+}
+
+// The levels of WIDE channels from `first` on, plus OFFSET, whose codes are in a row of them; see codes_of().
+template <int BITS, int OFFSET, int CHANNELS>
+inline Bytes levels_of(const uint8_t* codes, int64_t first) {
+  constexpr int LOW = low_width(BITS), HIGH = high_width(BITS);
+  Bytes code = codes_of<LOW, CHANNELS>(codes, first);
+  if constexpr (HIGH > 0) code |= left<LOW>(codes_of<HIGH, CHANNELS>(codes + CHANNELS * LOW / 8, first));
+  return level_bytes<BITS, OFFSET>(code);
 }
 
 // As each_code() in codes.h for WIDE channels, whose parts of codes are alone in their bytes; nothing after
@@ -81,18 +90,11 @@ inline void expand_levels(const uint8_t* codes, int64_t channels, int8_t* out) {
 template <int BITS, int OFFSET, int CHANNELS, class Each>
 [[gnu::noinline]] void expand_tokens(const uint8_t* codes, int64_t step, int count, int64_t channels, int8_t* out, int64_t width,
                                      const Each* ahead) {
-  constexpr int LOW = low_width(BITS), HIGH = high_width(BITS);
   for (int t = 0; t < count; ++t, codes += step, out += width) {
     if (ahead) (*ahead)(t);
-    if constexpr (CHANNELS == 0) {
-      expand_levels<BITS, OFFSET>(codes, channels, out);
-      continue;
-    } else {
-      for (int j = 0; j < CHANNELS; j += WIDE) {
-        Bytes code = codes_of<LOW, CHANNELS>(codes, j);
-        if constexpr (HIGH > 0) code |= left<LOW>(codes_of<HIGH, CHANNELS>(codes + CHANNELS * LOW / 8, j));
-        store_bytes(out + j, level_bytes<BITS, OFFSET>(code));
-      }
+    if constexpr (CHANNELS == 0) expand_levels<BITS, OFFSET>(codes, channels, out);
+    else {
+      for (int j = 0; j < CHANNELS; j += WIDE) store_bytes(out + j, levels_of<BITS, OFFSET, CHANNELS>(codes, j));
     }
   }
 }

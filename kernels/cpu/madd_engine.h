@@ -23,7 +23,7 @@ class MaddEngine : public LevelEngine<T, QueryWords, 32> {
 
   void scores(const Block& block, int64_t first, int count, float (*scores)[BLOCK]) {
     if (!block.packed) return Floats::scores(block, first, count, scores);
-    with_rows(count, [&](auto rows) { dots<rows>(first, scores); });
+    Base::with_rows(count, [&](auto rows) { dots<rows>(first, scores); });
   }
 
   // Four tokens side by side, for the weights of pairs() to meet.
@@ -54,20 +54,10 @@ class MaddEngine : public LevelEngine<T, QueryWords, 32> {
 
   void accumulate(const Block& block, int64_t first, int count, float (*weights)[BLOCK], const float* rescale, float* sums) {
     if (!block.packed) return Floats::accumulate(block, first, count, weights, rescale, sums);
-    with_rows(count, [&](auto rows) { add_levels<rows>(weights, rescale, sums); });
+    Base::with_rows(count, [&](auto rows) { add_levels<rows>(weights, rescale, sums); });
   }
 
  private:
-  template <class Function>
-  static void with_rows(int count, const Function& f) {
-    switch (count) {
-      case 1: return f(std::integral_constant<int, 1>{});
-      case 2: return f(std::integral_constant<int, 2>{});
-      case 3: return f(std::integral_constant<int, 3>{});
-      default: f(std::integral_constant<int, 4>{});
-    }
-  }
-
   static __m256i even(__m256i bytes) { return _mm256_and_si256(bytes, _mm256_set1_epi16(0xff)); }
   static __m256i odd(__m256i bytes) { return _mm256_srli_epi16(bytes, 8); }
   static __m256i plus_products(__m256i sum, __m256i a, __m256i b) {

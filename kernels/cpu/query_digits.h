@@ -1,4 +1,4 @@
-// Queries as whole numbers for integer products with levels that are stored as level + 128.
+// Queries as whole numbers for integer products with levels.
 #pragma once
 
 #include <cmath>
@@ -26,24 +26,33 @@ inline std::vector<Columns> columns_of(const Format& f) {
   return parts;
 }
 
-// x = unit * (128 * high + low) for each part of each query, 15 bits of the largest one.
+// x = unit * (128 * high + low) for each part of each query, 15 bits of the largest one. MOST: so many queries go into
+// a product, 8 for VNNI, whose levels have no sign, or 4 for NEON.
+template <int MOST>
 class QueryDigits {
   static constexpr float DIGITS = 127 * 128 + 63;  // low digits are -64 to 63
 
  public:
+  static constexpr int OFFSET = MOST == 8 ? 128 : 0;  // of levels
+
   // width: channels of a row of levels.
   QueryDigits(int64_t rows, size_t parts, int64_t width)
-      : rows_(rows), width_(width), parts_(parts), digits_(scratch<int8_t>((rows + 7) / 8 * 16 * width)),
-        corrections_(scratch<int32_t>((rows + 7) / 8 * 8 * int64_t(parts))), units_(scratch<float>((rows + 7) / 8 * 8 * int64_t(parts))) {}
+      : rows_(rows), width_(width), parts_(parts), digits_(scratch<int8_t>((rows + MOST - 1) / MOST * 2 * MOST * width)),
+        corrections_(scratch<int32_t>((rows + MOST - 1) / MOST * MOST * int64_t(parts))),
+        units_(scratch<float>((rows + MOST - 1) / MOST * MOST * int64_t(parts))) {}
 
-  // How many of eight rows of queries from a multiple of eight on a product has columns for, high digits and
-  // then low ones: 2, 4 or 8. What is left of 16 columns is for further words of four channels.
+  // How many of MOST rows of queries from a multiple of MOST on a product has columns for, high digits and
+  // then low ones: MOST, half or a quarter of it.
   int columns(int64_t row) const {
-    const int64_t count = rows_ - row / 8 * 8;
-    return count <= 2 ? 2 : count <= 4 ? 4 : 8;
+    const int64_t count = rows_ - row / MOST * MOST;
+    return count <= MOST / 4 ? MOST / 4 : count <= MOST / 2 ? MOST / 2 : MOST;
   }
-  // 64 bytes for 8 / columns() words.
-  const int8_t* at(int64_t row) const { return &digits_[row / 8 * 16 * width_]; }
+  // Of so many columns, how many words of four channels each has next to each other: what is left of VNNI's 16
+  // columns is for further ones. A single query of NEON has whole registers of channels.
+  static constexpr int words(int columns) { return MOST == 8 ? 8 / columns : columns == 1 ? 4 : 1; }
+  // Bytes of all columns for words().
+  static constexpr int bytes(int columns) { return MOST == 8 ? 64 : 8 * columns * words(columns); }
+  const int8_t* at(int64_t row) const { return &digits_[row / MOST * 2 * MOST * width_]; }
   float unit(int64_t row, size_t part) const { return units_[place(row, part)]; }
   // 128 * (128 * the sum of the high digits + that of the low ones), as 32 bits have it.
   int32_t correction(int64_t row, size_t part) const { return corrections_[place(row, part)]; }
@@ -55,8 +64,8 @@ class QueryDigits {
     for (int64_t j = 0; j < own.channels; ++j) largest = std::max(largest, std::fabs(query[j])), nan |= std::isnan(query[j]);
     const float inverse = largest > 0 && !nan ? DIGITS / largest : 0.0f;
     units_[place(row, part)] = nan ? NAN : largest / DIGITS;
-    const int rows = columns(row), span = 8 / rows, r = int(row % 8);
-    int8_t* digits = &digits_[row / 8 * 16 * width_];
+    const int rows = columns(row), span = words(rows), r = int(row % MOST);
+    int8_t* digits = &digits_[row / MOST * 2 * MOST * width_];
     uint32_t total = 0;
     for (int64_t j = 0; j < own.channels; ++j) {
       const int whole = nan ? 0 : int(std::lrint(query[j] * inverse)), high = (whole + 64) >> 7;
@@ -64,14 +73,14 @@ class QueryDigits {
       total += uint32_t(whole);
       const int64_t word = (own.column + j) / 4;
       for (int d = 0; d < 2; ++d) {
-        digits[word / span * 64 + ((d * rows + r) * span + word % span) * 4 + j % 4] = both[d];
+        digits[word / span * bytes(rows) + ((d * rows + r) * span + word % span) * 4 + j % 4] = both[d];
       }
     }
     corrections_[place(row, part)] = int32_t(128 * total);
   }
 
  private:
-  int64_t place(int64_t row, size_t part) const { return (row / 8 * int64_t(parts_) + int64_t(part)) * 8 + row % 8; }
+  int64_t place(int64_t row, size_t part) const { return (row / MOST * int64_t(parts_) + int64_t(part)) * MOST + row % MOST; }
 
   const int64_t rows_, width_;
   const size_t parts_;
@@ -84,6 +93,8 @@ class QueryDigits {
 // the even ones in front of the odd ones.
 class QueryWords {
  public:
+  static constexpr int OFFSET = 128;  // of levels
+
   QueryWords(int64_t rows, size_t parts, int64_t width)
       : width_(width), parts_(parts), words_(scratch<int16_t>(rows * width)), corrections_(scratch<int32_t>(rows * int64_t(parts))),
         units_(scratch<float>(rows * int64_t(parts))) {}

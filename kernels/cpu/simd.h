@@ -11,12 +11,18 @@
 #include <utility>
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(SPARK_NEON)
+#include <arm_neon.h>
+
+#include <array>
 #endif
 
 namespace spark {
 
 #if defined(__AVX512F__)
 constexpr int LANES = 16;
+#elif defined(SPARK_NEON)
+constexpr int LANES = 4;  // GCC takes vectors of two registers apart, number by number
 #else
 constexpr int LANES = 8;
 #endif
@@ -57,6 +63,10 @@ inline void store_low_bytes(void* p, I numbers) {
   // GCC would take the numbers out of the vector one by one.
   const __m256i low = _mm256_shuffle_epi8(__m256i(numbers), _mm256_set1_epi32(0x0c080400));
   _mm_storel_epi64((__m128i*)p, _mm_unpacklo_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1)));
+#elif defined(SPARK_NEON)
+  const uint16x4_t halves = vmovn_u32(uint32x4_t(numbers));
+  const uint8x8_t bytes = vmovn_u16(vcombine_u16(halves, halves));
+  std::memcpy(p, &bytes, LANES);
 #else
   typedef uint8_t Bytes __attribute__((vector_size(LANES)));
   const Bytes bytes = __builtin_convertvector(numbers, Bytes);
@@ -69,6 +79,10 @@ inline void store_low_bytes(void* p, I a, I b, I c, I d) {
   const __m256i first = _mm256_packs_epi32(__m256i(a) & low, __m256i(b) & low);
   const __m256i last = _mm256_packs_epi32(__m256i(c) & low, __m256i(d) & low);
   _mm256_storeu_si256((__m256i*)p, _mm256_permutevar8x32_epi32(_mm256_packus_epi16(first, last), order));
+#elif defined(SPARK_NEON)
+  const uint16x8_t first = vuzp1q_u16(uint16x8_t(a), uint16x8_t(b)), last = vuzp1q_u16(uint16x8_t(c), uint16x8_t(d));
+  const uint8x16_t bytes = vuzp1q_u8(uint8x16_t(first), uint8x16_t(last));
+  std::memcpy(p, &bytes, 4 * LANES);
 #else
   const I all[] = {a, b, c, d};
   for (int i = 0; i < 4; ++i) store_low_bytes(static_cast<char*>(p) + i * LANES, all[i]);
@@ -92,6 +106,8 @@ inline float to_float(bf16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); 
 inline float to_float(half x) {
 #if defined(__F16C__)
   return _cvtsh_ss(x.bits);
+#elif defined(SPARK_NEON)
+  return bit_cast<__fp16>(x.bits);
 #else
   const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, magnitude = x.bits & 0x7fff;
   if (magnitude >= 0x7c00) return bit_cast<float>(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);
@@ -117,6 +133,8 @@ template <>
 inline half from_float(float x) {
 #if defined(__F16C__)
   return {uint16_t(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT))};
+#elif defined(SPARK_NEON)
+  return {bit_cast<uint16_t>(__fp16(x))};
 #else
   const uint32_t sign = bit_cast<uint32_t>(x) >> 16 & 0x8000, bits = bit_cast<uint32_t>(x) & 0x7fffffff;
   if (bits > 0x7f800000) return {uint16_t(sign | 0x7e00)};
@@ -143,6 +161,8 @@ inline F load_floats(const bf16* p) {
       _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
 #elif defined(__AVX2__)
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
+#elif defined(SPARK_NEON)
+  return F(vshlq_n_u32(vmovl_u16(load<uint16x4_t>(p)), 16));
 #else
   typedef uint16_t U16 __attribute__((vector_size(LANES * 2)));
   return bit_cast<F>(__builtin_convertvector(load<U16>(p), I) << 16);
@@ -153,6 +173,8 @@ inline F load_floats(const int8_t* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
 #elif defined(__AVX2__)
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#elif defined(SPARK_NEON)
+  return F(vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vcreate_s8(load<uint32_t>(p)))))));
 #else
   F v;
   for (int i = 0; i < LANES; ++i) v[i] = p[i];
@@ -164,6 +186,8 @@ inline F load_floats(const half* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
 #elif defined(__AVX2__) && defined(__F16C__)
   return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#elif defined(SPARK_NEON)
+  return F(vcvt_f32_f16(load<float16x4_t>(p)));
 #else
   F v;
   for (int i = 0; i < LANES; ++i) v[i] = to_float(p[i]);
@@ -189,6 +213,8 @@ inline uint32_t lane_bits(I mask) {
   return _mm512_movepi32_mask((__m512i)mask);
 #elif defined(__AVX2__)
   return uint32_t(_mm256_movemask_ps((__m256)mask));
+#elif defined(SPARK_NEON)
+  return vaddvq_u32(uint32x4_t(mask & (splat(1) << lanes())));
 #else
   uint32_t bits = 0;
   for (int i = 0; i < LANES; ++i) bits |= uint32_t(mask[i] & 1) << i;
@@ -196,12 +222,36 @@ inline uint32_t lane_bits(I mask) {
 #endif
 }
 
+// Whether a lane of any of some masks is set: they are collected by or, and looked at once.
+#if defined(SPARK_NEON)
+typedef I AnyLane;
+inline I any_lane(I mask) { return mask; }
+inline bool is_set(I any) { return vmaxvq_u32(uint32x4_t(any)) != 0; }
+#else
+typedef uint32_t AnyLane;
+inline uint32_t any_lane(I mask) { return lane_bits(mask); }
+inline bool is_set(uint32_t any) { return any != 0; }
+#endif
+
 // v with the sign of the lanes whose bit is set turned.
 inline F negate(F v, uint32_t bits) {
   return bit_cast<F>(bit_cast<I>(v) ^ (lane_mask(bits) & splat(int32_t(0x80000000))));
 }
 
 inline F select(I mask, F yes, F no) { return mask ? yes : no; }
+
+#if defined(SPARK_NEON)
+// For each four bits, the bytes that expand() takes from where; none where there is no bit.
+alignas(16) inline constexpr std::array<std::array<uint8_t, 16>, 16> EXPANSIONS = [] {
+  std::array<std::array<uint8_t, 16>, 16> made{};
+  for (int bits = 0; bits < 16; ++bits) {
+    for (int j = 0, rank = 0; j < LANES; rank += bits >> j & 1, ++j) {
+      for (int byte = 0; byte < 4; ++byte) made[bits][4 * j + byte] = uint8_t(bits >> j & 1 ? 4 * rank + byte : 255);
+    }
+  }
+  return made;
+}();
+#endif
 
 // Lane j gets packed[rank of j among the set bits]; lanes without a bit keep theirs of `others`.
 inline F expand(F others, F packed, uint32_t bits) {
@@ -215,6 +265,8 @@ inline F expand(F others, F packed, uint32_t bits) {
       _mm256_cvtepi8_epi32(_mm_cvtsi64_si128(_pdep_u64(0x0706050403020100, wide)));
   const __m256i keep = _mm256_cvtepi8_epi32(_mm_cvtsi64_si128(wide));
   return _mm256_blendv_ps(others, _mm256_permutevar8x32_ps(packed, rank), _mm256_castsi256_ps(keep));
+#elif defined(SPARK_NEON)
+  return F(vqtbx1q_u8(uint8x16_t(others), uint8x16_t(packed), load<uint8x16_t>(EXPANSIONS[bits].data())));
 #else
   for (int j = 0, rank = 0; j < LANES; ++j) {
     if (bits >> j & 1) others[j] = packed[rank++];
@@ -264,8 +316,12 @@ inline F halve(F a, F b, std::index_sequence<L...>) {
 // v[0] becomes the vector of the sums of v[0], v[1], ... v[LANES - 1].
 template <int H = LANES / 2>
 inline void sums(F* v) {
+#if defined(SPARK_NEON)
+  v[0] = vpaddq_f32(vpaddq_f32(v[0], v[1]), vpaddq_f32(v[2], v[3]));
+#else
   for (int i = 0; i < H; ++i) v[i] = halve<H>(v[i], v[i + H], std::make_index_sequence<LANES>{});
   if constexpr (H > 1) sums<H / 2>(v);
+#endif
 }
 
 // e^x for x <= 0 within 2 ulp (Cephes' polynomial); 0 below -87, -inf included.

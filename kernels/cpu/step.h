@@ -7,6 +7,8 @@
 #include "vnni_engine.h"
 #elif defined(__AVX2__)
 #include "madd_engine.h"
+#elif defined(SPARK_NEON)
+#include "neon_engine.h"
 #endif
 #if defined(SPARK_AMX)
 #include "amx_quantized_engine.h"
@@ -173,6 +175,10 @@ void run(const Problem& p) {
 #elif defined(__AVX2__)
   if constexpr (sizeof(T) == 2) {
     if (can_levels(p)) return attend<T, MaddEngine<T>>(p);
+  }
+#elif defined(SPARK_NEON)
+  if constexpr (sizeof(T) == 2) {
+    if (can_levels(p)) return attend<T, NeonEngine<T>>(p);
   }
 #endif
   attend<T, FloatEngine<T>>(p);

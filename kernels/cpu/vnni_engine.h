@@ -12,8 +12,8 @@ namespace spark {
 
 // T: the model's dtype.
 template <class T>
-class VnniEngine : public LevelEngine<T, QueryDigits, 64> {
-  using Base = LevelEngine<T, QueryDigits, 64>;
+class VnniEngine : public LevelEngine<T, QueryDigits<8>, 64> {
+  using Base = LevelEngine<T, QueryDigits<8>, 64>;
   using Floats = FloatEngine<T, 64>;
   using Base::amplitudes_, Base::biases_, Base::digits_, Base::keys_, Base::levels_, Base::p_, Base::parts_, Base::value_width_,
       Base::width_;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import platform
 import subprocess
 import sys
 import time
@@ -41,6 +42,10 @@ def test_an_older_cpu_gets_a_lower_level(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has | {"avx_vnni": True})
     assert build.supported() == ("avxvnni", "avx2", "plain")
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has | {"f16c": False})
+    assert build.supported() == ("plain",)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"neon": True, "dot": True})
+    assert build.supported() == ("neon", "plain")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"neon": True, "dot": False})
     assert build.supported() == ("plain",)
 
 
@@ -145,7 +150,9 @@ def test_gcc_before_12_can_compile_the_sources() -> None:
     compiler = build.compiler_command()
     if "clang" in build._run([*compiler, "--version"]):
         pytest.skip("this compiler is not GCC")
-    for level in ("plain", "avx2", "avxvnni", "avx512"):
+    is_arm = platform.machine() in ("aarch64", "arm64")
+    levels = ("plain", "neon") if is_arm else ("plain", "avx2", "avxvnni", "avx512")
+    for level in levels:
         older = ["-U__GNUC__", "-D__GNUC__=11", "-D__builtin_shufflevector=newer", "-fsyntax-only"]
         build._run([*compiler, *build._arguments(level), "-O0", *older])
 
