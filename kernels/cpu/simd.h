@@ -3,19 +3,13 @@
 // express (expansion by a mask, half-precision conversion) is written per instruction set.
 #pragma once
 
+#include <array>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <limits>
-#include <type_traits>
 #include <utility>
-#if defined(__AVX2__)
-#include <immintrin.h>
-#elif defined(SPARK_NEON)
-#include <arm_neon.h>
 
-#include <array>
-#endif
+#include "numbers.h"
 
 namespace spark {
 
@@ -33,22 +27,7 @@ typedef uint32_t U __attribute__((vector_size(LANES * 4)));
 
 constexpr float INF = std::numeric_limits<float>::infinity();
 
-struct bf16 {
-  uint16_t bits;
-};
-struct half {
-  uint16_t bits;
-};
-
 constexpr int64_t round_up(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
-
-template <class To, class From>
-inline To bit_cast(const From& from) {
-  static_assert(sizeof(To) == sizeof(From));
-  To to;
-  std::memcpy(&to, &from, sizeof(To));
-  return to;
-}
 
 template <class V = F>
 inline V load(const void* address) {
@@ -97,60 +76,6 @@ inline I lanes(std::index_sequence<L...>) {
 }
 // 0, 1, 2, ...
 inline I lanes() { return lanes(std::make_index_sequence<LANES>{}); }
-
-// One number
-
-inline float to_float(float x) { return x; }
-inline float to_float(int8_t x) { return x; }
-inline float to_float(bf16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
-inline float to_float(half x) {
-#if defined(__F16C__)
-  return _cvtsh_ss(x.bits);
-#elif defined(SPARK_NEON)
-  return bit_cast<__fp16>(x.bits);
-#else
-  const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, magnitude = x.bits & 0x7fff;
-  if (magnitude >= 0x7c00) return bit_cast<float>(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);
-  // Scaled by 2^112 the float with these bits is the number, subnormals included.
-  const float scaled = bit_cast<float>(magnitude << 13) * 0x1p112f;
-  return bit_cast<float>(bit_cast<uint32_t>(scaled) | sign);
-#endif
-}
-
-template <class T>
-inline T from_float(float x);
-template <>
-inline float from_float(float x) {
-  return x;
-}
-template <>
-inline bf16 from_float(float x) {
-  const uint32_t bits = bit_cast<uint32_t>(x);
-  if (x != x) return {uint16_t(bits >> 16 | 0x40)};
-  return {uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
-}
-template <>
-inline half from_float(float x) {
-#if defined(__F16C__)
-  return {uint16_t(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT))};
-#elif defined(SPARK_NEON)
-  return {bit_cast<uint16_t>(__fp16(x))};
-#else
-  const uint32_t sign = bit_cast<uint32_t>(x) >> 16 & 0x8000, bits = bit_cast<uint32_t>(x) & 0x7fffffff;
-  if (bits > 0x7f800000) return {uint16_t(sign | 0x7e00)};
-  if (bits >= 0x477ff000) return {uint16_t(sign | 0x7c00)};
-  if (bits < 0x38800000) {  // subnormal: adding 0.5 rounds to units of 2^-24
-    return {uint16_t(sign | (bit_cast<uint32_t>(bit_cast<float>(bits) + 0.5f) & 0x7fff))};
-  }
-  return {uint16_t(sign | (bits - 0x38000000 + 0xfff + (bits >> 13 & 1)) >> 13)};
-#endif
-}
-template <class T>
-constexpr float largest() {
-  return std::is_same_v<T, half> ? 65504.0f
-      : std::is_same_v<T, bf16>  ? 3.38953139e38f
-                                 : std::numeric_limits<float>::max();
-}
 
 // LANES numbers in a row
 
