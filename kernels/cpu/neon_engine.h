@@ -216,12 +216,15 @@ class NeonEngine : public LevelEngine<T, QueryDigits<4>, 64> {
   template <int ROWS, int VECTORS, size_t... PRODUCT>
   static void add_products(const uint8_t* values, const WeightDigits<ROWS>& digits, int t, int32x4_t (&own)[VECTORS][2 * ROWS],
                            std::index_sequence<PRODUCT...>) {
-    constexpr auto column = WeightDigits<ROWS>::column;
     int8x16_t words[WeightDigits<ROWS>::VECTORS];
     for (int v = 0; v < WeightDigits<ROWS>::VECTORS; ++v) words[v] = load<int8x16_t>(digits.words[v] + t);
     for (int c = 0; c < VECTORS; ++c) {
       const int8x16_t value = load<int8x16_t>(values + 16 * c);
-      ((own[c][PRODUCT] = vdotq_laneq_s32(own[c][PRODUCT], value, words[column(PRODUCT) / 4], column(PRODUCT) % 4)), ...);
+      const auto add = [&](auto constant) {
+        constexpr int product = decltype(constant)::value, column = WeightDigits<ROWS>::column(product), word = column % 4;
+        own[c][product] = vdotq_laneq_s32(own[c][product], value, words[column / 4], word);
+      };
+      (add(std::integral_constant<int, PRODUCT>{}), ...);
     }
   }
 
