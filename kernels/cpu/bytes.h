@@ -32,6 +32,23 @@ inline ByteMask plane_bytes(const uint8_t* plane, int64_t first, int64_t bytes) 
   return bits;
 }
 
+#if !defined(__AVX512BW__)
+// The first `count` bytes, then zeros; nothing after them is read, or with an `end` nothing from there on.
+inline Bytes some_bytes(const int8_t* p, int64_t count) {
+  if (count >= WIDE) return load<Bytes>(p);
+#if defined(__AVX2__)
+  if (count % 4 == 0) return _mm256_maskload_epi32(reinterpret_cast<const int*>(p), __m256i(lanes() < splat(int32_t(count / 4))));
+#endif
+  int8_t copy[WIDE] = {};
+  std::memcpy(copy, p, size_t(count));
+  return load<Bytes>(copy);
+}
+inline Bytes some_bytes(const int8_t* p, int64_t count, const char* end) {
+  return reinterpret_cast<const char*>(p + WIDE) <= end ? load<Bytes>(p) : some_bytes(p, count);
+}
+inline void store_some(int8_t* p, int64_t count, Bytes v) { std::memcpy(p, &v, size_t(std::min<int64_t>(count, WIDE))); }
+#endif
+
 #if defined(__AVX512BW__)
 
 inline Bytes splat_byte(int x) { return _mm512_set1_epi8(char(x)); }
@@ -93,16 +110,6 @@ inline Bytes choose(ByteMask mask, Bytes yes, Bytes no) {
 }
 inline I nearest_whole(F x) { return I(_mm256_cvtps_epi32(__m256(x))); }
 
-inline Bytes some_bytes(const int8_t* p, int64_t count) {
-  if (count >= WIDE) return load<Bytes>(p);
-  if (count % 4 == 0) return _mm256_maskload_epi32(reinterpret_cast<const int*>(p), __m256i(lanes() < splat(int32_t(count / 4))));
-  int8_t copy[WIDE] = {};
-  std::memcpy(copy, p, size_t(count));
-  return load<Bytes>(copy);
-}
-inline Bytes some_bytes(const int8_t* p, int64_t count, const char* end) {
-  return reinterpret_cast<const char*>(p + WIDE) <= end ? load<Bytes>(p) : some_bytes(p, count);
-}
 inline Bytes expand_bytes(ByteMask mask, const int8_t* packed, int64_t count, const char* end) {
   int8_t copy[WIDE];
   if (reinterpret_cast<const char*>(packed + WIDE) > end) store_bytes(copy, some_bytes(packed, count)), packed = copy;
@@ -112,7 +119,6 @@ inline Bytes expand_bytes(ByteMask mask, const int8_t* packed, int64_t count, co
   };
   return _mm256_set_epi64x(eight(24), eight(16), eight(8), eight(0));
 }
-inline void store_some(int8_t* p, int64_t count, Bytes v) { std::memcpy(p, &v, size_t(std::min<int64_t>(count, WIDE))); }
 
 template <int COUNT>
 inline Bytes repeated(const uint8_t* p) {
@@ -140,15 +146,6 @@ inline Bytes byte_mask(ByteMask mask) {
 inline Bytes choose(ByteMask mask, Bytes yes, Bytes no) { return Bytes(vbslq_u8(byte_mask(mask), yes, no)); }
 inline I nearest_whole(F x) { return I(vcvtnq_s32_f32(x)); }
 
-inline Bytes some_bytes(const int8_t* p, int64_t count) {
-  if (count >= WIDE) return load<Bytes>(p);
-  int8_t copy[WIDE] = {};
-  std::memcpy(copy, p, size_t(count));
-  return load<Bytes>(copy);
-}
-inline Bytes some_bytes(const int8_t* p, int64_t count, const char* end) {
-  return reinterpret_cast<const char*>(p + WIDE) <= end ? load<Bytes>(p) : some_bytes(p, count);
-}
 inline Bytes expand_bytes(ByteMask mask, const int8_t* packed, int64_t count, const char* end) {
   const Bytes set = byte_mask(mask), few = some_bytes(packed, count, end);
   // Of the bytes up to each, minus the number of set ones, in four steps: one less than that number is its rank.
@@ -159,7 +156,6 @@ inline Bytes expand_bytes(ByteMask mask, const int8_t* packed, int64_t count, co
   counts += Bytes(vextq_u8(none, counts, 8));
   return look_up(few, ~(counts & set));  // from 16 on: 0
 }
-inline void store_some(int8_t* p, int64_t count, Bytes v) { std::memcpy(p, &v, size_t(std::min<int64_t>(count, WIDE))); }
 
 template <int COUNT>
 inline Bytes repeated(const uint8_t* p) {
