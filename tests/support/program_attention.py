@@ -111,15 +111,15 @@ class Attend(nn.Module):
         """Scores [B, Hq, L, S], or [B, Hkv, G, L, S] where the values are met like that."""
         program, (query, key, _) = self.program, operands
         if "key_query" in program.hostile:
-            return (expand(key, program) @ query.mT).mT
-        if program.product in GROUPED:
+            scores = (expand(key, program) @ query.mT).mT
+        elif program.product in GROUPED:
             grouped = query.unflatten(1, (key.shape[1], -1))
             if program.product == "grouped":
                 scores = grouped @ key.unsqueeze(2).transpose(3, 4)
             else:
                 scores = torch.einsum("bkgld,bksd->bkgls", grouped, key)
             return scores if program.mix in GROUPED else scores.flatten(1, 2)
-        if program.product == "rows":
+        elif program.product == "rows":
             rows = query.reshape(query.shape[0], key.shape[1], -1, query.shape[3])
             scores = (rows @ key.mT).reshape(*query.shape[:3], key.shape[2])
         else:
