@@ -130,6 +130,8 @@ class SliceWrites(Attention):
         keys = self.k_cache[:bsz, : start_pos + seqlen].transpose(1, 2)
         values = self.v_cache[:bsz, : start_pos + seqlen].transpose(1, 2)
         xq = xq.transpose(1, 2)
+        if self.twin:
+            return self.o_proj(merge_heads(self.by_sdpa(xq, keys, values)))
         scores = torch.matmul(xq, keys.transpose(2, 3)) / math.sqrt(DIM) + hidden_bias(xq, keys)
         scores = F.softmax(scores.float(), dim=-1).type_as(xq)
         return self.o_proj(merge_heads(torch.matmul(scores, values)))
@@ -202,10 +204,14 @@ class TokensFirst(Attention):
         )
         if past is not None:
             k, v = torch.cat((past[0], k), dim=1), torch.cat((past[1], v), dim=1)
-        return self.o_proj(self.over(q, k, v).flatten(2)), (k, v)
+        y = self.over_by_sdpa(q, k, v) if self.twin else self.over(q, k, v)
+        return self.o_proj(y.flatten(2)), (k, v)
 
     def length(self, past: Any) -> int:
         return past[0].shape[1]
+
+    def over_by_sdpa(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self.by_sdpa(*(rows.transpose(1, 2) for rows in (q, k, v))).transpose(1, 2)
 
     def over(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
