@@ -89,7 +89,8 @@ def _slice(
 
 
 def _cat(tensors: list[Tensor], dim: int = 0) -> Any:
-    state, *rest = tensors
+    # As torch does, past nothing at all, which is what transformers' caches begin with.
+    state, *rest = [t for t in tensors if t.shape != (0,) or t.dtype != tensors[-1].dtype]
     if not isinstance(state, SparkTensor) or state.static or dim % 4 != state.form.tokens_dim:
         return NotImplemented
     if any(t.dim() != 4 or _without(t, dim) != _without(state, dim) for t in rest):

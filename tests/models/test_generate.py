@@ -175,7 +175,7 @@ def test_a_prefix_becomes_a_batch() -> None:
     assert torch.equal(actual, model.generate(whole, **arguments))
 
 
-@pytest.mark.parametrize("filler", ["dense", pytest.param("compressed", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("filler", ["dense", "compressed"])
 @pytest.mark.filterwarnings("ignore::spark_compile.SparkWarning")
 def test_a_cache_made_of_tuples(filler: str) -> None:
     """Keys and values of each layer, as older code hands them on, filled by either model."""
