@@ -240,10 +240,8 @@ class AmxInt8Engine : public AmxEngine<N> {
 
   // Eight queries with all tokens of a packed block.
   void multiply_eight(int64_t first) {
-    for (int t = 0; t < BLOCK; t += 32) {
-      multiply(&kept_[t * key_width_], digits(first, 0), key_width_, kept_dots_ + t);
-      if (has_signs_) multiply(&signs_[t * key_width_], digits(first, 1), key_width_, sign_dots_ + t);
-    }
+    multiply(kept_.get(), digits(first, 0), key_width_, kept_dots_);
+    if (has_signs_) multiply(signs_.get(), digits(first, 1), key_width_, sign_dots_);
   }
 
   template <bool SIGNS>
@@ -272,20 +270,22 @@ class AmxInt8Engine : public AmxEngine<N> {
     for (int i = 0; i < 4; ++i) numbers[i] = joined(bit_cast<__m512i>(numbers[i]), bit_cast<__m512i>(low[i]));
   }
 
-  // Products of 32 tokens with the digits of eight queries, in `channels` columns; sums side by side.
+  // Products of a block's tokens with the digits of eight queries, in `channels` columns; sums side by side.
   void multiply(const int8_t* keys, const int8_t* query, int64_t channels, int32_t (*dots)[16]) {
     const int64_t width = key_width_;
-    TILE_ZERO(0);
-    TILE_ZERO(2);
-    for (int64_t j = 0; j < channels; j += 64) {
-      TILE_LOAD(7, query + j * 16, 64);
-      TILE_LOAD(5, keys + j, width);
-      TILE_ADD_INT8(0, 5, 7);
-      TILE_LOAD(4, keys + 16 * width + j, width);
-      TILE_ADD_INT8(2, 4, 7);
+    for (int t = 0; t < BLOCK; t += 32, keys += 32 * width) {
+      TILE_ZERO(0);
+      TILE_ZERO(2);
+      for (int64_t j = 0; j < channels; j += 64) {
+        TILE_LOAD(7, query + j * 16, 64);
+        TILE_LOAD(5, keys + j, width);
+        TILE_ADD_INT8(0, 5, 7);
+        TILE_LOAD(4, keys + 16 * width + j, width);
+        TILE_ADD_INT8(2, 4, 7);
+      }
+      TILE_STORE(0, dots[t], 64);
+      TILE_STORE(2, dots[t + 16], 64);
     }
-    TILE_STORE(0, dots[0], 64);
-    TILE_STORE(2, dots[16], 64);
   }
 
   const Problem& p_;

@@ -126,10 +126,7 @@ class AmxQuantizedEngine : public AmxInt8Engine<N> {
 
   // Eight queries with a part, from column `at` on, of all keys.
   void multiply_part(int64_t first, const Part& part, int64_t at) {
-    const int64_t channels = round_up(part.channels, 64);
-    for (int t = 0; t < BLOCK; t += 32) {
-      this->multiply(&kept_[t * key_width_ + at], this->digits(first, 0) + at * 16, channels, kept_dots_ + t);
-    }
+    this->multiply(&kept_[at], this->digits(first, 0) + at * 16, round_up(part.channels, 64), kept_dots_);
   }
 
   void score_eight(int64_t first, int count, float (*scores)[BLOCK]) {

@@ -76,23 +76,27 @@ inline void expand_levels(const uint8_t* codes, int64_t channels, int8_t* out) {
   }
 }
 
+// WIDE levels, plus OFFSET, of a part of CHANNELS from channel `first` on.
+template <int BITS, int OFFSET, int CHANNELS>
+inline Bytes levels_of(const uint8_t* codes, int64_t first) {
+  constexpr int LOW = low_width(BITS), HIGH = high_width(BITS);
+  Bytes code = codes_of<LOW, CHANNELS>(codes, first);
+  if constexpr (HIGH > 0) code |= left<LOW>(codes_of<HIGH, CHANNELS>(codes + CHANNELS * LOW / 8, first));
+  return level_bytes<BITS, OFFSET>(code);
+}
+
 // The levels of one part, plus OFFSET, of `count` tokens, whose codes are `step` bytes apart, as rows of `width` bytes.
 // CHANNELS: of the part, whose row then has room for multiples of 64; or 0 for any number.
 template <int BITS, int OFFSET, int CHANNELS, class Each>
 [[gnu::noinline]] void expand_tokens(const uint8_t* codes, int64_t step, int count, int64_t channels, int8_t* out, int64_t width,
                                      const Each* ahead) {
-  constexpr int LOW = low_width(BITS), HIGH = high_width(BITS);
   for (int t = 0; t < count; ++t, codes += step, out += width) {
     if (ahead) (*ahead)(t);
     if constexpr (CHANNELS == 0) {
       expand_levels<BITS, OFFSET>(codes, channels, out);
       continue;
     } else {
-      for (int j = 0; j < CHANNELS; j += WIDE) {
-        Bytes code = codes_of<LOW, CHANNELS>(codes, j);
-        if constexpr (HIGH > 0) code |= left<LOW>(codes_of<HIGH, CHANNELS>(codes + CHANNELS * LOW / 8, j));
-        store_bytes(out + j, level_bytes<BITS, OFFSET>(code));
-      }
+      for (int j = 0; j < CHANNELS; j += WIDE) store_bytes(out + j, levels_of<BITS, OFFSET, CHANNELS>(codes, j));
     }
   }
 }

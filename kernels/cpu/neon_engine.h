@@ -124,15 +124,6 @@ class NeonEngine : public LevelEngine<T, QueryDigits<4>, 64> {
     }
   }
 
-  // 16 levels of a token from channel `first` on, as expand_tokens() has them.
-  template <int BITS, int CHANNELS>
-  static uint8x16_t levels_of(const uint8_t* codes, int64_t first) {
-    constexpr int LOW = low_width(BITS), HIGH = high_width(BITS);
-    Bytes code = codes_of<LOW, CHANNELS>(codes, first);
-    if constexpr (HIGH > 0) code |= left<LOW>(codes_of<HIGH, CHANNELS>(codes + CHANNELS * LOW / 8, first));
-    return uint8x16_t(level_bytes<BITS>(code));
-  }
-
   // Four tokens side by side. BITS: of the codes, or 0 for int8; CHANNELS: of a value, or 0 for any number.
   template <int BITS, int CHANNELS>
   [[gnu::noinline]] void put_values(const Block& block) {
@@ -151,7 +142,7 @@ class NeonEngine : public LevelEngine<T, QueryDigits<4>, 64> {
       uint8_t* to = &values_[t * 16];
       for (int64_t j = 0; j < dim; j += 16) {
         const auto levels = [&](int i) {
-          if constexpr (CHANNELS > 0) return levels_of<BITS, CHANNELS>(rows[i], j);
+          if constexpr (CHANNELS > 0) return uint8x16_t(levels_of<BITS, 0, CHANNELS>(rows[i], j));
           else if constexpr (BITS > 0) return load<uint8x16_t>(rows[i] + j);
           else return uint8x16_t(some_bytes(reinterpret_cast<const int8_t*>(rows[i]) + j, dim - j, end));
         };
