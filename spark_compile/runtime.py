@@ -72,11 +72,13 @@ class SparkGraph:
         fakes = flattened(fakes, program.wrapped)
         self._wrapped = program.wrapped
         self._outputs = tuple(program.outputs)
-        self._inputs = tuple(program.inputs)
+        self._states = {
+            index: plan for index, plan in enumerate(program.inputs) if isinstance(plan, StateInput)
+        }
         self._extra = {
             index: Length(plan.growth.extra, fakes)
-            for index, plan in enumerate(program.inputs)
-            if isinstance(plan, StateInput) and plan.growth is not None
+            for index, plan in self._states.items()
+            if plan.growth is not None
         }
         self._lengths = {
             id(plan): Length(plan.length, fakes)
@@ -94,10 +96,10 @@ class SparkGraph:
         args = flattened(whole_args, self._wrapped) if self._wrapped else whole_args
         flat: list[Any] = []
         grown: dict[int, SparkTensor] = {}
-        for index, (plan, value) in enumerate(zip(self._inputs, args, strict=True)):
-            if not isinstance(plan, StateInput):
-                flat.append(value)
-                continue
+        start = 0
+        for index, plan in self._states.items():
+            flat += args[start:index]
+            value, start = args[index], index + 1
             if plan.growth is None:
                 if plan.adopted is not None and not is_static(value):
                     value = adopt(value, plan.adopted, args)
@@ -111,7 +113,7 @@ class SparkGraph:
                 grown[index] = state
             if plan.with_length:
                 flat.append(value.tokens)
-        results = self._compiled(*flat)
+        results = self._compiled(*flat, *args[start:])
         outputs: dict[int, Any] = {}  # by plan: one that is returned twice is one object
         for output in self._outputs:
             if id(output) not in outputs:

