@@ -62,18 +62,22 @@ def kernels(rows: Rows, path: Path) -> Path:
 
 
 def decode(rows: Rows, path: Path) -> Path:
-    """Time per token over the context, and the memory of the job, one row of panels per model."""
+    """One row of panels per model: time per token and the memory of the job over the context, and
+    the longest context over the memory for keys and values."""
     models = list(dict.fromkeys(row["model"] for row in rows))
-    figure, axes = plt.subplots(len(models), 2, figsize=(11, 4.2 * len(models)), squeeze=False)
+    figure, axes = plt.subplots(len(models), 3, figsize=(16, 4.2 * len(models)), squeeze=False)
+    tokens = ("context", "tokens of context", 1)
+    panels = (
+        (tokens, ("median_ms", "ms per token", 1)),
+        (tokens, ("peak_bytes", "peak memory of the job, MB", 1e6)),
+        (("kv_bytes", "memory for keys and values, MB", 1e6), ("context", "longest context", 1)),
+    )
     for line, model in zip(axes, models, strict=True):
         own = [row for row in rows if row["model"] == model and "error" not in row]
-        for axis, column, label, unit in (
-            (line[0], "median_ms", "ms per token", 1),
-            (line[1], "peak_bytes", "peak memory of the job, MB", 1e6),
-        ):
-            scaled = [{**row, column: row[column] / unit} for row in own]
-            _lines(axis, scaled, "competitor", "context", column)
-            axis.set(title=model, xlabel="tokens of context", ylabel=label)
+        for axis, ((x, x_label, x_unit), (y, y_label, y_unit)) in zip(line, panels, strict=True):
+            scaled = [{**row, x: row[x] / x_unit, y: row[y] / y_unit} for row in own]
+            _lines(axis, scaled, "competitor", x, y)
+            axis.set(title=model, xlabel=x_label, ylabel=y_label)
             axis.set_ylim(bottom=0)
     return _save(figure, axes, path)
 

@@ -47,6 +47,8 @@ _BITS = (
     ("6-5-5-4", 5),
     ("6", 5),
     ("6", 6),
+    ("8", 6),
+    ("8", 8),
 )
 LADDER = tuple(
     (f"quantized(bits={key},scaled=True)", f"quantized(bits={value})") for key, value in _BITS

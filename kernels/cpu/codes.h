@@ -1,4 +1,4 @@
-// Codes of 1 to 6 bits in planes, and the levels that they stand for: kernels/formats/codes.py.
+// Codes of 1 to 8 bits in planes, and the levels that they stand for: kernels/formats/codes.py.
 #pragma once
 
 #include <algorithm>
@@ -9,7 +9,7 @@
 namespace spark {
 
 // The widths of the planes of a code, lowest bits first; no second plane: 0.
-constexpr int low_width(int bits) { return bits >= 4 ? 4 : bits >= 2 ? 2 : 1; }
+constexpr int low_width(int bits) { return bits == 8 ? 8 : bits >= 4 ? 4 : bits >= 2 ? 2 : 1; }
 constexpr int high_width(int bits) { return bits - low_width(bits); }
 
 inline int64_t plane_bytes(int64_t channels, int width) { return (channels * width + 7) / 8; }
@@ -27,7 +27,9 @@ struct alignas(64) Grid {
 // The positive levels for normal numbers.
 inline constexpr int8_t NORMAL[4][8] = {{127}, {38, 127}, {14, 45, 79, 127}, {6, 18, 31, 44, 58, 75, 96, 127}};
 // Standard deviation of the normal numbers in units of the best levels for them.
-inline constexpr float DEVIATION[6] = {159.17f, 84.08f, 59.02f, 46.48f, 38.95f, 33.92f};
+inline constexpr float DEVIATION[8] = {159.17f, 84.08f, 59.02f, 46.48f, 38.95f, 33.92f, 0.0f, 50.0f};
+// The largest of the levels with equal distances, from 5 bits on; codes of 8 bits are int8 levels.
+constexpr int largest_level(int bits) { return bits == 8 ? 127 : (1 << bits) - 1; }
 
 constexpr Grid make_grid(int bits) {
   Grid grid;
@@ -48,7 +50,7 @@ inline constexpr std::array<Grid, 6> GRIDS = [] {
   for (int bits = 1; bits <= 6; ++bits) grids[bits - 1] = make_grid(bits);
   return grids;
 }();
-inline const Grid& grid_of(int bits) { return GRIDS[bits - 1]; }
+inline const Grid& grid_of(int bits) { return GRIDS[bits - 1]; }  // to 6
 
 // Calls f with an integral constant of the bits.
 template <class Function>
@@ -59,7 +61,8 @@ inline void with_bits(int bits, const Function& f) {
     case 3: return f(std::integral_constant<int, 3>{});
     case 4: return f(std::integral_constant<int, 4>{});
     case 5: return f(std::integral_constant<int, 5>{});
-    default: return f(std::integral_constant<int, 6>{});
+    case 6: return f(std::integral_constant<int, 6>{});
+    default: return f(std::integral_constant<int, 8>{});
   }
 }
 
@@ -123,19 +126,32 @@ class Table {
   F parts_[COUNT];
 };
 
+// The levels of codes of BITS bits.
+template <int BITS>
+struct Levels : Table<BITS> {
+  Levels() : Table<BITS>(grid_of(BITS).levels) {}
+};
+template <>
+struct Levels<8> {
+  F operator[](I code) const { return __builtin_convertvector(code << 24 >> 24, F); }
+};
+
 // Finds the codes of the levels, times a unit, next to some numbers; a NaN has the last one.
 template <int BITS>
 class Nearest {
   static constexpr int HALF = 1 << (BITS - 1);
 
  public:
-  explicit Nearest(float unit) : inverse_(0.5f / unit) {
+  explicit Nearest(float unit) : inverse_((BITS == 8 ? 1.0f : 0.5f) / unit) {
     // Of few levels, the middles between them take the unit, so that no number has to be divided.
     for (int c = 0; BITS < 5 && c < 16; ++c) middles_[c] = grid_of(BITS).middles[HALF + c % HALF] * unit;
   }
 
   I code(F x) const {
-    if constexpr (BITS >= 5) {
+    if constexpr (BITS == 8) {
+      const F place = x * inverse_ + 128.5f, most = splat(255.0f);
+      return __builtin_convertvector(spark::max(place < most ? place : most, F{}), I) - 128;
+    } else if constexpr (BITS >= 5) {
       // Between two of the equal distances is an even number of units.
       const F place = x * inverse_ + float(HALF), most = splat(2.0f * HALF - 1);
       return __builtin_convertvector(spark::max(place < most ? place : most, F{}), I);
@@ -197,10 +213,10 @@ inline void each_code(const uint8_t* plane, int64_t channels, const Function& f)
   }
 }
 
-// The numbers of a table that codes of a part point to, times a factor; up to LANES - 1 more are written,
-// and read.
-template <int BITS>
-inline void expand_codes(const uint8_t* codes, int64_t channels, const Table<BITS>& table, float factor, float* out) {
+// The numbers of a table (Levels, too) that codes of a part point to, times a factor; up to LANES - 1 more are
+// written, and read.
+template <int BITS, class Numbers>
+inline void expand_codes(const uint8_t* codes, int64_t channels, const Numbers& table, float factor, float* out) {
   constexpr int LOW = low_width(BITS), HIGH = high_width(BITS);
   if constexpr (HIGH == 0) {
     each_code<LOW>(codes, channels, [&](int64_t j, I code) { store(out + j, table[code] * factor); });

@@ -116,7 +116,7 @@ class QuantizedEncoder {
     const int64_t channels = part.channels;
     float amplitudes[TOGETHER];
     if constexpr (BITS >= 5) {
-      for (int k = 0; k < count; ++k) amplitudes[k] = largest(numbers_[k], channels) / float((1 << BITS) - 1);
+      for (int k = 0; k < count; ++k) amplitudes[k] = largest(numbers_[k], channels) / float(largest_level(BITS));
     } else refit<BITS>(channels, count, amplitudes);
     uint8_t* codes = codes_.get();
     for (int k = 0; k < count; ++k) {

@@ -108,7 +108,7 @@ class FloatRows {
     const int64_t width = width_;
     out += part.first;
     with_bits(part.bits, [&](auto bits) {
-      const Table<bits> table(grid_of(bits).levels);
+      const Levels<bits> table;
       uint8_t copy[MAX_HEAD + LANES];
       for (int t = 0; t < count; ++t, out += width) {
         if (p == 0) ahead(first + t);

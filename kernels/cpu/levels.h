@@ -9,7 +9,9 @@ namespace spark {
 // The levels of codes whose bits are alone in their bytes, plus OFFSET.
 template <int BITS, int OFFSET = 0>
 inline Bytes level_bytes(Bytes codes) {
-  if constexpr (BITS >= 5) {
+  if constexpr (BITS == 8) {
+    return OFFSET ? sum_of_bytes(codes, splat_byte(OFFSET)) : codes;
+  } else if constexpr (BITS >= 5) {
     return sum_of_bytes(sum_of_bytes(codes, codes), splat_byte(OFFSET + 1 - (1 << BITS)));
   } else {
     return look_up(load<Sixteen>(grid_of(BITS).bytes) + uint8_t(OFFSET), codes);

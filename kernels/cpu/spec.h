@@ -82,7 +82,7 @@ inline bool read_parts(View text, Format& f) {
   if (f.dim < 1 || f.dim % words) return false;
   for (int64_t i = 0; i < words; ++i) {
     const int bits = number<int>(next(text, '-')).value_or(0);
-    if (bits < 1 || bits > 6) return false;
+    if (bits < 1 || bits == 7 || bits > 8) return false;
     if (f.part_count == 0 || f.parts[f.part_count - 1].bits != bits) {
       if (f.part_count == MAX_PARTS) return false;
       f.parts[f.part_count++] = {i * (f.dim / words), 0, bits};

@@ -28,8 +28,9 @@ _NORMAL = {
 }  # fmt: skip
 """The positive levels that leave the least squared error of normal numbers (Max 1960, Lloyd 1982),
 in units of 1/127 of the largest."""
-DEVIATION = {1: 159.17, 2: 84.08, 3: 59.02, 4: 46.48, 5: 38.95, 6: 33.92}
-"""The standard deviation of those normal numbers in the same units."""
+DEVIATION = {1: 159.17, 2: 84.08, 3: 59.02, 4: 46.48, 5: 38.95, 6: 33.92, 8: 50.0}
+"""The standard deviation of those normal numbers in the same units; of 8 bits where 127 is the
+largest of about a hundred of them."""
 
 
 @functools.cache
@@ -43,6 +44,12 @@ def normal_grid(bits: int) -> tuple[int, ...]:
 def even_grid(bits: int) -> tuple[int, ...]:
     """The 2^bits ascending levels with equal distances."""
     return tuple(range(1 - 2**bits, 2**bits, 2))
+
+
+@functools.cache
+def int8_grid() -> tuple[int, ...]:
+    """The ascending levels that an int8 has."""
+    return tuple(range(-128, 128))
 
 
 def nearest(numbers: Tensor, grid: tuple[int, ...]) -> Tensor:

@@ -30,6 +30,7 @@ from .codes import (
     DEVIATION,
     code_bytes,
     even_grid,
+    int8_grid,
     levels_of,
     nearest,
     normal_grid,
@@ -43,6 +44,8 @@ FLOOR = 0.01
 """Of the mean: least norm and spread of a channel, and size of a part; no factor is extreme."""
 EVEN_BITS = 5
 """From so many bits on a uniform grid up to the largest channel errs less than a normal one."""
+WHOLE_BITS = 8
+"""Levels of so many bits are int8, and stored as they are."""
 REFITS = 2
 OCTAVE = 16
 """Steps of an amplitude's code per factor of two."""
@@ -71,7 +74,8 @@ class Quantized(Format):
     """
 
     bits: str = "4"
-    """Bits per channel, 1 to 6, or of equal shares of the channels by falling rank: "4-2-2-1"."""
+    """Bits per channel, 1 to 6 and 8, or of equal shares of the channels by falling rank, as in
+    4-2-2-1."""
     scaled: bool = False
     """Query scaling; for keys."""
     rotated: bool = True
@@ -83,8 +87,8 @@ class Quantized(Format):
     def __post_init__(self) -> None:
         object.__setattr__(self, "bits", str(self.bits))  # a text may give it as a number
         words = self.bits.split("-")
-        if any(word not in {"1", "2", "3", "4", "5", "6"} for word in words):
-            allowed = "1 to 6, or several of them as in 4-2-2-1"
+        if any(word not in {"1", "2", "3", "4", "5", "6", "8"} for word in words):
+            allowed = "1 to 6 and 8, or several of them as in 4-2-2-1"
             raise ValueError(f"option 'bits' of {self.NAME!r} is {self.bits}: allowed is {allowed}")
         if len(words) > 1 and not self.scaled:
             raise ValueError(
@@ -132,6 +136,8 @@ class Quantized(Format):
 
     def grid(self, part: Part) -> tuple[int, ...]:
         """The levels of a part."""
+        if part.bits == WHOLE_BITS:
+            return int8_grid()
         return even_grid(part.bits) if self._is_even(part) else normal_grid(part.bits)
 
     def _is_even(self, part: Part) -> bool:
@@ -162,7 +168,7 @@ class Quantized(Format):
             amplitude = self._amplitude(numbers, part)
             codes = nearest(numbers / _positive(amplitude_of(amplitude)), self.grid(part))
             amplitudes.append(amplitude)
-            packed.append(pack_codes(codes, part.bits))
+            packed.append(pack_codes(_as_stored(codes, part), part.bits))
         return {"amplitude": torch.cat(amplitudes, dim=-1), "codes": torch.cat(packed, dim=-1)}
 
     def _amplitude(self, numbers: Tensor, part: Part) -> Tensor:
@@ -185,7 +191,7 @@ class Quantized(Format):
         for part, packed, amplitude, gain in zip(
             self.parts, stored["codes"].split(sizes, -1), amplitudes, _gains(constants), strict=True
         ):
-            codes = unpack_codes(packed, part.channels, part.bits)
+            codes = _as_stored(unpack_codes(packed, part.channels, part.bits), part)
             level = levels_of(codes, self.grid(part)) * (amplitude * gain)
             ranked.append(rotated(level) if self.rotated else level)
         return self._restored(torch.cat(ranked, dim=-1), constants)
@@ -209,6 +215,11 @@ class Quantized(Format):
         center, factor, order = _constants(constants)
         index = order.expand(ranked.shape)
         return torch.zeros_like(ranked).scatter(-1, index, ranked) / factor + center
+
+
+def _as_stored(codes: Tensor, part: Part) -> Tensor:
+    """Codes, uint8, of int8 levels as the levels themselves, and back; others as they are."""
+    return codes ^ 128 if part.bits == WHOLE_BITS else codes
 
 
 def amplitude_of(codes: Tensor) -> Tensor:

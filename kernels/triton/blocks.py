@@ -40,20 +40,22 @@ def fits(dim: int, value_dim: int, dtype: torch.dtype) -> bool:
 
 def attend_blocks(
     dim: int, value_dim: int, dtype: torch.dtype, group: int, one_query: bool, amd: bool,
-    pruned: bool,
+    pruned: bool, fine: bool = False,
 ) -> Blocks:  # fmt: skip
     """Blocks of ``attend_split``.
 
     Of ``pruned`` tokens 16 at a time: with more, what is known of every channel of every token no
     longer fits into registers. AMD keeps predicates in scalar registers, of which more rows or more
-    warps (which share out a row's channels less) need too many.
+    warps (which share out a row's channels less) need too many. Of ``fine`` tokens, whose levels
+    have 8 bits and amplitudes, 16 at a time where the registers are few for 32.
     """
     block_d, block_v = padded(dim), padded(value_dim)
     row_bytes = max(block_d, block_v) * dtype.itemsize
     half = dtype != torch.float32
     if not pruned and half:
-        few = one_query and group <= 16
-        return Blocks(16 if few else 32, 32, block_d, block_v, 4 if row_bytes <= 256 else 8, 3)
+        few = (one_query and group <= 16) or (fine and (amd or row_bytes <= 128))
+        tokens = 16 if fine and (amd or row_bytes <= 256) else 32
+        return Blocks(16 if few else 32, tokens, block_d, block_v, 4 if row_bytes <= 256 else 8, 3)
     many = not amd and half and row_bytes <= 256 and not (one_query and group <= 16)
     short_words = dim % 32 or value_dim % 32  # of which a plane has more
     warps = 8 if not amd and (many or row_bytes > 256 or short_words) else 4

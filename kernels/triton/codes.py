@@ -1,8 +1,9 @@
 """Levels of codes, and rotations, in registers (``kernels/formats/codes`` and ``rotation``).
 
-A *part* is what ``quantized`` calls one: CHANNELS channels whose codes have BITS bits. ``int8`` is
-a part of 8 bits, whose codes are the levels. ``tiles`` gives numbers that a matrix product takes,
-and ``levels_of`` what levels would have given: that costs less per query or token than per channel.
+A *part* is what ``quantized`` calls one: CHANNELS channels whose codes have BITS bits; those of 8
+bits are the levels, and ``int8`` is such a part. ``tiles`` gives numbers that a matrix product
+takes, and ``levels_of`` what levels would have given: that costs less per query or token than per
+channel.
 """
 
 # mypy: disable-error-code="import-untyped, no-redef, untyped-decorator"
@@ -28,7 +29,9 @@ def _packed(numbers: list[int], width: int) -> int:
 
 # The positive levels of the grids of 1 to 4 bits, a byte each; those of b bits from 2^(b-1)-1 on.
 _LEVELS = tl.constexpr(_packed([m for bits in range(1, 5) for m in ptx.magnitudes(bits)], 8))
-_DEVIATIONS = tl.constexpr(_packed([round(DEVIATION[bits] * 100) for bits in range(1, 7)], 16))
+_DEVIATIONS = tl.constexpr(
+    _packed([round(DEVIATION.get(bits, 0) * 100) for bits in range(1, 9)], 16)
+)
 _NIBBLES_BF16, _NIBBLES_FP16 = map(tl.constexpr, ptx.NIBBLES)
 _1_BF16, _1_FP16 = map(tl.constexpr, ptx.LOOKUP[1])
 _2_BF16, _2_FP16 = map(tl.constexpr, ptx.LOOKUP[2])
@@ -152,7 +155,10 @@ def looked_up(code: tl.tensor, BITS: tl.constexpr) -> tl.tensor:
 def nearest(numbers: tl.tensor, BITS: tl.constexpr) -> tl.tensor:
     """``formats.codes.nearest`` of numbers in units of the amplitude: int32 codes."""
     HALF: tl.constexpr = 2 ** (BITS - 1)
-    if BITS >= _EVEN:
+    if BITS == 8:
+        code = tl.floor(numbers + 0.5)
+        code = tl.minimum(tl.maximum(code, -128.0), 127.0).to(tl.int32)
+    elif BITS >= _EVEN:
         # Between two levels is an even number.
         code = tl.floor(numbers * 0.5) + HALF
         code = tl.minimum(tl.maximum(code, 0.0), 2.0 * HALF - 1).to(tl.int32)

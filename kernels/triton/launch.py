@@ -48,6 +48,7 @@ def attend(
     block = blocks.attend_blocks(
         dim, value_dim, query.dtype, group, queries == 1, torch.version.hip is not None,
         keys.constants["PRUNED"] or values.constants["PRUNED"],
+        keys.constants["FINE"] or values.constants["FINE"],
     )  # fmt: skip
     programs = batch * heads * ceil(group * queries, block.rows)
     of_packed, of_dense = blocks.splits(programs, packed, dense, block.tokens)

@@ -40,7 +40,8 @@ def _amplitude_codes(
     """The codes of the amplitudes of rows [N, BLOCK]: int32 [N]."""
     steps = 0.0
     if BITS >= 5:
-        amplitude = tl.div_rn(tl.max(tl.abs(numbers), axis=1), 2.0**BITS - 1)
+        LARGEST: tl.constexpr = 127.0 if BITS == 8 else 2.0**BITS - 1
+        amplitude = tl.div_rn(tl.max(tl.abs(numbers), axis=1), LARGEST)
         steps = tl.ceil(tl.log2(amplitude) * _OCTAVE + _UNIT_CODE)
     else:
         mean = tl.div_rn(tl.sum(numbers * numbers, axis=1), CHANNELS * 1.0)
@@ -116,7 +117,7 @@ def _store_codes(
     BITS: tl.constexpr,
 ) -> None:  # fmt: skip
     """Write the codes of numbers [N, BLOCK], in units of the amplitude, at pointers [N]."""
-    LOW: tl.constexpr = 4 if BITS >= 4 else (2 if BITS >= 2 else 1)
+    LOW: tl.constexpr = 8 if BITS == 8 else (4 if BITS >= 4 else (2 if BITS >= 2 else 1))
     AFTER: tl.constexpr = (CHANNELS * LOW + 7) // 8
     code = nearest(numbers, BITS)
     _store_plane(codes, code, valid, 0, LOW, CHANNELS)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..formats import Dense, Format, Int8, Pruned, Quantized, Spark
 from ..formats.codes import PLANES, code_bytes
+from ..formats.quantized import WHOLE_BITS
 from ..formats.selection import plane_bytes
 from ..layout import HeadLayout, PageLayout
 from ..spec import Side, Spec
@@ -92,6 +93,7 @@ def _constants(pages: PageLayout, head: HeadLayout, ptx: bool) -> dict[str, Any]
         "WORDS": in_words, "PTX": in_words and ptx,
         "SCALED": getattr(format, "scaled", False), "ROTATED": getattr(format, "rotated", False),
         "SPARK": isinstance(format, Spark), "PRUNED": isinstance(format, Spark | Pruned),
+        "FINE": is_quantized and any(part[1] == WHOLE_BITS for part in parts),
         "NOTES": format.uses_queries, "EACH": format.EACH_QUERY, "INT8": "step" in at,
         "RECOVERY": recovery, "SQUARED": getattr(format, "saliency", "") == "squared",
         "AMOUNT": at.get("amplitude", at.get("fill", 0)), "STEP": at.get("step", 0),

@@ -24,6 +24,7 @@ FORMATS = (
     ("spark(kept={0},stored=int8)", "pruned(kept={0},stored=int8)"),
     ("int8", "int8"),
     ("quantized(bits=6,scaled=True)", "quantized(bits=6)"),
+    ("quantized(bits=8,scaled=True)", "quantized(bits=6)"),
     ("quantized(bits=4-2-2-1,scaled=True)", "quantized(bits=3)"),
     ("quantized(bits=5-3,scaled=True)", "quantized(bits=4)"),
     ("quantized(bits=4,scaled=True)", "quantized(bits=2)"),

@@ -243,7 +243,7 @@ def test_random_bytes_lead_nowhere(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("bits", ["1", "2", "3", "4", "5", "6", "6-4-3-1"])
+@pytest.mark.parametrize("bits", ["1", "2", "3", "4", "5", "6", "8-5-3-1"])
 def test_quantized_heads_of_every_size(bits: str, dtype: torch.dtype) -> None:
     """The last row of codes ends where the pages do: nothing after it may be read."""
     for dim in (4, 8, 12, 20, 32, 64, 80, 100, 128, 192, 256, 300, 1024):

@@ -197,6 +197,7 @@ OTHERS = (
 FORMATS = (
     ("dense", "dense"), ("int8", "int8"), ("spark(kept={0})", "pruned(kept={0})"), INT8,
     ("quantized(bits=6,scaled=True)", "quantized(bits=6)"),
+    ("quantized(bits=8,scaled=True)", "quantized(bits=8)"),
     ("quantized(bits=4-2-2-1,scaled=True)", "quantized(bits=3)"),
     ("quantized(bits=5-3,scaled=True)", "quantized(bits=4)"),
 )  # fmt: skip

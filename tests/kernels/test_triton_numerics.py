@@ -255,6 +255,11 @@ CASES: dict[str, dict[str, Any]] = {
         "value": "quantized(bits=6)",
         "dims": (64, 32),
     },
+    "eight bits": {
+        "key": "quantized(bits=8-4,scaled=True)",
+        "value": "quantized(bits=8)",
+        "dims": (64, 40),
+    },
     "three bits": {
         "key": "quantized(bits=3,scaled=True)",
         "value": "quantized(bits=3)",

@@ -204,11 +204,14 @@ def test_options_choose_the_formats(
     assert {format.dtype for format in formats} == {dtype}
 
 
-@pytest.mark.parametrize("dim", [4, 16, 64, 65, 128])
-def test_without_options_tokens_take_six_bits(dim: int) -> None:
-    texts = [SparkConfig().format_for(side, dim, torch.float32).text for side in SIDES]
-    bits = "quantized(bits=6,scaled={},rotated=True)"
-    assert texts == [bits.format("True"), bits.format("False")]
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.bfloat16, 6), (torch.float32, 8)])
+@pytest.mark.parametrize("dim", [16, 64, 65, 128])
+def test_without_options_tokens_take_six_bits_or_eight(
+    dim: int, dtype: torch.dtype, bits: int
+) -> None:
+    texts = [SparkConfig().format_for(side, dim, dtype).text for side in SIDES]
+    text = f"quantized(bits={bits},scaled={{}},rotated=True)"
+    assert texts == [text.format("True"), text.format("False")]
 
 
 def test_first_tokens_stay_dense_beside_quantized_ones_where_a_cache_grows() -> None:

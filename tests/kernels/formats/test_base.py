@@ -61,7 +61,7 @@ def test_a_format_has_one_text(text: str) -> None:
         ("spark(kept=²)", "is '²': allowed is 1 to 9"),
         ("spark(kept=4,stored=int4)", "option 'stored' .* is 'int4': allowed is model, int8"),
         ("spark(kept=4,recovery=mean)", "'mean': allowed is degenerate, none, exponential, gauss"),
-        ("quantized(bits=7)", "option 'bits' of 'quantized' is 7: allowed is 1 to 6, or several"),
+        ("quantized(bits=7)", "option 'bits' of 'quantized' is 7: allowed is 1 to 6 and 8, or"),
         (
             "quantized(bits=4-x,scaled=True)",
             "option 'bits' of 'quantized' is 4-x: allowed is 1 to 6",

@@ -23,7 +23,7 @@ from spark_compile.kernels.formats.codes import (
 BITS = range(1, 7)
 
 
-@given(bits=st.sampled_from(BITS), channels=st.integers(1, 200), seed=st.integers(0, 9))
+@given(bits=st.sampled_from([*BITS, 8]), channels=st.integers(1, 200), seed=st.integers(0, 9))
 def test_codes_come_back(bits: int, channels: int, seed: int) -> None:
     torch.manual_seed(seed)
     codes = torch.randint(2**bits, (2, 3, channels), dtype=torch.uint8)
