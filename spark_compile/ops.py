@@ -26,6 +26,9 @@ from .kernels.reference.store import Store
 from .kernels.spec import SIDES, Side, Spec, parse_spec
 from .report import SparkError, warn_once
 
+# Kernels take operands however they lie. Inductor, told otherwise, makes a copy of the strides that
+# eager code has for each operator: of a mask that all layers share, it computes one per layer.
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 _library = torch.library.Library("spark", "FRAGMENT")
 _reference = torch.library.Library("spark_reference", "FRAGMENT")
 
@@ -53,7 +56,7 @@ def operator_of(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[...
             return result
 
         for library, implementation in ((_library, first_call), (_reference, asked_for)):
-            library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+            library.define(name + schema, tags=_TAGS)
             library.impl(name, implementation, "CompositeExplicitAutograd")
             torch.library.register_fake(f"{library.ns}::{name}", fake, lib=library)
         operator = getattr(torch.ops.spark, name).default

@@ -107,6 +107,11 @@ inline Tensor new_pages(std::array<int64_t, 4> sizes) {
                                   ScalarType::Byte, [bytes](void* mapped) { munmap(mapped, bytes); });
 }
 
+// Rows [B, H, S, D] with channels next to each other, a copy only if they are not.
+inline Tensor by_channel(const Tensor& t) {
+  return t.dim() == 4 && t.size(3) > 1 && t.stride(3) != 1 ? torch::stable::contiguous(t) : t;
+}
+
 // Whether a tensor is [B, H, S, D] of a dtype with channels next to each other.
 inline bool are_rows(const Tensor& t, ScalarType type) {
   return t.dim() == 4 && t.is_cpu() && t.scalar_type() == type && (t.size(3) <= 1 || t.stride(3) == 1);

@@ -37,8 +37,9 @@ class Text {
 };
 
 void boxed_build(StableIValue* stack, uint64_t, uint64_t) {
-  const Tensor key = to<Tensor>(stack[0]), value = to<Tensor>(stack[1]);
-  const std::vector<Tensor> queries = to<std::vector<Tensor>>(stack[2]);
+  const Tensor key = by_channel(to<Tensor>(stack[0])), value = by_channel(to<Tensor>(stack[1]));
+  std::vector<Tensor> queries = to<std::vector<Tensor>>(stack[2]);
+  for (Tensor& query : queries) query = by_channel(query);
   const Text text(stack[3]);
   const auto capacity = to<std::optional<int64_t>>(stack[4]);
   const auto positions = to<std::optional<Tensor>>(stack[5]);
@@ -60,8 +61,8 @@ void boxed_step(StableIValue* stack, uint64_t, uint64_t) {
   constexpr const char* name = PARTIAL ? "spark_reference::step_partial" : "spark_reference::step";
   const Text text(stack[12]);
   const StepOperands o{
-      to<Tensor>(stack[0]), to<Tensor>(stack[1]), to<Tensor>(stack[2]), to<Tensor>(stack[3]), to<Tensor>(stack[4]),
-      to<Tensor>(stack[5]), to<Tensor>(stack[6]), to<std::optional<Tensor>>(stack[7]),
+      by_channel(to<Tensor>(stack[0])), by_channel(to<Tensor>(stack[1])), by_channel(to<Tensor>(stack[2])),
+      to<Tensor>(stack[3]), to<Tensor>(stack[4]), to<Tensor>(stack[5]), to<Tensor>(stack[6]), to<std::optional<Tensor>>(stack[7]),
       to<std::optional<Tensor>>(stack[8]), to<std::optional<int64_t>>(stack[9]),
       to<std::optional<int64_t>>(stack[10]), to<std::optional<Tensor>>(stack[11]), text.view()};
   std::optional<Tensor> lse;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from spark_compile.kernels import cpu, layout
 from spark_compile.kernels.layout import FIRST, LENGTH, PACKED, STEP
 from spark_compile.kernels.reference.store import ALL
 from spark_compile.kernels.spec import Spec
+from spark_compile.report import forget_warnings
 
 pytestmark = [
     pytest.mark.skipif(not cpu.load(), reason="there are no native kernels here"),
@@ -240,6 +242,24 @@ def test_random_bytes_lead_nowhere(dtype: torch.dtype) -> None:
         ran += 1
     assert raised > 30
     assert ran > 30
+
+
+def test_channels_that_do_not_lie_side_by_side_take_no_reference() -> None:
+    spec = spec_of("quantized-scaled-4", "quantized-4", torch.bfloat16)
+
+    def across(tokens: Tokens) -> Tokens:
+        query, key, value = (rows.mT.contiguous().mT for rows in tokens)
+        return query, key, value
+
+    forget_warnings()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "no native kernel")
+        query, *rows = across(tokens_of(spec, 60))
+        built = Cache(spec, *ops.build(*rows, [query], spec.text, None))
+        new = across(tokens_of(spec, 3))
+        output = ops.step(*new, *built.clone().tensors, *(None,) * 5, spec.text)
+    expected = reference.step(*new, *built.clone().tensors, *(None,) * 5, spec.text)
+    assert_close(output, expected, torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

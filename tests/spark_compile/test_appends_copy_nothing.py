@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from compiled import compiled
 from decoders import decode, decoder, prompt
 from torch._inductor.utils import run_and_get_code
+from zoo import tiny
 
 from spark_compile import kv_bytes
 from spark_compile.kernels import cpu
+from spark_compile.transformers_names import cache_argument
 
 FORMATS: dict[str, dict[str, Any]] = {
     "whole": {},
@@ -28,6 +32,21 @@ def test_the_code_of_a_step_copies_nothing(form: str) -> None:
     steps = [code for code in codes if "spark.step" in code]
     assert steps
     assert not any("clone" in code or "aten.cat" in code for code in steps)
+
+
+def test_layers_share_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several new tokens it is larger than what a step reads of the cache."""
+    # Inductor's cache knows nothing of the operators' tags.
+    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
+    model = tiny("llama", "sdpa")
+    spark = compiled(model, key_ratio=0.5, window=32, inner="inductor")
+    cache = {cache_argument(model.forward): transformers.DynamicCache(config=model.config)}
+    with torch.no_grad():
+        spark(torch.randint(1, 90, (1, 50)), **cache)
+        _, codes = run_and_get_code(spark, torch.randint(1, 90, (1, 9)), **cache)
+    (step,) = (code for code in codes if "spark.step" in code)
+    assert step.count("torch.ops.spark.step.default(") == model.config.num_hidden_layers == 2
+    assert len(re.findall(r"= empty_strided_cpu\(.*torch\.bool\)", step)) == 1
 
 
 @pytest.mark.skipif(not cpu.load(), reason="the reference reads the cache as dense tensors")
