@@ -11,7 +11,7 @@ import matplotlib
 matplotlib.use("Agg")  # a file, no window
 
 from matplotlib import pyplot as plt
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator
 
 Rows = Sequence[dict[str, Any]]
 LEAST_KL = 1e-8
@@ -56,7 +56,9 @@ def kernels(rows: Rows, path: Path) -> Path:
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1024:g}k"))
         axis.set_yscale("log")
-        axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("")
     axes[0, 0].set_ylabel("speed, x dense (packed queries)")
     return _save(figure, axes, path)
 
@@ -127,7 +129,8 @@ def _lines(axis: Any, rows: Rows, group: str, x: str, y: str) -> None:
 
 def _save(figure: Any, axes: Any, path: Path) -> Path:
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
+    columns = max(1, int(figure.get_figwidth() / 2.4))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8)
     figure.set_layout_engine("constrained")
     figure.savefig(path, dpi=150)
     plt.close(figure)
