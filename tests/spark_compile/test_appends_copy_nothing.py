@@ -34,10 +34,10 @@ def test_the_code_of_a_step_copies_nothing(form: str) -> None:
     assert not any("clone" in code or "aten.cat" in code for code in steps)
 
 
-def test_layers_share_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+# Inductor's cache knows nothing of the operators' tags.
+@torch._inductor.config.patch(fx_graph_cache=False)
+def test_layers_share_a_mask() -> None:
     """Of several new tokens it is larger than what a step reads of the cache."""
-    # Inductor's cache knows nothing of the operators' tags.
-    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
     model = tiny("llama", "sdpa")
     spark = compiled(model, key_ratio=0.5, window=32, inner="inductor")
     cache = {cache_argument(model.forward): transformers.DynamicCache(config=model.config)}
