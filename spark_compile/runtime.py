@@ -72,6 +72,7 @@ class SparkGraph:
         fakes = flattened(fakes, program.wrapped)
         self._wrapped = program.wrapped
         self._outputs = tuple(program.outputs)
+        self._count = len(program.inputs)
         self._states = {
             index: plan for index, plan in enumerate(program.inputs) if isinstance(plan, StateInput)
         }
@@ -94,6 +95,8 @@ class SparkGraph:
     def __call__(self, *whole_args: Any) -> list[Any]:
         note_activity()
         args = flattened(whole_args, self._wrapped) if self._wrapped else whole_args
+        if len(args) != self._count:
+            raise ValueError(f"a graph of {self._count} arguments got {len(args)}")
         flat: list[Any] = []
         grown: dict[int, SparkTensor] = {}
         start = 0

@@ -148,13 +148,11 @@ class Nearest {
   }
 
   I code(F x) const {
-    if constexpr (BITS == 8) {
-      const F place = x * inverse_ + 128.5f, most = splat(255.0f);
-      return __builtin_convertvector(spark::max(place < most ? place : most, F{}), I) - 128;
-    } else if constexpr (BITS >= 5) {
-      // Between two of the equal distances is an even number of units.
-      const F place = x * inverse_ + float(HALF), most = splat(2.0f * HALF - 1);
-      return __builtin_convertvector(spark::max(place < most ? place : most, F{}), I);
+    if constexpr (BITS >= 5) {
+      // Between two of the equal distances is an even number of units; int8 levels are whole ones.
+      const F place = x * inverse_ + (float(HALF) + (BITS == 8 ? 0.5f : 0.0f)), most = splat(2.0f * HALF - 1);
+      const I code = __builtin_convertvector(spark::max(place < most ? place : most, F{}), I);
+      return BITS == 8 ? code - HALF : code;
     } else {
       const I index = rank(magnitude(x));
       return x < F{} ? index ^ (HALF - 1) : index | HALF;

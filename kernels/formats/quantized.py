@@ -168,7 +168,7 @@ class Quantized(Format):
             amplitude = self._amplitude(numbers, part)
             codes = nearest(numbers / _positive(amplitude_of(amplitude)), self.grid(part))
             amplitudes.append(amplitude)
-            packed.append(pack_codes(_as_stored(codes, part), part.bits))
+            packed.append(pack_codes(as_stored(codes, part), part.bits))
         return {"amplitude": torch.cat(amplitudes, dim=-1), "codes": torch.cat(packed, dim=-1)}
 
     def _amplitude(self, numbers: Tensor, part: Part) -> Tensor:
@@ -191,7 +191,7 @@ class Quantized(Format):
         for part, packed, amplitude, gain in zip(
             self.parts, stored["codes"].split(sizes, -1), amplitudes, _gains(constants), strict=True
         ):
-            codes = _as_stored(unpack_codes(packed, part.channels, part.bits), part)
+            codes = as_stored(unpack_codes(packed, part.channels, part.bits), part)
             level = levels_of(codes, self.grid(part)) * (amplitude * gain)
             ranked.append(rotated(level) if self.rotated else level)
         return self._restored(torch.cat(ranked, dim=-1), constants)
@@ -217,7 +217,7 @@ class Quantized(Format):
         return torch.zeros_like(ranked).scatter(-1, index, ranked) / factor + center
 
 
-def _as_stored(codes: Tensor, part: Part) -> Tensor:
+def as_stored(codes: Tensor, part: Part) -> Tensor:
     """Codes, uint8, of int8 levels as the levels themselves, and back; others as they are."""
     return codes ^ 128 if part.bits == WHOLE_BITS else codes
 

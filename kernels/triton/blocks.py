@@ -40,7 +40,7 @@ def fits(dim: int, value_dim: int, dtype: torch.dtype) -> bool:
 
 def attend_blocks(
     dim: int, value_dim: int, dtype: torch.dtype, group: int, one_query: bool, amd: bool,
-    pruned: bool, fine: bool = False,
+    pruned: bool, fine: bool,
 ) -> Blocks:  # fmt: skip
     """Blocks of ``attend_split``.
 

@@ -204,10 +204,15 @@ def test_options_choose_the_formats(
     assert {format.dtype for format in formats} == {dtype}
 
 
-@pytest.mark.parametrize(("dtype", "bits"), [(torch.bfloat16, 6), (torch.float32, 8)])
-@pytest.mark.parametrize("dim", [16, 64, 65, 128])
+@pytest.mark.parametrize(
+    ("dtype", "bits", "dim"),
+    [
+        *((torch.bfloat16, 6, dim) for dim in (16, 64, 65, 128)),
+        *((torch.float32, 8, dim) for dim in (4, 16, 64, 65, 128)),
+    ],
+)
 def test_without_options_tokens_take_six_bits_or_eight(
-    dim: int, dtype: torch.dtype, bits: int
+    dtype: torch.dtype, bits: int, dim: int
 ) -> None:
     texts = [SparkConfig().format_for(side, dim, dtype).text for side in SIDES]
     text = f"quantized(bits={bits},scaled={{}},rotated=True)"

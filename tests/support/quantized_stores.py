@@ -9,7 +9,7 @@ from torch import Tensor
 
 from spark_compile.kernels.formats import Quantized
 from spark_compile.kernels.formats.codes import code_bytes, unpack_codes
-from spark_compile.kernels.formats.quantized import WHOLE_BITS
+from spark_compile.kernels.formats.quantized import WHOLE_BITS, as_stored
 
 Fields = Mapping[str, Tensor]
 
@@ -40,8 +40,8 @@ def unpacked(format: Quantized, codes: Tensor) -> Tensor:
     parts, first = [], 0
     for part in format.parts:
         size = code_bytes(part.channels, part.bits)
-        unpacked = unpack_codes(codes[..., first : first + size], part.channels, part.bits)
-        parts.append(unpacked ^ 128 if part.bits == WHOLE_BITS else unpacked)
+        own = unpack_codes(codes[..., first : first + size], part.channels, part.bits)
+        parts.append(as_stored(own, part))
         first += size
     return torch.cat(parts, dim=-1)
 
