@@ -110,14 +110,23 @@ inline Bytes choose(ByteMask mask, Bytes yes, Bytes no) {
 }
 inline I nearest_whole(F x) { return I(_mm256_cvtps_epi32(__m256(x))); }
 
+// Zeros, and then each number up to 8: how many set bits are ahead of the last eight of sixteen.
+alignas(16) inline constexpr std::array<std::array<int8_t, 16>, 9> AHEAD = [] {
+  std::array<std::array<int8_t, 16>, 9> made{};
+  for (int count = 0; count < 9; ++count) std::fill(made[count].begin() + 8, made[count].end(), int8_t(count));
+  return made;
+}();
 inline Bytes expand_bytes(ByteMask mask, const int8_t* packed, int64_t count, const char* end) {
   int8_t copy[WIDE];
   if (reinterpret_cast<const char*>(packed + WIDE) > end) store_bytes(copy, some_bytes(packed, count)), packed = copy;
-  const auto eight = [&](int first) {
+  const auto sixteen = [&](int first) {
+    const uint8_t low = uint8_t(mask >> first), high = uint8_t(mask >> (first + 8));
+    const __m128 ranks = _mm_loadh_pi(_mm_castsi128_ps(_mm_loadl_epi64((const __m128i*)RANKS[low].data())), (const __m64*)RANKS[high].data());
     const int8_t* from = packed + __builtin_popcount(mask & ((1u << first) - 1));
-    return int64_t(_pdep_u64(load<uint64_t>(from), _pdep_u64(mask >> first & 0xff, 0x0101010101010101) * 0xff));
+    const __m128i ahead = _mm_load_si128((const __m128i*)AHEAD[__builtin_popcount(low)].data());
+    return _mm_shuffle_epi8(load<__m128i>(from), _mm_add_epi8(_mm_castps_si128(ranks), ahead));
   };
-  return _mm256_set_epi64x(eight(24), eight(16), eight(8), eight(0));
+  return _mm256_set_m128i(sixteen(16), sixteen(0));
 }
 
 template <int COUNT>

@@ -11,7 +11,18 @@ namespace spark {
 
 typedef int16_t Halves __attribute__((vector_size(LANES * 4)));
 
-#if defined(SPARK_NEON)
+#if defined(__AVX2__) && !defined(__AVX512VBMI2__)
+// For each eight bits, which ones are set.
+alignas(64) inline constexpr std::array<std::array<uint8_t, 8>, 256> PLACES = [] {
+  std::array<std::array<uint8_t, 8>, 256> made{};
+  for (int bits = 0; bits < 256; ++bits) {
+    for (uint8_t j = 0, rank = 0; j < 8; ++j) {
+      if (bits >> j & 1) made[bits][rank++] = j;
+    }
+  }
+  return made;
+}();
+#elif defined(SPARK_NEON)
 // For each four bits, the bytes of the numbers of SIZE bytes whose bit is set.
 template <int SIZE>
 inline constexpr std::array<std::array<uint8_t, 4 * SIZE>, 16> COMPRESSIONS = [] {
@@ -34,10 +45,8 @@ inline int64_t compress(const Number* from, uint32_t bits, Number* to) {
   else if constexpr (sizeof(Number) == 2) {
     _mm256_storeu_si256((__m256i*)to, _mm256_maskz_compress_epi16(__mmask16(bits), _mm256_loadu_si256((const __m256i*)from)));
   } else _mm_storeu_si128((__m128i*)to, _mm_maskz_compress_epi8(__mmask16(bits), _mm_loadu_si128((const __m128i*)from)));
-#elif defined(__AVX2__) && defined(__BMI2__)
-  // The places of the kept ones, a byte each, then one permutation.
-  const uint64_t wide = _pdep_u64(bits, 0x0101010101010101) * 0xff;
-  const __m128i places = _mm_cvtsi64_si128(int64_t(_pext_u64(0x0706050403020100, wide)));
+#elif defined(__AVX2__)
+  const __m128i places = _mm_loadl_epi64((const __m128i*)PLACES[bits].data());
   if constexpr (sizeof(Number) == 4) {
     store((float*)to, _mm256_permutevar8x32_ps(load(from), _mm256_cvtepu8_epi32(places)));
   } else if constexpr (sizeof(Number) == 2) {

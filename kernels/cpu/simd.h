@@ -160,12 +160,26 @@ inline bool is_set(uint32_t any) { return any != 0; }
 
 // v with the sign of the lanes whose bit is set turned.
 inline F negate(F v, uint32_t bits) {
-  return bit_cast<F>(bit_cast<I>(v) ^ (lane_mask(bits) & splat(int32_t(0x80000000))));
+#if defined(__AVX2__)
+  const I set = splat(int32_t(bits)) << (splat(31) - lanes());  // in the highest bit of each lane
+#else
+  const I set = lane_mask(bits);
+#endif
+  return bit_cast<F>(bit_cast<I>(v) ^ (set & splat(int32_t(0x80000000))));
 }
 
 inline F select(I mask, F yes, F no) { return mask ? yes : no; }
 
-#if defined(SPARK_NEON)
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// For each eight bits, the ranks of the set ones among them; -128 where a bit is not set.
+alignas(64) inline constexpr std::array<std::array<int8_t, 8>, 256> RANKS = [] {
+  std::array<std::array<int8_t, 8>, 256> made{};
+  for (int bits = 0; bits < 256; ++bits) {
+    for (int j = 0, rank = 0; j < 8; rank += bits >> j & 1, ++j) made[bits][j] = int8_t(bits >> j & 1 ? rank : -128);
+  }
+  return made;
+}();
+#elif defined(SPARK_NEON)
 // For each four bits, the bytes that expand() takes from where; none where there is no bit.
 alignas(16) inline constexpr std::array<std::array<uint8_t, 16>, 16> EXPANSIONS = [] {
   std::array<std::array<uint8_t, 16>, 16> made{};
@@ -183,13 +197,9 @@ inline F expand(F others, F packed, uint32_t bits) {
 #if defined(__AVX512F__)
   asm("" : "+v"(packed));  // expanding from memory takes several times as long
   return _mm512_mask_expand_ps(others, __mmask16(bits), packed);
-#elif defined(__AVX2__) && defined(__BMI2__)
-  // Eight nibble-wide ranks from the mask, then one permutation.
-  const uint64_t wide = _pdep_u64(bits, 0x0101010101010101) * 0xff;
-  const __m256i rank =
-      _mm256_cvtepi8_epi32(_mm_cvtsi64_si128(_pdep_u64(0x0706050403020100, wide)));
-  const __m256i keep = _mm256_cvtepi8_epi32(_mm_cvtsi64_si128(wide));
-  return _mm256_blendv_ps(others, _mm256_permutevar8x32_ps(packed, rank), _mm256_castsi256_ps(keep));
+#elif defined(__AVX2__)
+  const __m256i ranks = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)RANKS[bits].data()));
+  return _mm256_blendv_ps(_mm256_permutevar8x32_ps(packed, ranks), others, _mm256_castsi256_ps(ranks));
 #elif defined(SPARK_NEON)
   return F(vqtbx1q_u8(uint8x16_t(others), uint8x16_t(packed), load<uint8x16_t>(EXPANSIONS[bits].data())));
 #else
