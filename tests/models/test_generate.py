@@ -267,7 +267,7 @@ def test_encoder_and_decoder(name: str, beams: int) -> None:
     compiled = optimize(copy.deepcopy(model), key_ratio=0.0, **{**OPTIONS, "strict": False})
     arguments = {
         "attention_mask": mask, "max_new_tokens": 14, "min_new_tokens": 14, "do_sample": False,
-        "num_beams": beams, "return_dict_in_generate": True,
+        "num_beams": beams, "no_repeat_ngram_size": 2, "return_dict_in_generate": True,
     }  # fmt: skip
     expected = model.generate(ids, **arguments)
     actual = compiled.generate(ids, **arguments)
