@@ -20,7 +20,7 @@ inline int64_t code_bytes(int64_t channels, int bits) {
 // Levels by code, and the numbers between two of them.
 struct alignas(64) Grid {
   float levels[64] = {};   // repeated after 2^bits
-  float middles[64] = {};  // [c]: between the levels of c - 1 and c
+  float middles[16] = {};  // of few bits, [r]: below the positive level of rank r; repeated after half of the codes
   int8_t bytes[64] = {};   // the levels again
 };
 
@@ -40,7 +40,10 @@ constexpr Grid make_grid(int bits) {
     const int magnitude = bits >= 5 ? 2 * rank + 1 : NORMAL[bits - 1][rank];
     grid.bytes[c] = int8_t(code < half ? -magnitude : magnitude);
     grid.levels[c] = grid.bytes[c];
-    if (c > 0) grid.middles[c] = (grid.levels[c] + grid.levels[c - 1]) / 2;
+  }
+  for (int r = 0; bits < 5 && r < 16; ++r) {
+    const int code = half + r % half;
+    grid.middles[r] = (grid.levels[code] + grid.levels[code - 1]) / 2;
   }
   return grid;
 }
@@ -144,7 +147,7 @@ class Nearest {
  public:
   explicit Nearest(float unit) : inverse_((BITS == 8 ? 1.0f : 0.5f) / unit) {
     // Of few levels, the middles between them take the unit, so that no number has to be divided.
-    for (int c = 0; BITS < 5 && c < 16; ++c) middles_[c] = grid_of(BITS).middles[HALF + c % HALF] * unit;
+    for (int r = 0; BITS < 5 && r < 16; r += LANES) store(middles_ + r, load(grid_of(BITS).middles + r) * unit);
   }
 
   I code(F x) const {
@@ -282,20 +285,18 @@ inline uint8_t amplitude_code(float amplitude, bool up) {
 // Packs a plane of WIDTH bits from bit `shift` of each code on; zeros have to follow the codes, 8 of them.
 template <int WIDTH>
 inline uint8_t* pack_plane(const uint8_t* __restrict codes, int64_t channels, int shift, uint8_t* __restrict plane) {
-  typedef uint8_t Bytes __attribute__((vector_size(LANES < 8 ? 16 : 32)));
-  typedef uint8_t Eight __attribute__((vector_size(8)));
+  // Words of eight bytes: there are no shifts of bytes, and those of whole words lose nothing that is wanted.
+  typedef uint64_t Words __attribute__((vector_size(LANES < 8 ? 16 : 32)));
   const int64_t bytes = plane_bytes(channels, WIDTH);
-  const auto pack = [&](auto zero, int64_t i) {
-    typedef decltype(zero) V;
-    V packed = zero;
-    for (int s = 0; s < 8 / WIDTH; ++s) {
-      packed |= V((load<V>(codes + s * bytes + i) >> uint8_t(shift) & uint8_t((1 << WIDTH) - 1)) << uint8_t(WIDTH * s));
-    }
+  const auto pack = [&](auto packed, int64_t i) {
+    typedef decltype(packed) V;
+    const auto ones = 0x0101010101010101 * ((1 << WIDTH) - 1);
+    for (int s = 0; s < 8 / WIDTH; ++s) packed |= (load<V>(codes + s * bytes + i) >> shift & V(V{} + ones)) << (WIDTH * s);
     std::memcpy(plane + i, &packed, sizeof(V));
   };
   int64_t i = 0;
-  for (; i + int64_t(sizeof(Bytes)) <= bytes; i += sizeof(Bytes)) pack(Bytes{}, i);
-  for (; i + int64_t(sizeof(Eight)) <= bytes; i += sizeof(Eight)) pack(Eight{}, i);
+  for (; i + int64_t(sizeof(Words)) <= bytes; i += sizeof(Words)) pack(Words{}, i);
+  for (; i + int64_t(sizeof(uint64_t)) <= bytes; i += sizeof(uint64_t)) pack(uint64_t{}, i);
   for (; i < bytes; ++i) pack(uint8_t{}, i);
   return plane + bytes;
 }

@@ -76,21 +76,11 @@ class QuantizedEncoder {
     if (!f_.scaled) return to_floats(row, numbers);
     const int64_t dim = f_.dim;
     const float *center = center_.get(), *factor = factor_.get();
-#if defined(__AVX2__) && !defined(__AVX512BW__)
-    float* as_they_come = copies_.get();
-    to_floats(row, as_they_come);
-    const uint16_t* order = order_.get();
-    for (int64_t r = 0; r < dim; r += LANES) {
-      const __m256i ranks = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)(order + r)));
-      store(numbers + r, (F(_mm256_i32gather_ps(as_they_come, ranks, 4)) - load(center + r)) * load(factor + r));
-    }
-#else
     rank(row);
     const T* ranked = ranked_.get();  // more of them than channels can be read
     for (int64_t r = 0; r < dim; r += LANES) {
       store(numbers + r, (load_floats(ranked + r) - load(center + r)) * load(factor + r));
     }
-#endif
   }
 
   void to_floats(const T* row, float* numbers) const {
@@ -99,7 +89,7 @@ class QuantizedEncoder {
     if (whole < dim) store(numbers + whole, load_floats(row + whole, dim - whole));
   }
 
-  [[maybe_unused]] void rank(const T* row) {
+  void rank(const T* row) {
 #if defined(__AVX512BW__)
     if constexpr (sizeof(T) == 2) return by_rank(row, order_.get(), f_.dim, ranked_.get());
 #endif
@@ -148,6 +138,10 @@ class QuantizedEncoder {
   void refit(int64_t channels, int count, float* amplitudes) {
     const float* positives = grid_of(BITS).levels + (1 << (BITS - 1));
     const Table<BITS - 1> levels(positives);
+    constexpr int ALL = 2 * TOGETHER;
+    F parts[ALL];
+    float totals[std::max(ALL, LANES)];
+    for (int k = count; k < TOGETHER; ++k) parts[k] = parts[TOGETHER + k] = F{};
     for (int k = 0; k < count; ++k) {
       const float* numbers = numbers_[k];
       float* magnitudes = &magnitudes_[k * stride_];
@@ -157,8 +151,10 @@ class QuantizedEncoder {
         energy += x * x;
         store(magnitudes + j, Nearest<BITS>::magnitude(x));
       }
-      amplitudes[k] = std::sqrt(sum(energy) / float(channels)) / DEVIATION[BITS - 1];
+      parts[k] = energy;
     }
+    sums(parts, TOGETHER, totals);
+    for (int k = 0; k < count; ++k) amplitudes[k] = std::sqrt(totals[k] / float(channels)) / DEVIATION[BITS - 1];
     // Zeros after the channels have the lowest level.
     const float added = float(round_up(channels, LANES) - channels) * positives[0] * positives[0];
     for (int i = 0; i < REFITS; ++i) {
@@ -171,8 +167,10 @@ class QuantizedEncoder {
           const F x = load(magnitudes + j), level = levels[nearest.rank(x)];
           with_level += x * level, with_itself += level * level;
         }
-        amplitudes[k] = sum(with_level) / (sum(with_itself) - added);
+        parts[k] = with_level, parts[TOGETHER + k] = with_itself;
       }
+      sums(parts, ALL, totals);
+      for (int k = 0; k < count; ++k) amplitudes[k] = totals[k] / (totals[TOGETHER + k] - added);
     }
   }
 

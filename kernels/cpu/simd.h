@@ -250,13 +250,23 @@ inline F halve(F a, F b, std::index_sequence<L...>) {
 }
 // v[0] becomes the vector of the sums of v[0], v[1], ... v[LANES - 1].
 template <int H = LANES / 2>
-inline void sums(F* v) {
+[[gnu::always_inline]] inline void sums(F* v) {
 #if defined(SPARK_NEON)
   v[0] = vpaddq_f32(vpaddq_f32(v[0], v[1]), vpaddq_f32(v[2], v[3]));
 #else
   for (int i = 0; i < H; ++i) v[i] = halve<H>(v[i], v[i + H], std::make_index_sequence<LANES>{});
   if constexpr (H > 1) sums<H / 2>(v);
 #endif
+}
+
+// Writes the sums of `count` vectors, and zeros after them: a multiple of LANES numbers.
+inline void sums(const F* v, int count, float* to) {
+  for (int i = 0; i < count; i += LANES) {
+    F some[LANES];
+    for (int l = 0; l < LANES; ++l) some[l] = i + l < count ? v[i + l] : F{};
+    sums(some);
+    store(to + i, some[0]);
+  }
 }
 
 // e^x for x <= 0 within 2 ulp (Cephes' polynomial); 0 below -87, -inf included.
