@@ -15,6 +15,7 @@ from torch import fx
 from .. import ops as _registered  # noqa: F401  (torch.ops.spark)
 from ..report import Refusal, Site
 from .attention import MATCHERS, Attention
+from .causal import without_causal_mask
 from .dataflow import call, live_nodes, readers_inside
 from .operands import as_output, mask_of, query_of, sinks_of
 from .patterns import WRITES, Refused
@@ -74,8 +75,10 @@ def _check(attention: Attention, live: set[fx.Node]) -> None:
 
 def _replace(program: Program, attention: Attention) -> None:
     original = attention.output
+    attention, causal = without_causal_mask(attention)
     with program.graph.inserting_before(original):
         query, mask = query_of(program, attention), mask_of(program, attention)
+        offset = attention.causal_offset if causal is None else causal.node(program)
         sinks = sinks_of(program, attention)
         key, value = (
             call(program, _aten.transpose.int, (node, 1, 2)) if tokens_first else node
@@ -88,7 +91,7 @@ def _replace(program: Program, attention: Attention) -> None:
             program,
             CANONICAL,
             (
-                query, key, value, mask, attention.causal_offset, attention.scale,
+                query, key, value, mask, offset, attention.scale,
                 attention.softcap, sinks,
             ),
         )  # fmt: skip

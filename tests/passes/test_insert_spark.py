@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from decoders import ATTENTIONS, decoder, prompt
+from decoders import ATTENTIONS, Decoder, SdpaMasked, causal_mask, decoder, prompt
 from torch import Tensor, nn
 
 from spark_compile.adoption import adopt as adopt_buffer
@@ -26,6 +26,14 @@ FIND = (Normalize(), FindAttention(), FindKVAppend())
 PASSES = (*FIND, InsertSpark())
 LENGTH, LAYERS = 13, 2
 STEP = torch.ops.spark.step.default
+
+
+class Padded(SdpaMasked):
+    """The first two tokens are padding."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, *, is_prompt: bool) -> Tensor:
+        mask = causal_mask(query, key) & (torch.arange(key.shape[2]) > 1)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
 
 
 def refusals(program: Any) -> list[str]:
@@ -66,14 +74,23 @@ def test_decode_appends_and_attends_in_one_operator(
     assert set(pasts) == set(program.states)
 
 
-@pytest.mark.parametrize("name", ["manual", "sdpa_masked"])
+@pytest.mark.parametrize("name", ["manual", "sdpa_masked", "padded"])
 def test_a_mask_stays_bound(capture: Any, compressed: Any, name: str) -> None:
-    model = decoder(name)
+    """A causal one as a number."""
+    model = Decoder(Padded).eval() if name == "padded" else decoder(name)
     program = capture(model, prompt(3), compressed(model, prompt(LENGTH)), passes=PASSES)
-    for node in program.graph.find_nodes(op="call_function", target=STEP):
+    nodes = program.graph.find_nodes(op="call_function", target=STEP)
+    assert len(nodes) == LAYERS
+    for node in nodes:
         mask, _, causal_offset = node.args[7:10]
-        assert mask.meta["val"].shape[-2] == 3
-        assert causal_offset is None
+        if name == "padded":
+            assert mask.meta["val"].shape[-2] == 3
+            assert causal_offset is None
+        else:
+            assert mask is None
+            assert str(causal_offset.meta["val"]) in {
+                str(past.meta["val"].shape[2]) for past in program.states
+            }
         assert parse_spec(node.args[12]).scale == pytest.approx(8**-0.5)
     assert set(program.growth.values()) == {Growth(3, ALL, shared=False)}
 
