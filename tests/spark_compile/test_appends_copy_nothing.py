@@ -36,17 +36,21 @@ def test_the_code_of_a_step_copies_nothing(form: str) -> None:
 
 # Inductor's cache knows nothing of the operators' tags.
 @torch._inductor.config.patch(fx_graph_cache=False)
-def test_layers_share_a_mask() -> None:
+@pytest.mark.parametrize("masks", [0, 1], ids=["causal", "padded"])
+def test_layers_share_a_mask_or_have_none(masks: int) -> None:
     """Of several new tokens it is larger than what a step reads of the cache."""
     model = tiny("llama", "sdpa")
     spark = compiled(model, key_ratio=0.5, window=32, inner="inductor")
     cache = {cache_argument(model.forward): transformers.DynamicCache(config=model.config)}
+    padded = torch.ones(1, 59, dtype=torch.long)
+    padded[0, :3] = 0
+    first, later = ({"attention_mask": padded[:, :n]} if masks else {} for n in (50, 59))
     with torch.no_grad():
-        spark(torch.randint(1, 90, (1, 50)), **cache)
-        _, codes = run_and_get_code(spark, torch.randint(1, 90, (1, 9)), **cache)
+        spark(torch.randint(1, 90, (1, 50)), **cache, **first)
+        _, codes = run_and_get_code(spark, torch.randint(1, 90, (1, 9)), **cache, **later)
     (step,) = (code for code in codes if "spark.step" in code)
     assert step.count("torch.ops.spark.step.default(") == model.config.num_hidden_layers == 2
-    assert len(re.findall(r"= empty_strided_cpu\(.*torch\.bool\)", step)) == 1
+    assert len(re.findall(r"= empty_strided_cpu\(.*torch\.bool\)", step)) == masks
 
 
 @pytest.mark.skipif(not cpu.load(), reason="the reference reads the cache as dense tensors")
