@@ -80,8 +80,11 @@ def prompts(draw: st.DrawFn) -> tuple[Spec, Tensor, Tensor, list[Tensor]]:
     kv_heads, group = draw(st.sampled_from([(1, 1), (2, 3), (3, 1), (1, 7), (2, 4), (1, 17)]))
     tokens = draw(st.sampled_from([1, 6, 31, 33, 64, 65, 129, 300, 900]))
     key = rows(draw, kv_heads, tokens, spec.key)
-    if draw(st.booleans()):
-        key = key.round()  # many channels that are equally salient, and zeros
+    # Many channels that are equally salient, and zeros. Not where channels are rotated: a sum that
+    # cancels out leaves a rest of either sign, by the order of adding, and that decides a code.
+    rotated = isinstance(spec.key, Quantized) and spec.key.rotated
+    if draw(st.booleans()) and not rotated:
+        key = key.round()
     count = draw(st.sampled_from([1, 5, 40]))
     sharers = draw(st.sampled_from([1, 1, 2]))
     queries = [rows(draw, kv_heads * group, count, spec.key) for _ in range(sharers)]
