@@ -199,12 +199,9 @@ def _counted(node: Any, place: int | None) -> Sum | None:
 
 
 def _filled(value: Any) -> float | None:
-    """The number that a tensor is filled with, or a number itself; None for all else."""
-    if isinstance(value, int | float):
-        return float(value)
-    if not is_tensor(value):
-        return None
-    *_, (base, _dims) = viewed(value)
-    if base.target in _ONES or base.target in _ZEROS:
-        return 1.0 if base.target in _ONES else 0.0
+    """As ``constant``, which leaves ones and zeros to be factors."""
+    if is_tensor(value):
+        *_, (base, _dims) = viewed(value)
+        if base.target in _ONES or base.target in _ZEROS:
+            return 1.0 if base.target in _ONES else 0.0
     return constant(value)

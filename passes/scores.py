@@ -100,7 +100,7 @@ class Scores:
         return True
 
     def _factor(self, by: Any, divides: bool) -> bool:
-        number = by if isinstance(by, int | float) else constant(by)
+        number = constant(by)
         if number is not None:
             if number == 0 or isinstance(number, bool):
                 return False
@@ -183,7 +183,7 @@ class Scores:
         return self._hide(value, condition, scores, visible=False)
 
     def _hide(self, scores: Any, mask: Any, value: Any, visible: bool) -> bool:
-        number = value if isinstance(value, int | float) else constant(value)
+        number = constant(value)
         if number is None or number * self.scale > HIDDEN or number > HIDDEN or self.scale <= 0:
             return False
         if not depends_on_product(scores) or not self._bias(mask, fill=number, visible=visible):
@@ -196,7 +196,7 @@ class Scores:
         if argument_or_none(self.node, "max") is not None:
             return False
         bound = self.node.args[1] if len(self.node.args) > 1 else self.node.kwargs.get("min")
-        number = bound if isinstance(bound, int | float) else constant(bound)
+        number = constant(bound)
         if number is None or number > HIDDEN or number * self.scale > HIDDEN:
             return False
         if self.factors or self.softcap or self.scale <= 0:
@@ -258,7 +258,9 @@ whether this is an attention at all; it may still be refused."""
 
 
 def constant(node: object) -> float | None:
-    """The number that a tensor is filled with, if the graph shows that it is constant."""
+    """A number, or the one that a tensor is filled with, if the graph shows that it is constant."""
+    if isinstance(node, int | float):
+        return node
     while isinstance(node, fx.Node) and node.target in VIEWS | {_aten.expand.default}:
         node = node.args[0]
     if not isinstance(node, fx.Node):

@@ -134,25 +134,22 @@ class FloatRows {
     for (int t = 0; t < count; ++t, row += f.kept, keep += plane, negative += plane, out += width) {
       ahead(t);
       const float scale = to_float(scales[t]), step = f.int8 ? to_float(steps[t]) : 1.0f;
-      const auto expand = [&](auto read) {
-        for (int64_t j = 0, rank = 0; j < f.dim; j += LANES) {
+      const auto expand = [&](auto inside) {
+        int64_t rank = 0;
+        for (int64_t j = 0; j < f.dim; j += LANES) {
           const uint32_t kept = plane_bits(keep, j, plane);
-          F values = read(rank, kept);
+          const int64_t set = __builtin_popcount(kept), some = inside ? set : std::min<int64_t>(set, f.kept - rank);
+          F values = inside ? load_floats(row + rank) : load_guarded(row + rank, some, end);
           if constexpr (std::is_same_v<Stored, int8_t>) values *= step;
           F others = splat(scale);
           if (is_spark) others = negate(load(weights + j) * scale, plane_bits(negative, j, plane));
           store(out + j, spark::expand(others, values, kept));
+          rank += some;
         }
       };
       // More bits may be set than there are channels: they promise nothing, not even that much can be read.
-      if (reinterpret_cast<const char*>(row + width + LANES) <= end) {
-        expand([&](int64_t& rank, uint32_t kept) { return load_floats(row + std::exchange(rank, rank + __builtin_popcount(kept))); });
-      } else {
-        expand([&](int64_t& rank, uint32_t kept) {
-          const int64_t some = std::min<int64_t>(__builtin_popcount(kept), f.kept - rank);
-          return load_guarded(row + std::exchange(rank, rank + some), some, end);
-        });
-      }
+      if (reinterpret_cast<const char*>(row + width + LANES) <= end) expand(std::true_type{});
+      else expand(std::false_type{});
     }
   }
 
