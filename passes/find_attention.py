@@ -65,6 +65,12 @@ class FindAttention:
         return False
 
 
+def has_softmax(graph: fx.Graph) -> bool:
+    """Whether there is a softmax, or an operator with one in it: maybe (a part of) an attention."""
+    names = [str(node.target) for node in graph.nodes if node.op == "call_function"]
+    return any("softmax" in name or "attention" in name for name in names)
+
+
 def _check(attention: Attention, live: set[fx.Node]) -> None:
     """Refuse an attention whose scores or weights have other readers."""
     readers = readers_inside(attention.scores, attention.output)

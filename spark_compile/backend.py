@@ -18,6 +18,7 @@ from .config import SparkConfig
 from .copies import Whole
 from .generation import called_modules, watch_generate
 from .offload import has_hooks
+from .passes.find_attention import has_softmax
 from .passes.lower import as_dense, fake_inputs, lower
 from .passes.pipeline import run_passes
 from .passes.program import PassFailed, Program
@@ -113,13 +114,13 @@ def compile_graph(
     sites = tuple(program.sites)
     report = GraphReport(
         program.phase, sites, None, matches, lower_ms, passes_ms,
-        graph_break=dynamo.graph_break(module),
+        graph_break=dynamo.graph_break(module), softmax=has_softmax(program.graph),
     )  # fmt: skip
     try:
-        _complain_about_refusals(report, config)
+        again = _complain_about_refusals(report, config)
         start = time.perf_counter()
         if wrapper is None:  # nothing was rewritten
-            compiled = _noted(inner(module, list(example_inputs)))
+            compiled = _noted(inner(module, list(example_inputs)), again)
         else:
             placeholders = program.graph.find_nodes(op="placeholder")
             values = [node.meta["val"] for node in placeholders]
@@ -244,26 +245,50 @@ def _unrewritten(
     return densely
 
 
-def _noted(compiled: Compiled) -> Compiled:
-    """The same code; that it runs is noted, as of a rewritten graph, for ``generate``'s sake."""
+def _noted(compiled: Compiled, again: Callable[[], None] | None = None) -> Compiled:
+    """The same code; that it runs is noted, as of a rewritten graph, for ``generate``'s sake.
+
+    Args:
+        again: called when it does not run for the first time.
+    """
+    has_run = False
 
     def run(*args: Any) -> Any:
+        nonlocal has_run
         note_activity()
+        if has_run and again is not None:
+            again()
+        has_run = True
         return compiled(*args)
 
     return run
 
 
-def _complain_about_refusals(report: GraphReport, config: SparkConfig) -> None:
+def _complain_about_refusals(report: GraphReport, config: SparkConfig) -> Callable[[], None] | None:
+    """Complain of what stays dense, or return what does when the graph runs again.
+
+    A graph without attention may be a part of a model, between graph breaks, whose attention is in
+    another part that Dynamo has not traced yet, as in one that puts images between its tokens.
+    """
+    seen = dynamo.seen()
+    before, seen.graph_break = seen.graph_break, report.graph_break
+    seen.attention |= bool(report.sites)
     if not report.sites:
-        broken = report.graph_break and f", which ends at a graph break, {report.graph_break}"
-        found = f"spark found no attention in the graph{broken or ''}"
-        _complain(f"{found}: nothing was rewritten", config)
+        found = "spark found no attention in the graph"
+        if report.graph_break or before:
+            which = "which" if report.graph_break else "nor in the one before it, which"
+            found += f", {which} ends at a graph break, {report.graph_break or before}"
+        message = f"{found}: nothing was rewritten"
+        if report.phase != "no attention" or report.softmax:
+            _complain(message, config)
+        else:
+            return lambda: None if seen.attention else _complain(message, config)
     elif not report.rewritten:
         _complain(f"spark rewrote nothing: {report.refusals()}", config)
     elif len(report.rewritten) < len(report.sites):
         total = f"{len(report.rewritten)} of {len(report.sites)}"
         _complain(f"spark rewrote {total} sites: {report.refusals()}", config)
+    return None
 
 
 def _complain(message: str, config: SparkConfig) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,11 @@ HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 
 def meta_model(model: str) -> Any:
-    """The causal language model of the config that ``model`` names, in eval mode, on "meta"."""
+    """The model of the config that ``model`` names, in eval mode, on "meta"."""
     place, keywords = locate(model)
     import torch
     from huggingface_hub.utils import logging as hub_logging
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     hub_logging.set_verbosity_error()  # else every retry of an unreachable hub is a line
     try:
@@ -31,9 +31,28 @@ def meta_model(model: str) -> Any:
         fail(f"model {model!r} has no readable config ({why}): allowed is {MODEL_KINDS}")
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config).eval()
+            return automatic(lambda kind: kind.from_config(config)).eval()
     except ValueError as error:
         fail(f"model {model!r} is no causal language model ({first_line(error)})")
+
+
+def automatic(make: Callable[[Any], Any]) -> Any:
+    """What ``make`` makes with one of transformers' automatic classes: the one for causal language
+    models or, where that does not know the config, the one for those that take images as well.
+
+    Raises:
+        ValueError: neither knows it.
+    """
+    import transformers
+
+    for kind in (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText):
+        try:
+            return make(kind)
+        except ValueError as error:
+            if "Unrecognized configuration class" not in str(error):
+                raise
+            unknown = error
+    raise unknown
 
 
 def locate(model: str) -> tuple[str, dict[str, str]]:
@@ -58,7 +77,7 @@ def locate(model: str) -> tuple[str, dict[str, str]]:
 
 
 def pretrained(place: str, keywords: Mapping[str, str], dtype: Any) -> tuple[Any, Any]:
-    """A causal language model in eval mode, and its tokenizer or the reason why there is none.
+    """A model of :func:`automatic` in eval mode, and its tokenizer or why there is none.
 
     Args:
         place: folder or hub id, as ``from_pretrained`` takes it; ``keywords`` go with it.
@@ -82,7 +101,7 @@ def pretrained(place: str, keywords: Mapping[str, str], dtype: Any) -> tuple[Any
     except (OSError, ValueError, KeyError, ImportError) as error:
         tokenizer = error
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(place, **load).eval()
+        model = automatic(lambda kind: kind.from_pretrained(place, **load)).eval()
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise OptionError(f"model {place!r} cannot be loaded: {first_line(error, 400)}") from error
     return model, tokenizer

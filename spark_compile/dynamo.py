@@ -12,6 +12,7 @@ import logging
 import re
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import CodeType, FrameType
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
@@ -34,9 +35,20 @@ MOST_GRAPHS = 32
 """Of a whole model. Prompts in chunks need about ten: first chunks and later ones, of one token and
 of more, each of the sizes that come first and then of all."""
 
+
+@dataclass
+class Seen:
+    """What the backend has met so far in the graphs of one call of ``torch.compile``."""
+
+    attention: bool = False
+    graph_break: str | None = None
+    """The latest one, as :func:`graph_break` says it."""
+
+
 _modules: WeakKeyDictionary[CodeType, WeakSet[nn.Module]] = WeakKeyDictionary()
+# By what Dynamo calls to compile graphs, one for each call of ``torch.compile``.
 _complaints: WeakKeyDictionary[object, Complain] = WeakKeyDictionary()
-"""By what Dynamo calls to compile graphs, one for each call of ``torch.compile``."""
+_seen: WeakKeyDictionary[object, Seen] = WeakKeyDictionary()
 _by_options: dict[object, Callable[[Mapping[str, Any] | None], Complain]] = {}
 
 
@@ -73,6 +85,12 @@ def compiler() -> object | None:
     return None if TracingContext.try_get() is None else _compiler()
 
 
+def seen() -> Seen:
+    """What was met in graphs of the call of ``torch.compile`` for which Dynamo compiles now."""
+    call = compiler()
+    return Seen() if call is None else _seen.setdefault(call, Seen())
+
+
 def graph_break(module: fx.GraphModule) -> str | None:
     """Why and where Dynamo ended a graph in the middle of a function, if it did."""
     reason = getattr(module, "compile_subgraph_reason", None)
@@ -97,6 +115,7 @@ def forget() -> None:
     """Drop everything, as ``torch._dynamo.reset`` drops all graphs."""
     _modules.clear()
     _complaints.clear()
+    _seen.clear()
 
 
 def _count_by_module(code: CodeType, f_locals: dict[str, object], context: TracingContext) -> None:

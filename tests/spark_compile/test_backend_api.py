@@ -56,6 +56,38 @@ def test_an_attention_that_a_graph_break_cuts_says_where() -> None:
     assert "the graph ends at a graph break" in report.summary()
 
 
+class BehindABreak(nn.Module):
+    """Parts without attention before a decoder and after it, each in a graph of its own."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Any:
+        x = x.clone()
+        torch._dynamo.graph_break()
+        result = self.inner(x)
+        torch._dynamo.graph_break()
+        return result, x + 1
+
+
+def test_parts_of_a_model_without_attention_are_no_failure() -> None:
+    model = BehindABreak(decoder(layers=1))
+    with collect_report() as report, warnings.catch_warnings(action="error"):
+        model_c = compiled(model, strict=True)
+        for _ in range(2):
+            assert is_compressed(model_c(prompt(13))[0][1])
+    assert [graph.phase for graph in report.graphs] == ["no attention", "prefill", "no attention"]
+
+
+def test_a_model_none_of_whose_parts_has_attention_is_told_when_it_runs_again() -> None:
+    model, x = BehindABreak(nn.Linear(4, 4)).requires_grad_(False), torch.randn(3, 4)
+    model_c = compiled(model, strict=True)
+    model_c(x)
+    with pytest.raises(SparkError, match=rf"ends at a graph break, .* at {__file__}:\d+: nothing"):
+        model_c(x)
+
+
 def test_training_is_left_alone() -> None:
     model, tokens = decoder(layers=1).requires_grad_(True), prompt(13)
     model(tokens)[0].square().mean().backward()

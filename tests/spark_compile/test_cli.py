@@ -10,7 +10,13 @@ import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, T5Config
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    PreTrainedTokenizerFast,
+    T5Config,
+)
 from typer.testing import CliRunner
 
 from spark_compile import Plan, Report, SparkConfig
@@ -33,6 +39,17 @@ def llama_folder(tmp_path: Path) -> Path:
     )
     config.save_pretrained(tmp_path)
     return tmp_path
+
+
+def test_explain_of_a_model_that_takes_images(llama_folder: Path) -> None:
+    text = LlamaConfig.from_pretrained(llama_folder)
+    LlavaConfig(text_config=text).save_pretrained(llama_folder)
+    result = RUNNER.invoke(app, ["explain", str(llama_folder), "--tokens", "70", "--json"])
+    assert result.exit_code == 0, result.output
+    graphs = json.loads(result.output)["graphs"]
+    assert [(graph["phase"], graph["rewritten"]) for graph in graphs] == [
+        ("prefill", LAYERS), ("decode", LAYERS),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("arguments", [[], ["explain"], ["demo"]])
