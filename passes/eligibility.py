@@ -29,6 +29,7 @@ from .sites import CachedAttention, CachedSide, kept, wanted
 _aten = torch.ops.aten
 ATTENTIONS = {ATTENTION, _aten.scaled_dot_product_attention.default, *SOFTMAXES}
 """Where what a layer computes from its cache ends."""
+NO_CACHE = "are not returned by the graph: no cache is kept"
 LATENT = "are computed from what is cached, as in latent attention"
 """The reason of a refusal, after what it is about."""
 ZEROS = {_aten.zeros.default, _aten.full.default, _aten.zeros_like.default, _aten.new_zeros.default}
@@ -75,7 +76,7 @@ def _why_not_returned(name: str, node: fx.Node, returned: set[fx.Node]) -> str:
         return f"the {name} {LATENT}"
     if any(base.op == "placeholder" for base, _ in viewed(node)):
         return f"the {name} are an argument of the graph: how they are cached is not part of it"
-    return f"the {name} are not returned by the graph: no cache is kept"
+    return f"the {name} {NO_CACHE}"
 
 
 def _fills_a_buffer(node: fx.Node, returned: set[fx.Node]) -> bool:

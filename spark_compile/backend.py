@@ -18,6 +18,7 @@ from .config import SparkConfig
 from .copies import Whole
 from .generation import called_modules, watch_generate
 from .offload import has_hooks
+from .passes.eligibility import NO_CACHE
 from .passes.find_attention import has_softmax
 from .passes.lower import as_dense, fake_inputs, lower
 from .passes.pipeline import run_passes
@@ -267,28 +268,30 @@ def _noted(compiled: Compiled, again: Callable[[], None] | None = None) -> Compi
 def _complain_about_refusals(report: GraphReport, config: SparkConfig) -> Callable[[], None] | None:
     """Complain of what stays dense, or return what does when the graph runs again.
 
-    A graph without attention may be a part of a model, between graph breaks, whose attention is in
-    another part that Dynamo has not traced yet, as in one that puts images between its tokens.
+    A graph without a cache may be a part of a model that has one in another part, not traced yet:
+    an encoder, or what is between graph breaks, as where images come between tokens.
     """
     seen = dynamo.seen()
     before, seen.graph_break = seen.graph_break, report.graph_break
-    seen.attention |= bool(report.sites)
-    if not report.sites:
-        found = "spark found no attention in the graph"
+    caching = [site for site in report.sites if NO_CACHE not in str(site.refusal)]
+    seen.cache |= bool(caching)
+    if caching and len(report.rewritten) == len(caching):
+        return None
+    if report.rewritten:
+        total = f"{len(report.rewritten)} of {len(report.sites)}"
+        message = f"spark rewrote {total} sites: {report.refusals()}"
+    elif report.sites:
+        message = f"spark rewrote nothing: {report.refusals()}"
+    else:
+        message = "spark found no attention in the graph"
         if report.graph_break or before:
             which = "which" if report.graph_break else "nor in the one before it, which"
-            found += f", {which} ends at a graph break, {report.graph_break or before}"
-        message = f"{found}: nothing was rewritten"
-        if report.phase != "no attention" or report.softmax:
-            _complain(message, config)
-        else:
-            return lambda: None if seen.attention else _complain(message, config)
-    elif not report.rewritten:
-        _complain(f"spark rewrote nothing: {report.refusals()}", config)
-    elif len(report.rewritten) < len(report.sites):
-        total = f"{len(report.rewritten)} of {len(report.sites)}"
-        _complain(f"spark rewrote {total} sites: {report.refusals()}", config)
-    return None
+            message += f", {which} ends at a graph break, {report.graph_break or before}"
+        message += ": nothing was rewritten"
+    if caching or report.phase == "decode" or (report.softmax and not report.sites):
+        _complain(message, config)
+        return None
+    return lambda: None if seen.cache else _complain(message, config)
 
 
 def _complain(message: str, config: SparkConfig) -> None:

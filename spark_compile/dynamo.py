@@ -40,7 +40,8 @@ of more, each of the sizes that come first and then of all."""
 class Seen:
     """What the backend has met so far in the graphs of one call of ``torch.compile``."""
 
-    attention: bool = False
+    cache: bool = False
+    """An attention with a cache, rewritten or refused."""
     graph_break: str | None = None
     """The latest one, as :func:`graph_break` says it."""
 

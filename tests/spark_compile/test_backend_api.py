@@ -88,6 +88,32 @@ def test_a_model_none_of_whose_parts_has_attention_is_told_when_it_runs_again() 
         model_c(x)
 
 
+def encoded(frames: Tensor) -> Tensor:
+    keys = frames * 2
+    return nn.functional.scaled_dot_product_attention(frames, keys, keys)
+
+
+class WithEncoder(nn.Module):
+    """What is encoded is attended to without a cache, in the graph of the decoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder = decoder(layers=1)
+
+    def forward(self, frames: Tensor, tokens: Tensor) -> Any:
+        return encoded(frames), *self.decoder(tokens)
+
+
+def test_an_encoder_keeps_no_cache_which_is_no_failure() -> None:
+    frames, model_c = torch.randn(1, 2, 9, 4), compiled(WithEncoder(), strict=True)
+    for _ in range(2):
+        assert is_compressed(model_c(frames, prompt(13))[2])
+    alone = compiled(encoded, strict=True)
+    alone(frames)
+    with pytest.raises(SparkError, match="no cache is kept"):
+        alone(frames)
+
+
 def test_training_is_left_alone() -> None:
     model, tokens = decoder(layers=1).requires_grad_(True), prompt(13)
     model(tokens)[0].square().mean().backward()
