@@ -191,9 +191,10 @@ def _check_past(program: Program, site: CachedAttention) -> None:
         if isinstance(site.key.keep, SymInt):
             raise Refused("the number of tokens that stay is not constant", site.key.base)
         return
-    if site.key.past is None and not _is_self_attention(site):
-        operand = site.key.operand
-        raise Refused("the keys are of other tokens than the queries: cross-attention", operand)
+    if not _is_self_attention(site):
+        raise Refused(
+            "the keys are of other tokens than the queries: cross-attention", site.key.operand
+        )
     for side in (site.key, site.value):
         parts = [side.new, side.past or side.new]
         if any(moved_from(part, program.states) for part in parts):
@@ -211,8 +212,8 @@ def _wanted(program: Program, site: CachedAttention) -> list[Spec]:
 
 
 def _is_self_attention(site: CachedAttention) -> bool:
-    """Whether there is a query for every key; queries of a group may come as rows."""
-    length, rows = tensor(site.key.operand).shape[2], tensor(site.query).shape[2]
+    """Whether there is a query for every new key; queries of a group may come as rows."""
+    length, rows = tensor(site.key.new).shape[site.key.dim], tensor(site.query).shape[2]
     whole = isinstance(length, int) and isinstance(rows, int) and length and rows % length == 0
     return bool(whole) or equal(length, rows)
 

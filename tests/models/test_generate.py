@@ -254,10 +254,12 @@ TRANSLATORS: dict[str, tuple[type, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("beams", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("how", [
+    {}, {"cache_implementation": "static"}, pytest.param({"num_beams": 2}, marks=pytest.mark.slow),
+])  # fmt: skip
 @pytest.mark.parametrize("name", ["t5", pytest.param("bart", marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore::spark_compile.SparkWarning")
-def test_encoder_and_decoder(name: str, beams: int) -> None:
+def test_encoder_and_decoder(name: str, how: dict[str, Any]) -> None:
     """The cache of the cross-attention, which nothing is appended to, stays as it is."""
     kind, fields = TRANSLATORS[name]
     torch.manual_seed(7)
@@ -267,7 +269,7 @@ def test_encoder_and_decoder(name: str, beams: int) -> None:
     compiled = optimize(copy.deepcopy(model), key_ratio=0.0, **{**OPTIONS, "strict": False})
     arguments = {
         "attention_mask": mask, "max_new_tokens": 14, "min_new_tokens": 14, "do_sample": False,
-        "num_beams": beams, "no_repeat_ngram_size": 2, "return_dict_in_generate": True,
+        "no_repeat_ngram_size": 2, "return_dict_in_generate": True, "disable_compile": True, **how,
     }  # fmt: skip
     expected = model.generate(ids, **arguments)
     actual = compiled.generate(ids, **arguments)
