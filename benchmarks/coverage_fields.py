@@ -20,6 +20,13 @@ _DOTS3 = {
     "swa_kv_lora_rank": 32, "swa_head_dim": 24, "swa_qk_nope_head_dim": 16, "swa_v_head_dim": 16,
 }  # fmt: skip
 
+
+def _axes(*channels: int) -> dict[str, Any]:
+    """Positions of several axes, of each of which so many pairs of channels are turned."""
+    rotation = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [*channels]}
+    return {"text_config": {"rope_parameters": rotation}}
+
+
 SPECIAL: dict[str, dict[str, Any]] = {
     "bamba": {**_MAMBA, "attn_layer_indices": [1]},
     "cohere_compass_text": {
@@ -53,6 +60,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "qwen4_exp": {"text_config": _QWEN4},
     "qwen4_exp_text": _QWEN4,
+    **dict.fromkeys(("glm4v", "glm46v", "glm_ocr", "glmga"), _axes(2, 3, 3)),
+    **dict.fromkeys(("paddleocr_vl", "qwen2_vl", "qwen2_5_vl"), _axes(2, 3, 3)),
+    "cosmos3_edge": _axes(3, 3, 2),
+    "glm4v_moe": _axes(1, 1, 2),
     "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": {"axial_pos_embds": False, "is_decoder": True},
     "zamba": {"num_hidden_layers": 4, "layers_block_type": [LINEAR, "hybrid"] * 2},

@@ -1,4 +1,7 @@
-"""Tiny models with random weights of every causal-LM architecture that transformers has."""
+"""Tiny models with random weights of every architecture of transformers that writes text.
+
+Those are its causal language models and the models that take images as well.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,10 @@ import torch
 import transformers
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from .coverage_fields import SPECIAL
 
@@ -27,8 +33,8 @@ AT_MOST: tuple[tuple[str, int], ...] = (
      r"|n_positions|n_ctx|\w*max_length", 256),
     (r"sliding_window(_size)?|(attention_)?window_size|local_attention|attention_chunk_size",
      WINDOW),
-    (r"hidden_size(_global)?|d_model|n_embd|(word_)?embed(_proj)?_dim|emb_dim|lru_width|dim(_model)?"
-     r"|embedding_size|adapter_(input_size|in_dim|out_dim)|mamba_d_ssm", 64),
+    (r"((out|text)_)?hidden_size|hidden_size_global|d_model|n_embd|(word_)?embed(_proj)?_dim"
+     r"|emb_dim|lru_width|dim(_model)?|embedding_size|adapter_(input_size|in_dim|out_dim)|mamba_d_ssm", 64),
     (r"\w*(intermediate_size|ffn_dim|ffn_hidden_size|n_inner|dim_ff|dff|d_ff|ffn_embed_dim)\w*",
      96),
     (r"(\w+_)?((num_)?(\w+_)?attention_heads|n_heads?|num_heads|linear_num_value_heads"
@@ -51,19 +57,21 @@ DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_lay
 UNSET: dict[str, Any] = {"num_key_value_heads": 2, "head_dim": 16, "num_experts_per_tok": 2}
 """Fields that are set although their default is None."""
 ALWAYS: dict[str, Any] = {
-    "initializer_range": 0.2, "init_std": 0.2, "is_decoder": True, "add_cross_attention": False,
-    "use_cache": True,
+    "initializer_range": 0.2, "init_std": 0.2, "use_cache": True,
 }  # fmt: skip
+ALONE: dict[str, Any] = {"is_decoder": True, "add_cross_attention": False}
+"""Fields of decoders that can be parts of others."""
 
 
 def architectures() -> list[str]:
     """Names of all architectures, as transformers' automatic classes know them."""
-    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    return sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES})
 
 
 def class_name(name: str) -> str:
-    """The model class of an architecture."""
-    found = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name]
+    """The model class of an architecture; the causal language model where there are two."""
+    mappings = (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+    found = next(mapping[name] for mapping in mappings if name in mapping)
     return found if isinstance(found, str) else found[0]
 
 
@@ -71,7 +79,8 @@ def tiny_config(name: str, least_layers: int = 2) -> PreTrainedConfig:
     """The architecture's default configuration with few layers, heads, channels and experts."""
     # Special fields are written for models of two layers or more.
     least = 2 if name in SPECIAL else least_layers
-    config = shrunk(CONFIG_MAPPING[name](), SPECIAL.get(name, {}), least)
+    always = ALWAYS | (ALONE if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else {})
+    config = shrunk(CONFIG_MAPPING[name](), SPECIAL.get(name, {}), always, least)
     wanted = getattr(transformers, class_name(name)).config_class
     parts = [part for part in vars(config).values() if isinstance(part, PreTrainedConfig)]
     # A decoder registered under its whole model's name has a part of that model's configuration.
@@ -80,15 +89,20 @@ def tiny_config(name: str, least_layers: int = 2) -> PreTrainedConfig:
 
 
 def shrunk(
-    config: PreTrainedConfig, special: dict[str, Any], least_layers: int
+    config: PreTrainedConfig, special: dict[str, Any], always: dict[str, Any], least_layers: int
 ) -> PreTrainedConfig:
-    """A small configuration of the same class; ``special`` fields win, nested ones as dicts."""
+    """A small configuration of the same class.
+
+    Args:
+        special: fields that win, nested ones as dicts.
+        always: fields that are set wherever a configuration has them.
+    """
     defaults = {name: value for name, value in vars(config).items() if name[0] != "_"}
-    small = {name: value for name, value in ALWAYS.items() if name in defaults}
+    small = {name: value for name, value in always.items() if name in defaults}
     layers = chosen_layers(defaults, least_layers)
     for name, default in defaults.items():
         if isinstance(default, PreTrainedConfig):
-            small[name] = shrunk(default, special.get(name, {}), least_layers)
+            small[name] = shrunk(default, special.get(name, {}), always, least_layers)
         elif default is None and name in UNSET:
             small[name] = UNSET[name]
         elif isinstance(default, int) and not isinstance(default, bool):
