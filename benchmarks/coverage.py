@@ -1,4 +1,4 @@
-"""``make coverage``: every causal-LM architecture of transformers, tiny, under the backend.
+"""``make coverage``: every architecture of transformers that writes text, tiny, under the backend.
 
 Each generates eagerly and under spark at key ratio 0 (which must equal eager) and at a real one
 (which must equal ``simulated.Simulated``); where that fails, under plain ``torch.compile`` too.

@@ -242,7 +242,10 @@ class Case:
             "sites": [len(graph.sites) for graph in report.graphs],
         }  # fmt: skip
         if not layers:
-            return {**facts, **compare(run, self._eager)}
+            found = compare(run, self._eager)
+            if found["status"] != "ok" and any(graph.rewritten for graph in report.graphs):
+                found["status"] = "given up"
+            return {**facts, **found}
         if not key_ratio:
             again = self._other_sizes(model, layers)
             return {**facts, **compare(run, self._eager), **again}

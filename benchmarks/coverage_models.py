@@ -34,7 +34,8 @@ AT_MOST: tuple[tuple[str, int], ...] = (
     (r"sliding_window(_size)?|(attention_)?window_size|local_attention|attention_chunk_size",
      WINDOW),
     (r"((out|text)_)?hidden_size|hidden_size_global|d_model|n_embd|(word_)?embed(_proj)?_dim"
-     r"|emb_dim|lru_width|dim(_model)?|embedding_size|adapter_(input_size|in_dim|out_dim)|mamba_d_ssm", 64),
+     r"|emb_dim|lru_width|dim(_model)?|embedding_size|adapter_(input_size|in_dim|out_dim)"
+     r"|mamba_d_ssm", 64),
     (r"\w*(intermediate_size|ffn_dim|ffn_hidden_size|n_inner|dim_ff|dff|d_ff|ffn_embed_dim)\w*",
      96),
     (r"(\w+_)?((num_)?(\w+_)?attention_heads|n_heads?|num_heads|linear_num_value_heads"

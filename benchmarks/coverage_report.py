@@ -133,6 +133,8 @@ def detail(result: dict[str, Any]) -> str:
     """What happened in one check, in a few words."""
     if result["status"] == "crash":
         return str(result["crash"])
+    if result["status"] == "given up":
+        return "no step continues what the prompt has pruned"
     if result["status"] == "left alone":
         return f"at other sizes only layers {result['again']} are rewritten"
     if result["status"] == "no oracle":
@@ -197,8 +199,9 @@ def markdown(header: dict[str, Any], rows: dict[str, Any]) -> str:
 
 INTRODUCTION = """# Coverage
 
-Every architecture that transformers {transformers} maps to a causal language model, tiny and with
-random weights, under torch {torch} with `inner="{inner}"`. Made by `make coverage`.
+Every architecture that transformers {transformers} maps to a causal language model, or to a model
+that takes images and writes text (here its prompts are text alone), tiny and with random weights,
+under torch {torch} with `inner="{inner}"`. Made by `make coverage`.
 
 A model continues a prompt of {prompt} tokens by {steps}, greedily, with its own `generate`:
 eagerly, under spark at key ratio 0, which must equal eager, and at {key_ratio:g} (window {window}),

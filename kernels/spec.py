@@ -84,6 +84,10 @@ class Spec:
             name = "min_tokens" if self.min_tokens else "rolls"
             _refuse(name, getattr(self, name), f"0 where {scorer.NAME} evicts")
 
+    def __deepcopy__(self, memo: object) -> Spec:
+        # Dynamo copies it for a guard of each state: what is the same object is equal at once.
+        return self
+
     def format(self, side: Side) -> Format:
         return self.key if side == "key" else self.value
 

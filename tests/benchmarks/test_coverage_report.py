@@ -79,6 +79,7 @@ def test_figures() -> None:
         ("ok", "ok", "ok"),
         ("ok", "differs", "wrong"),
         ("ok", "no oracle", "wrong"),
+        ("ok", "given up", "wrong"),
         ("ok", "crash", "crash"),
         ("crash", "crash", "not ours"),
         ("differs", "differs", "not ours"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -45,6 +46,12 @@ def test_the_text_says_everything(
     assert "scale" not in plain.text
     assert plain.attending(scale, softcap) == original
     assert (plain == original) == ((scale, softcap) == (1.0, 0.0))
+
+
+def test_a_copy_is_the_spec_itself() -> None:
+    """Dynamo compares each state's form with a copy, in each step."""
+    original = spec()
+    assert copy.deepcopy(original) is original
 
 
 def test_the_text_is_that_of_the_documentation() -> None:
