@@ -97,8 +97,7 @@ def compile_graph(
             compiled, report = found
             report = replace(report, graph_break=dynamo.graph_break(module))
             record(report)
-            _complain_about_refusals(report, config)
-            return compiled
+            return _noted(compiled, _complain_about_refusals(report, config))
     if reason is None:
         try:
             program = lower(module, fake_mode, fakes, config)
@@ -115,13 +114,14 @@ def compile_graph(
     sites = tuple(program.sites)
     report = GraphReport(
         program.phase, sites, None, matches, lower_ms, passes_ms,
-        graph_break=dynamo.graph_break(module), softmax=has_softmax(program.graph),
+        graph_break=dynamo.graph_break(module),
+        suspicious=bool(program.states) or has_softmax(program.graph),
     )  # fmt: skip
     try:
         again = _complain_about_refusals(report, config)
         start = time.perf_counter()
         if wrapper is None:  # nothing was rewritten
-            compiled = _noted(inner(module, list(example_inputs)), again)
+            compiled = inner(module, list(example_inputs))
         else:
             placeholders = program.graph.find_nodes(op="placeholder")
             values = [node.meta["val"] for node in placeholders]
@@ -131,7 +131,7 @@ def compile_graph(
         report = replace(report, compile_ms=_ms_since(start))
     finally:
         record(report)
-    return compiled
+    return _noted(compiled, again)
 
 
 def _wrapper(program: Program, fakes: Sequence[Any]) -> SparkGraph | None:
@@ -247,11 +247,13 @@ def _unrewritten(
 
 
 def _noted(compiled: Compiled, again: Callable[[], None] | None = None) -> Compiled:
-    """The same code; that it runs is noted, as of a rewritten graph, for ``generate``'s sake.
+    """The same code; that it runs is noted, as a rewritten graph does by itself, for ``generate``.
 
     Args:
         again: called when it does not run for the first time.
     """
+    if isinstance(compiled, SparkGraph):
+        return compiled
     has_run = False
 
     def run(*args: Any) -> Any:
@@ -288,7 +290,7 @@ def _complain_about_refusals(report: GraphReport, config: SparkConfig) -> Callab
             which = "which" if report.graph_break else "nor in the one before it, which"
             message += f", {which} ends at a graph break, {report.graph_break or before}"
         message += ": nothing was rewritten"
-    if caching or report.phase == "decode" or (report.softmax and not report.sites):
+    if caching or (report.phase == "decode" if report.sites else report.suspicious):
         _complain(message, config)
         return None
     return lambda: None if seen.cache else _complain(message, config)

@@ -28,6 +28,7 @@ from .torch_private import (
     TracingContext,
     innermost_backend,
     limit_log,
+    module_call,
 )
 
 Complain = Callable[[str], None]
@@ -38,7 +39,7 @@ of more, each of the sizes that come first and then of all."""
 
 @dataclass
 class Seen:
-    """What the backend has met so far in the graphs of one call of ``torch.compile``."""
+    """What the backend has met so far in the graphs of one model."""
 
     cache: bool = False
     """An attention with a cache, rewritten or refused."""
@@ -47,8 +48,8 @@ class Seen:
 
 
 _modules: WeakKeyDictionary[CodeType, WeakSet[nn.Module]] = WeakKeyDictionary()
-# By what Dynamo calls to compile graphs, one for each call of ``torch.compile``.
 _complaints: WeakKeyDictionary[object, Complain] = WeakKeyDictionary()
+"""By what Dynamo calls to compile graphs, one for each call of ``torch.compile``."""
 _seen: WeakKeyDictionary[object, Seen] = WeakKeyDictionary()
 _by_options: dict[object, Callable[[Mapping[str, Any] | None], Complain]] = {}
 
@@ -87,9 +88,15 @@ def compiler() -> object | None:
 
 
 def seen() -> Seen:
-    """What was met in graphs of the call of ``torch.compile`` for which Dynamo compiles now."""
-    call = compiler()
-    return Seen() if call is None else _seen.setdefault(call, Seen())
+    """What was met in graphs of the model that is being called, of which parts may be compiled one
+    by one; outside of a model, of the call of ``torch.compile`` for which Dynamo compiles now."""
+    frame: FrameType | None = sys._getframe(1)
+    owner: object | None = compiler()
+    while frame is not None:
+        if frame.f_code is module_call:
+            owner = frame.f_locals["self"]
+        frame = frame.f_back
+    return Seen() if owner is None else _seen.setdefault(owner, Seen())
 
 
 def graph_break(module: fx.GraphModule) -> str | None:

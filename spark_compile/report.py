@@ -123,9 +123,9 @@ class GraphReport:
     graph_break: str | None = None
     """Why and where Dynamo ended the graph in the middle of the model's code, if it did: an
     attention that goes on in the next graph is in neither of them."""
-    softmax: bool = False
-    """Whether there is one, or an operator with one in it: without a site that may be an attention,
-    or a part of one, that was not found."""
+    suspicious: bool = False
+    """Whether there may be an attention, or a part of one, that was not found: there is a softmax,
+    or an operator with one in it, or a compressed state."""
 
     @property
     def rewritten(self) -> tuple[Site, ...]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from types import CodeType
 from typing import Any
 
 import torch
@@ -126,6 +127,10 @@ def swap_tensors(one: torch.Tensor, other: torch.Tensor) -> None:
     inputs: a model's buffer could not become a state.
     """
     torch._C._swap_tensor_impl(one, other)
+
+
+module_call: CodeType = torch.nn.Module._wrapped_call_impl.__code__
+"""The frame of ``module(...)``, compiled or not: whose call a graph is compiled in."""
 
 
 def call_of(module: torch.nn.Module) -> Callable[..., Any]:

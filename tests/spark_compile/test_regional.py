@@ -102,6 +102,26 @@ def decoder_like(model: Any) -> Any:
     return plain
 
 
+class Recurrent(nn.Module):
+    """A layer with a state and no attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(32, 32)
+
+    def forward(self, x: Tensor, past: Any) -> tuple[Tensor, tuple[Tensor]]:
+        rows = x[:, None, :, :1]
+        return self.inner(x), (rows if past is None else torch.cat([past[0], rows], 2),)
+
+
+def test_blocks_without_attention_are_no_failure() -> None:
+    """As in hybrid decoders: several, of which equal ones share a graph, before the first one."""
+    model = decoder(layers=4)
+    model.attentions = nn.ModuleList([Recurrent(), Recurrent(), *model.attentions[2:]])
+    _, past = decode(optimized(model.requires_grad_(False)), prompt(13), None, 5)
+    assert is_compressed(past[2:])
+
+
 def test_equal_layers_are_compiled_once() -> None:
     model = optimized(llama())
     with collect_report() as report:
