@@ -31,7 +31,7 @@ ATTENTIONS = {ATTENTION, _aten.scaled_dot_product_attention.default, *SOFTMAXES}
 """Where what a layer computes from its cache ends."""
 NO_CACHE = "are not returned by the graph: no cache is kept"
 LATENT = "are computed from what is cached, as in latent attention"
-"""The reason of a refusal, after what it is about."""
+"""Reasons of refusals, after what they are about."""
 ZEROS = {_aten.zeros.default, _aten.full.default, _aten.zeros_like.default, _aten.new_zeros.default}
 _INPUTS = {"placeholder", "get_attr"}
 
