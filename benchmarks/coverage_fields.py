@@ -64,6 +64,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("paddleocr_vl", "qwen2_vl", "qwen2_5_vl"), _axes(2, 3, 3)),
     "cosmos3_edge": _axes(3, 3, 2),
     "glm4v_moe": _axes(1, 1, 2),
+    "kosmos-2.5": {"text_config": {"layers": 2}},
     "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": {"axial_pos_embds": False, "is_decoder": True},
     "zamba": {"num_hidden_layers": 4, "layers_block_type": [LINEAR, "hybrid"] * 2},
