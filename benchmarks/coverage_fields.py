@@ -19,6 +19,7 @@ _DOTS3 = {
     "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": 32,
     "swa_kv_lora_rank": 32, "swa_head_dim": 24, "swa_qk_nope_head_dim": 16, "swa_v_head_dim": 16,
 }  # fmt: skip
+_THREE_AXES = ("glm4v", "glm46v", "glm_ocr", "glmga", "paddleocr_vl", "qwen2_vl", "qwen2_5_vl")
 
 
 def _axes(*channels: int) -> dict[str, Any]:
@@ -60,8 +61,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "qwen4_exp": {"text_config": _QWEN4},
     "qwen4_exp_text": _QWEN4,
-    **dict.fromkeys(("glm4v", "glm46v", "glm_ocr", "glmga"), _axes(2, 3, 3)),
-    **dict.fromkeys(("paddleocr_vl", "qwen2_vl", "qwen2_5_vl"), _axes(2, 3, 3)),
+    **dict.fromkeys(_THREE_AXES, _axes(2, 3, 3)),
     "cosmos3_edge": _axes(3, 3, 2),
     "glm4v_moe": _axes(1, 1, 2),
     "kosmos-2.5": {"text_config": {"layers": 2}},

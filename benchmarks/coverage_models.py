@@ -19,6 +19,8 @@ from transformers.models.auto.modeling_auto import (
 
 from .coverage_fields import SPECIAL
 
+MAPPINGS = (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+"""Classes by architecture; of one that is in both, the first counts."""
 MOST_LAYERS = 6
 VOCABULARY = 96
 WINDOW = 12
@@ -66,13 +68,12 @@ ALONE: dict[str, Any] = {"is_decoder": True, "add_cross_attention": False}
 
 def architectures() -> list[str]:
     """Names of all architectures, as transformers' automatic classes know them."""
-    return sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES})
+    return sorted({name for mapping in MAPPINGS for name in mapping})
 
 
 def class_name(name: str) -> str:
     """The model class of an architecture; the causal language model where there are two."""
-    mappings = (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
-    found = next(mapping[name] for mapping in mappings if name in mapping)
+    found = next(mapping[name] for mapping in MAPPINGS if name in mapping)
     return found if isinstance(found, str) else found[0]
 
 
