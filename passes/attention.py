@@ -40,7 +40,7 @@ class Attention:
     query: fx.Node
     """[*batch, L, D], batch flattening to B and Hq."""
     key: fx.Node
-    """[B, Hkv, S, D], or [B, S, Hkv, D] where ``tokens_first`` says so."""
+    """[B, Hkv, S, D], or what ``tokens_dims`` says: [B, S, Hkv, D], or [B, S, D] of one head."""
     value: fx.Node
     """[B, Hkv, S, Dv], likewise."""
     heads: int
@@ -63,8 +63,8 @@ class Attention:
     """Whether scores have a lower bound, which gives a fully masked query uniform weights."""
     sinks: fx.Node | None = None
     """[Hq]."""
-    tokens_first: tuple[bool, bool] = (False, False)
-    """Whether the sequence comes before the heads, in the keys and in the values."""
+    tokens_dims: tuple[int, int] = (2, 2)
+    """Which dimension of the keys and of the values is the sequence."""
 
 
 def match_sdpa(node: fx.Node, kept: Collection[fx.Node]) -> Attention | None:
@@ -148,8 +148,7 @@ def _bound(
     logits = None if sinks is None else _per_head(*sinks, heads, output)
     return Attention(
         query, keys.base, values.base, heads, int(key_sizes[1]), tiled=keys.tiled, scores=scores,
-        output=output, sinks=logits, tokens_first=(keys.order[1] == 2, values.order[1] == 2),
-        **rest,
+        output=output, sinks=logits, tokens_dims=(keys.order[2], values.order[2]), **rest,
     )  # fmt: skip
 
 

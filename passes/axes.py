@@ -17,7 +17,7 @@ import torch
 from torch import SymInt, fx
 
 from ..torch_private import statically_known_true
-from .patterns import CASTS, COPIES, RESHAPES, argument, rank, tensor
+from .patterns import CASTS, COPIES, RESHAPES, VIEWS, argument, rank, tensor
 
 _aten = torch.ops.aten
 Size = int | SymInt
@@ -141,9 +141,9 @@ class Cached(NamedTuple):
     """The cache that an operand is a view of, and how it repeats heads."""
 
     base: fx.Node
-    """[B, Hkv, S, D] or [B, S, Hkv, D]."""
-    order: tuple[int, int, int, int]
-    """Its dimensions that are B, Hkv, S and D."""
+    """[B, Hkv, S, D], [B, S, Hkv, D], or [B, S, D] of a single head."""
+    order: tuple[int, int | None, int, int]
+    """Its dimensions that are B, Hkv, S and D; None where there is none of heads."""
     tiled: bool
     """Whether query head h reads key head h % Hkv instead of h // G."""
 
@@ -151,11 +151,11 @@ class Cached(NamedTuple):
     def sizes(self) -> list[Size]:
         """B, Hkv, S and D."""
         shape = tensor(self.base).shape
-        return [shape[dim] for dim in self.order]
+        return [1 if dim is None else shape[dim] for dim in self.order]
 
 
-ORDERS = (0, 1, 2, 3), (0, 2, 1, 3)
-"""Where B, Hkv, S and D are in a cache; the first is preferred where both would do."""
+ORDERS = (0, 1, 2, 3), (0, 2, 1, 3), (0, None, 1, 2)
+"""Where B, Hkv, S and D are in a cache; the first is preferred where several would do."""
 
 
 def cached(
@@ -178,20 +178,45 @@ def cached(
         for order in reversed(ORDERS)
         if (tiled := _tiling(base, order, dims, batch, last)) is not None
     ]
-    preferred = [one for one in found if one.base in kept or one.base.op == "placeholder"]
+    preferred = [
+        one
+        for one in found
+        if one.base in kept
+        or one.base.op == "placeholder"
+        or merged(one.base, one.order[2]) in kept
+    ]
     candidates = preferred or [one for one in found if one.order == ORDERS[0]] or found
     return candidates[-1] if candidates else None
 
 
+def merged(node: fx.Node, tokens_dim: int) -> fx.Node | None:
+    """[B, S, H * D], of which a node is [B, S, H, D], or [B, 1, S, D]; None if there is none."""
+    if node.target not in VIEWS:
+        return None
+    before: fx.Node = node.args[0]  # type: ignore[assignment]
+    heads = tensor(node).shape[3 - tokens_dim] if rank(node) == 4 and rank(before) == 3 else None
+    if heads is None or (tokens_dim == 2 and not equal(heads, 1)):
+        return None
+    batch, length, width = tensor(before).shape
+    sizes = [tensor(node).shape[dim] for dim in (0, tokens_dim, 3)]
+    return before if same_shape(sizes, [batch, length, width // heads]) else None
+
+
 def _tiling(
-    base: fx.Node, order: Sequence[int], dims: Dims, batch: Sequence[Size], last: tuple[int, int]
+    base: fx.Node,
+    order: Sequence[int | None],
+    dims: Dims,
+    batch: Sequence[Size],
+    last: tuple[int, int],
 ) -> bool | None:
     """Whether a view of a cache tiles its heads; None where it is not a view of the form."""
-    if rank(base) != 4 or len(dims) != len(batch) + 2:
-        return None
     sizes, heads_dim = tensor(base).shape, order[1]
+    if rank(base) != (3 if heads_dim is None else 4) or len(dims) != len(batch) + 2:
+        return None
+    if heads_dim is None and (len(batch) == 1 or not equal(sizes[0], batch[0])):
+        return None  # [B * Hkv, S, D]: masks are for B entries, and Hkv is not known
     for dim, number in zip(dims[-2:], last, strict=True):
-        axis = order[number]
+        axis: Any = order[number]
         if [a.origin for a in dim] != ([] if equal(sizes[axis], 1) else [axis]):
             return None
     axes = [
@@ -200,7 +225,7 @@ def _tiling(
         for axis in (dim or (() if equal(size, 1) else (Axis(None, size),)))
     ]
     origins = [origin for _, origin in axes]
-    own = [index for index in (0, heads_dim) if not equal(sizes[index], 1)]
+    own = [index for index in (0, heads_dim) if index is not None and not equal(sizes[index], 1)]
     repeats: list[int | None] = [None] * (len(axes) - len(own))
     if origins == [*own, *repeats]:
         return False

@@ -70,8 +70,8 @@ def without_causal_mask(attention: Attention) -> tuple[Attention, Sum | None]:
     """The attention without its mask, if that is causal, and c; else the attention, and None."""
     if attention.causal_offset is not None or attention.floored:
         return attention, None
-    mask, tokens_dim = attention.attn_mask, 1 if attention.tokens_first[0] else 2
-    rows = tensor(attention.query).shape[-2], tensor(attention.key).shape[tokens_dim]
+    mask, tokens = attention.attn_mask, tensor(attention.key).shape[attention.tokens_dims[0]]
+    rows = tensor(attention.query).shape[-2], tokens
     if mask is not None and tensor(mask).dtype == torch.bool:
         offset = _offset(mask, rows)
         if offset is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,7 +13,9 @@ from ..state import PrunedKeys, StoredValues
 from .axes import equal, viewed
 from .find_attention import CANONICAL as ATTENTION
 from .patterns import (
+    COPIES,
     SOFTMAXES,
+    VIEWS,
     WRITES,
     Refused,
     argument,
@@ -33,6 +36,9 @@ NO_CACHE = "are not returned by the graph: no cache is kept"
 LATENT = "are computed from what is cached, as in latent attention"
 """Reasons of refusals, after what they are about."""
 ZEROS = {_aten.zeros.default, _aten.full.default, _aten.zeros_like.default, _aten.new_zeros.default}
+LAYOUTS = "[B, H, S, D], [B, S, H, D] or [B, S, H * D]"
+"""Of a cache that can be stored compressed."""
+_ARRANGES = VIEWS | COPIES | {_aten.permute.default, _aten.transpose.int}
 _INPUTS = {"placeholder", "get_attr"}
 
 
@@ -63,8 +69,8 @@ def check(
 def _why_not_returned(name: str, node: fx.Node, returned: set[fx.Node]) -> str:
     """Tell a cache that is kept in a way not known here from no cache at all."""
     after = [value for value in moved(node, forwards=True) if value in returned]
-    if any(base in returned for base, _ in viewed(node)) or any(_is_view(v, node) for v in after):
-        return f"the cache keeps the {name} in another layout than [B, H, S, D] or [B, S, H, D]"
+    if any(of in returned for of in _arranged(node)) or any(node in _arranged(v) for v in after):
+        return f"the cache keeps the {name} in another layout than {LAYOUTS}"
     if after:
         return f"the cache keeps the {name} changed by {after[0].target}"
     writes = [*moved(node), *(user for value in moved(node, forwards=True) for user in value.users)]
@@ -74,7 +80,7 @@ def _why_not_returned(name: str, node: fx.Node, returned: set[fx.Node]) -> str:
         return f"the {name} are written into a buffer by {written.target}, {how}"
     if _computed_from(node, returned):
         return f"the {name} {LATENT}"
-    if any(base.op == "placeholder" for base, _ in viewed(node)):
+    if any(of.op == "placeholder" for of in _arranged(node)):
         return f"the {name} are an argument of the graph: how they are cached is not part of it"
     return f"the {name} {NO_CACHE}"
 
@@ -100,9 +106,12 @@ def _computed_from(node: fx.Node, returned: set[fx.Node]) -> bool:
     return False
 
 
-def _is_view(node: fx.Node, of: fx.Node) -> bool:
-    """Whether a tensor holds all elements of another one and no more."""
-    return any(base is of for base, _ in viewed(node))
+def _arranged(node: fx.Node) -> Iterator[fx.Node]:
+    """The tensors whose elements a node has, all of them and no others, in whatever layout."""
+    yield from (base for base, _ in viewed(node))
+    while node.target in _ARRANGES:
+        node = node.args[0]  # type: ignore[assignment]
+        yield node
 
 
 def _check_buffers(program: Program, group: list[CachedAttention]) -> None:
@@ -178,13 +187,13 @@ def _check_past(program: Program, site: CachedAttention) -> None:
             raise Refused("the cache was compressed with other options", site.attention)
         for side, past in ((site.key, past_key), (site.value, past_value)):
             # A prompt longer than a static window leaves a growing state, which becomes static.
-            static = past.static or side.rolls
-            if (static, past.form.tokens_dim) != (site.is_static, side.dim):
+            layout = past.static or side.rolls, past.form.tokens_dim, past.form.merged
+            if layout != (site.is_static, side.dim, side.merged):
                 raise Refused("the cache was compressed in another layout", side.base)
             if tensor(side.new).dtype != past.dtype:
                 raise Refused(f"the new tokens are not {past.dtype} as the cache is", side.base)
         over = program.config.context_parallel
-        if past_key.form.ranks > 1 and (over is None or past_key.form[4:] != over.place):
+        if past_key.form.ranks > 1 and (over is None or past_key.form[4:6] != over.place):
             raise Refused("the cache is spread over other ranks", site.attention)
         if past_key.form.ranks > 1 and site.key.slides:
             raise Refused("a cache that is spread over ranks slides", site.key.base)

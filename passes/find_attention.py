@@ -18,7 +18,7 @@ from .attention import MATCHERS, Attention
 from .causal import without_causal_mask
 from .dataflow import call, live_nodes, readers_inside
 from .operands import as_output, mask_of, query_of, sinks_of
-from .patterns import WRITES, Refused
+from .patterns import WRITES, Refused, rank
 from .program import Program
 
 CANONICAL = torch.ops.spark.attention.default
@@ -87,9 +87,9 @@ def _replace(program: Program, attention: Attention) -> None:
         offset = attention.causal_offset if causal is None else causal.node(program)
         sinks = sinks_of(program, attention)
         key, value = (
-            call(program, _aten.transpose.int, (node, 1, 2)) if tokens_first else node
-            for node, tokens_first in zip(
-                (attention.key, attention.value), attention.tokens_first, strict=True
+            heads_first(program, node, tokens_dim, attention.kv_heads)
+            for node, tokens_dim in zip(
+                (attention.key, attention.value), attention.tokens_dims, strict=True
             )
         )
     with program.graph.inserting_after(original):
@@ -107,6 +107,13 @@ def _replace(program: Program, attention: Attention) -> None:
     canonical.meta = {
         **original.meta, "val": canonical.meta["val"], ORIGINAL: original, RESULT: result,
     }  # fmt: skip
+
+
+def heads_first(program: Program, node: fx.Node, tokens_dim: int, heads: int) -> fx.Node:
+    """Tokens [B, H, S, D], [B, S, H, D] or [B, S, H * D] as [B, H, S, D]."""
+    if rank(node) == 3:
+        node = call(program, _aten.unflatten.int, (node, 2, [heads, -1]))
+    return node if tokens_dim == 2 else call(program, _aten.transpose.int, (node, 1, 2))
 
 
 def restore(canonical: fx.Node) -> fx.Node:

@@ -4,7 +4,8 @@ Alternatives: ``cat`` of past and new tokens along the sequence; ``cat`` of an e
 first tokens; a write into a preallocated buffer by ``index_copy``, by ``index_put`` at positions,
 or by slice assignment; a full buffer that rolls: ``roll`` by one and a write at its end, or a
 ``cat`` to its last tokens. The sequence is dimension 2 of a cache [B, H, S, D], or dimension 1 of
-[B, S, H, D]. A cache that returns its first tokens unchanged has no append to find.
+[B, S, H, D] and of [B, S, H * D], which grows by ``cat`` alone. A cache that returns its first
+tokens unchanged has no append to find.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import fx
 
 from .. import ops as _registered  # noqa: F401  (torch.ops.spark)
 from ..torch_private import statically_known_true
-from .axes import equal, same_shape, viewed
+from .axes import equal, merged, same_shape, viewed
 from .dataflow import call
 from .find_attention import CANONICAL as ATTENTION
 from .find_attention import ORIGINAL
@@ -37,7 +38,7 @@ class Found:
     past: fx.Node | None
     new: fx.Node
     dim: int
-    """Of the sequence: 2, or 1 of a cache [B, S, H, D]."""
+    """Of the sequence: 2, or 1 of a cache [B, S, H, D] or [B, S, H * D]."""
     position: Any = None
     """Where the new tokens are written: a tensor, or the first one as a number; None: at the end"""
 
@@ -61,16 +62,26 @@ class FindKVAppend:
 def candidates(operand: fx.Node) -> Iterator[tuple[fx.Node, int]]:
     """What may be the append that an attention's operand is a view of, with its sequence's dim."""
     dim = 2
-    if operand.target is _aten.transpose.int and {*operand.args[1:3]} == {1, 2}:
+    if _turns_heads(operand):
         operand, dim = operand.args[0], 1  # type: ignore[assignment]
     yield operand, dim
     if is_front(operand, dim):
         yield operand.args[0], dim  # type: ignore[misc]
+    whole = merged(operand, dim)
+    if whole is not None:
+        yield whole, 1
+
+
+def _turns_heads(node: fx.Node) -> bool:
+    """Whether a node is [B, H, S, D] of [B, S, H, D]."""
+    if node.target is _aten.permute.default:
+        return list(node.args[1]) == [0, 2, 1, 3]  # type: ignore[arg-type]
+    return node.target is _aten.transpose.int and {*node.args[1:3]} == {1, 2}
 
 
 def is_front(node: fx.Node, dim: int) -> bool:
     """Whether a node is a slice from the first token on."""
-    if node.target is not _aten.slice.Tensor or argument(node, "dim") not in (dim, dim - 4):
+    if node.target is not _aten.slice.Tensor or argument(node, "dim") % rank(node) != dim:
         return False
     return argument(node, "start") in (None, 0) and argument(node, "step") == 1
 
@@ -84,7 +95,7 @@ def _takes_a_past(node: fx.Node, given: set[fx.Node]) -> bool:
         query, key = node.args[:2]
         longer = not equal(tensor(key).shape[2], tensor(query).shape[2])  # type: ignore[arg-type]
         return longer and any(base in given for base, _ in viewed(key))  # type: ignore[arg-type]
-    if node.target not in MATCHERS or rank(node) != 4:
+    if node.target not in MATCHERS or rank(node) not in (3, 4):
         return False
     before: Any = node.args[0]
     if node.target is _aten.cat.default:
@@ -97,7 +108,8 @@ def _takes_a_past(node: fx.Node, given: set[fx.Node]) -> bool:
 def _canonicalize(program: Program, node: fx.Node, dim: int, positions: dict[Any, fx.Node]) -> bool:
     """Put the canonical node in the place of an append; the original stays in the graph, dead."""
     match = MATCHERS.get(node.target)
-    found = match(program, node) if match is not None and rank(node) == 4 else None
+    known = rank(node) == 4 or node.target is _aten.cat.default
+    found = match(program, node) if match is not None and known else None
     if found is None or found.dim != dim:
         return False
     position = found.position

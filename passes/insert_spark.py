@@ -24,7 +24,7 @@ from ..report import Refusal
 from .dataflow import call, inline, live_nodes
 from .eligibility import check, reads_new_alone
 from .find_attention import CANONICAL as ATTENTION
-from .find_attention import restore
+from .find_attention import heads_first, restore
 from .find_kv_append import CANONICAL as APPEND
 from .patterns import Refused, tensor
 from .program import Growth, Program, Replacement
@@ -102,9 +102,10 @@ def _store(program: Program, group: list[CachedAttention]) -> None:
     after = max(*originals, *(sharer.query for sharer in group), *kept)  # type: ignore[type-var]
     over = None if site.key.slides else program.config.context_parallel
     place = None if over is None else over.place
-    stored = _built(program, group, kept, spec, None, after, site.key.dim, place)  # type: ignore[arg-type]
+    stored = _built(program, group, kept, spec, None, after, site, place)  # type: ignore[arg-type]
     length = tensor(kept[0]).shape[site.key.dim]  # type: ignore[arg-type]
-    form = StateForm(spec, False, site.key.dim, program.config.strict, *place or ())
+    ranks = place or (1, 0)
+    form = StateForm(spec, False, site.key.dim, program.config.strict, *ranks, site.key.merged)
     _replace(program, form, kept, stored, length)  # type: ignore[arg-type]
 
 
@@ -144,7 +145,7 @@ def _rewrite_static(program: Program, group: list[CachedAttention]) -> None:
         if made_here:
             nothing = [_empty(program, side) for _, side in site.sides]
             after = max(nothing)
-            stored = _built(program, [], nothing, spec, capacity, after, site.key.dim)
+            stored = _built(program, [], nothing, spec, capacity, after, site)
         else:
             stored = _stored(program, site)
         _attend(program, group, stored, site.key.position)
@@ -175,7 +176,7 @@ def _prefill(program: Program, group: list[CachedAttention], spec: Spec, capacit
         is_first = call(program, _aten.eq.Scalar, (first, 0))
         message = "a prefill that reads its own tokens alone must write them to position 0"
         checked = call(program, _aten._assert_async.msg, (is_first, message))
-    return _built(program, group, tokens, spec, capacity, checked, site.key.dim)
+    return _built(program, group, tokens, spec, capacity, checked, site)
 
 
 def _empty(program: Program, side: CachedSide) -> fx.Node:
@@ -186,15 +187,19 @@ def _empty(program: Program, side: CachedSide) -> fx.Node:
 
 def _built(
     program: Program, group: list[CachedAttention], tokens: list[fx.Node], spec: Spec,
-    capacity: int | None, after: fx.Node, dim: int, place: tuple[int, int] | None = None,
+    capacity: int | None, after: fx.Node, site: CachedAttention,
+    place: tuple[int, int] | None = None,
 ) -> Stored:  # fmt: skip
-    """Build a cache of dense tokens, whose sequence is dimension ``dim``, after a node.
+    """Build a cache of dense tokens, in the layout of a site, after a node.
 
     Args:
         place: number of ranks that it is spread over, and which one this is.
     """
     with program.graph.inserting_before(after.next):
-        key, value = (_heads_first(program, node, dim) for node in tokens)
+        key, value = (
+            heads_first(program, node, side.dim, side.heads)
+            for node, (_, side) in zip(tokens, site.sides, strict=True)
+        )
         queries = [sharer.query for sharer in group]
         args: tuple[object, ...] = (key, value, queries, spec.text, capacity)
         if group and spec.evict is not None:
@@ -238,7 +243,7 @@ def _attend(
         rolls = site.key.keep if site.key.rolls else 0
         text = spec_of(program, site).attending(scale, softcap, rolls).text  # type: ignore[arg-type]
         with program.graph.inserting_before(sharer.attention):
-            new = [_heads_first(program, side.new, side.dim) for _, side in site.sides]
+            new = [heads_first(program, s.new, s.dim, s.heads) for _, s in site.sides]
             given = (sharer.query, *new, *stored, mask, sinks, causal_offset)
             past = program.states.get(site.key.past)  # type: ignore[arg-type]
             if past is None or past.form.ranks == 1:
@@ -263,11 +268,6 @@ def _merged(program: Program, part: fx.Node, dtype: torch.dtype) -> fx.Node:
     parts = call(program, collective.wait_tensor.default, (parts,))
     (output,) = inline(program, merged, (parts,), group.ranks, dtype)
     return output
-
-
-def _heads_first(program: Program, node: fx.Node, dim: int) -> fx.Node:
-    """Tokens as [B, H, S, D]."""
-    return node if dim == 2 else call(program, _aten.transpose.int, (node, 1, 2))
 
 
 def _stored(program: Program, site: CachedAttention) -> Stored:

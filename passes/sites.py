@@ -17,7 +17,7 @@ from .axes import equal
 from .find_attention import layer_name
 from .find_kv_append import CANONICAL as APPEND
 from .find_kv_append import candidates
-from .patterns import Refused, argument, is_open_ended, tensor
+from .patterns import Refused, argument, is_open_ended, rank, tensor
 from .program import Program
 
 _aten = torch.ops.aten
@@ -30,9 +30,9 @@ class CachedSide:
     operand: fx.Node
     """[B, Hkv, S, D], what the attention reads."""
     base: fx.Node
-    """The append behind that, or the operand itself; in the model's layout."""
+    """The append that it is a view of, or the operand itself; in the model's layout."""
     dim: int
-    """Of the sequence in ``base``: 2, or 1 in a cache [B, S, H, D]."""
+    """Of the sequence in ``base``: 2, or 1 in a cache [B, S, H, D] or [B, S, H * D]."""
     kept: fx.Node | None
     """What the cache keeps: the base, its last tokens, or None if that is not known."""
     written_to: fx.Node | None
@@ -58,6 +58,16 @@ class CachedSide:
     def position(self) -> fx.Node | None:
         """Where they are written; None where they are appended."""
         return self.base.args[2] if self.base.target is APPEND else None  # type: ignore[return-value]
+
+    @property
+    def heads(self) -> int:
+        """Hkv."""
+        return int(tensor(self.operand).shape[1])
+
+    @property
+    def merged(self) -> bool:
+        """Whether heads and channels are one dimension of the cache."""
+        return rank(self.base) == 3
 
     @property
     def slides(self) -> bool:
@@ -113,14 +123,15 @@ def cached_attention(
 
 def _side(operand: fx.Node, returned: set[fx.Node], written: dict[fx.Node, fx.Node]) -> CachedSide:
     found = list(candidates(operand))
+    # Of a buffer the first tokens may be read; else the whole cache is.
+    whole = [found[0], *(one for one in found[1:] if rank(one[0]) == 3)]
     appends = [
-        (node, dim)
-        for node, dim in found
-        if node.target is APPEND and (node.args[2] is not None or (node, dim) == found[0])
+        one
+        for one in found
+        if one[0].target is APPEND and (one[0].args[2] is not None or one in whole)
     ]
-    whole, dim = found[0]
-    known = [whole] if kept(whole, dim, returned) is not None else []
-    base, dim = appends[0] if appends else (known[0], dim) if known else (operand, 2)
+    known = [one for one in whole if kept(*one, returned) is not None]
+    base, dim = (appends or known or [(operand, 2)])[0]
     if base.target is APPEND:
         stays = kept(base, dim, written.keys())
         if stays is not None:
@@ -138,7 +149,7 @@ def kept(node: fx.Node, dim: int, returned: Collection[fx.Node]) -> fx.Node | No
 
 def _cuts_front(node: fx.Node, dim: int) -> bool:
     """Whether a node is what its operand ends with along the sequence."""
-    if node.target is not _aten.slice.Tensor or argument(node, "dim") not in (dim, dim - 4):
+    if node.target is not _aten.slice.Tensor or argument(node, "dim") % rank(node) != dim:
         return False
     size = tensor(node.args[0]).shape[dim]  # type: ignore[arg-type]
     to_the_end = is_open_ended(node) or argument(node, "end") is size

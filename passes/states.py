@@ -59,7 +59,10 @@ def recover(program: Program, state: fx.Node) -> fx.Node:
     if fake.form.tokens_dim == 2:
         return dense
     dense = call(program, torch.ops.aten.transpose.int, (dense, 1, 2))
-    return call(program, torch.ops.aten.contiguous.default, (dense,))
+    dense = call(program, torch.ops.aten.contiguous.default, (dense,))
+    if not fake.form.merged:
+        return dense
+    return call(program, torch.ops.aten.flatten.using_ints, (dense, 2))
 
 
 def adopt(

@@ -34,7 +34,7 @@ def adopt(buffer: Tensor, how: Adopted, args: Sequence[Any]) -> SparkTensor:
     form, spec = how.form, how.form.spec
     if isinstance(buffer, SparkTensor):
         return _in_place_of(buffer, buffer.fixed())
-    rows = buffer.detach() if form.tokens_dim == 2 else buffer.detach().transpose(1, 2)
+    rows = form.rows(buffer.detach(), buffer.shape[3 - form.tokens_dim])
     capacity = rows.shape[2]
     filled = capacity if how.position is None else int(how.position(*args).flatten()[0])
     if not 0 <= filled <= capacity:

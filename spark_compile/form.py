@@ -17,18 +17,35 @@ class StateForm(NamedTuple):
     static: bool = False
     """Whether it has a fixed capacity and is changed in place."""
     tokens_dim: int = 2
-    """Dimension of the sequence: 2 in [B, Hkv, S, D], 1 in [B, S, Hkv, D]."""
+    """Dimension of the sequence: 2 in [B, Hkv, S, D], 1 in [B, S, Hkv, D] and [B, S, Hkv * D]."""
     strict: bool = False  # an operator that needs the dense tensor raises in place of a warning
     ranks: int = 1
     """How many ranks the context is spread over."""
     rank: int = 0
     """Which one this is, of those."""
+    merged: bool = False
+    """Whether heads and channels are one dimension: [B, S, Hkv * D]."""
 
     def shape(self, side: Side, head: Tensor, length: int) -> tuple[int, ...]:
         """The logical shape of ``length`` tokens."""
         heads, dim = head.shape[1], self.spec.format(side).head_dim
+        if self.merged:
+            return head.shape[0], length, heads * dim
         middle = (heads, length) if self.tokens_dim == 2 else (length, heads)
         return head.shape[0], *middle, dim
+
+    def rows(self, tokens: Tensor, heads: int) -> Tensor:
+        """Tokens of the logical layout as [B, Hkv, L, D]."""
+        if self.merged:
+            tokens = tokens.unflatten(2, (heads, -1))
+        return tokens if self.tokens_dim == 2 else tokens.transpose(1, 2)
+
+    def arranged(self, rows: Tensor) -> Tensor:
+        """Tokens [B, Hkv, L, D] in the logical layout, contiguous."""
+        if self.tokens_dim == 2:
+            return rows
+        tokens = rows.transpose(1, 2).contiguous()
+        return tokens.flatten(2) if self.merged else tokens
 
     @property
     def spread(self) -> Spread:

@@ -58,18 +58,22 @@ def checked(
 
 def _form(form: Any) -> StateForm:
     types = tuple(map(type, form)) if isinstance(form, tuple) else ()
-    if types not in ((str, bool, int, bool), (str, bool, int, bool, int, int)):
-        _refuse("form", form, "a spec's text, static, tokens_dim and strict, and ranks, rank")
-    text, static, tokens_dim, strict, *place = form
+    least = str, bool, int, bool
+    if types not in (least, (*least, int, int), (*least, int, int, bool)):
+        allowed = "a spec's text, static, tokens_dim and strict, and ranks, rank, and merged"
+        _refuse("form", form, allowed)
+    form += (1, 0, False)[len(form) - 4 :]
+    text, static, tokens_dim, strict, ranks, rank, merged = form
     if tokens_dim not in (1, 2):
         _refuse("tokens_dim", tokens_dim, "1 or 2")
     spec = parse_spec(text)
     if text != (allowed := spec.attending(1.0, 0.0).text):
         _refuse("spec", text, allowed)
-    ranks, rank = place or (1, 0)
     if not 0 <= rank < ranks <= MOST_TOKENS or (static and ranks > 1):
         _refuse("ranks and rank", (ranks, rank), "a rank below the ranks of a growing state")
-    return StateForm(spec, static, tokens_dim, strict, ranks, rank)
+    if merged and (static or tokens_dim != 1):
+        _refuse("merged", merged, "False of a static state, or one with tokens_dim 2")
+    return StateForm(spec, static, tokens_dim, strict, ranks, rank, merged)
 
 
 def _stored(stored: Any) -> dict[str, Tensor]:
@@ -94,8 +98,9 @@ def _stored(stored: Any) -> dict[str, Tensor]:
 def _check_state(shape: Any, form: StateForm, side: Side, stored: dict[str, Tensor]) -> None:
     """Raise ValueError unless stored tensors are a state of this shape and form."""
     spec, (pages, head) = form.spec, stored.values()
-    if not isinstance(shape, tuple) or [type(size) for size in shape] != [int] * 4:
-        _refuse("shape", shape, "four sizes")
+    sizes = 3 if form.merged else 4
+    if not isinstance(shape, tuple) or [type(size) for size in shape] != [int] * sizes:
+        _refuse("shape", shape, f"{sizes} sizes")
     tokens = shape[form.tokens_dim]
     if not 0 <= tokens <= MOST_TOKENS:
         _refuse(f"shape[{form.tokens_dim}]", tokens, f"0 to {MOST_TOKENS} tokens")

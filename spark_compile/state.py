@@ -1,6 +1,6 @@
 """A tensor of the logical shape that stores less: what torch asks of it, and what it answers.
 
-A state has the shape [B, Hkv, S, D] that the model expects in its own cache object, and is a
+A state has the shape that the model expects in its own cache object, as [B, Hkv, S, D], and is a
 traceable wrapper subclass, so Dynamo passes it through a compiled graph. Operators that only move
 tokens or batch entries keep it compressed (``state_ops.py``); any other one gets the recovered
 dense tensor (never wrong, at worst slow: a warning says so once, or ``strict`` raises).
@@ -26,7 +26,7 @@ from .torch_private import is_fake, no_torch_function
 
 
 class SparkTensor(Storage):
-    """One side of a layer's cache: [B, Hkv, S, D] or [B, S, Hkv, D]."""
+    """One side of a layer's cache: [B, Hkv, S, D], [B, S, Hkv, D] or [B, S, Hkv * D]."""
 
     KINDS: ClassVar[dict[str, type[SparkTensor]]] = {}
 
@@ -86,7 +86,7 @@ class SparkTensor(Storage):
 
     def repeat_interleave(self, repeats: Any, dim: int | None = None, **kwargs: Any) -> Tensor:
         # torch makes views, copies and reshapes of it before any of them could be known here.
-        if dim is None or dim % 4 != 0 or not isinstance(repeats, int):
+        if dim is None or dim % self.dim() != 0 or not isinstance(repeats, int):
             return super().repeat_interleave(repeats, dim, **kwargs)
         return self.index_select(
             0, torch.arange(len(self), device=self.device).repeat_interleave(repeats)
@@ -115,11 +115,11 @@ class SparkTensor(Storage):
         rows: Tensor = ops.recover(
             self.pages, self._current_head(), self.spec.text, self.SIDE == "key", self.tokens
         )
-        return rows if self.form.tokens_dim == 2 else rows.transpose(1, 2).contiguous()
+        return self.form.arranged(rows)
 
     def appended(self, new: Tensor) -> Self:
         """A handle with the dense tokens ``new``, of the state's layout, after these."""
-        rows = new if self.form.tokens_dim == 2 else new.transpose(1, 2)
+        rows = self.form.rows(new, self.head.shape[1])
         handle = self.grown(rows.shape[2], queried=False)
         own = self.form.taken(rows, self.tokens)
         Store(handle.pages, handle.head, self.spec, self.SIDE).append(own, ALL)
@@ -161,7 +161,8 @@ class SparkTensor(Storage):
         own = self.mapped(Tensor.clone)  # a handle may be a short view of a long shared storage
         # Detached: without Dynamo's marks, which a tensor would take along as attributes.
         stored = {name: unshared(getattr(own, name)).detach() for name in STORED}
-        form = (self.spec.text, *self.form[1 : None if self.form.ranks > 1 else 4])
+        fields = 7 if self.form.merged else 6 if self.form.ranks > 1 else 4
+        form = (self.spec.text, *self.form[1:fields])
         return rebuild, (type(self).__name__, tuple(self.shape), form, stored)
 
 

@@ -62,7 +62,7 @@ def _to_copy(state: SparkTensor, **kwargs: Any) -> Any:
 
 
 def _index_select(state: SparkTensor, dim: int, index: Tensor) -> Any:
-    if dim not in (0, -4):
+    if dim % state.dim() != 0:
         return NotImplemented
     return state.mapped(lambda tensor: tensor.index_select(0, index))
 
@@ -81,9 +81,10 @@ def _slice(
     first, last, step = slice(start, end, step).indices(state.shape[dim])
     if step == 1 and first == 0 and last == state.shape[dim]:
         return _alias(state)
-    if dim % 4 == state.form.tokens_dim and step == 1 and first == 0 and not state.static:
+    dim %= state.dim()
+    if dim == state.form.tokens_dim and step == 1 and first == 0 and not state.static:
         return state.resized(last)
-    if dim % 4 == 0:
+    if dim == 0:
         return state.mapped(lambda tensor: tensor[first:last:step].clone())
     return NotImplemented
 
@@ -91,9 +92,11 @@ def _slice(
 def _cat(tensors: list[Tensor], dim: int = 0) -> Any:
     # As torch does, past nothing at all, which is what transformers' caches begin with.
     state, *rest = [t for t in tensors if t.shape != (0,) or t.dtype != tensors[-1].dtype]
-    if not isinstance(state, SparkTensor) or state.static or dim % 4 != state.form.tokens_dim:
+    if not isinstance(state, SparkTensor) or state.static:
         return NotImplemented
-    if any(t.dim() != 4 or _without(t, dim) != _without(state, dim) for t in rest):
+    if (dim := dim % state.dim()) != state.form.tokens_dim:
+        return NotImplemented
+    if any(t.dim() != state.dim() or _without(t, dim) != _without(state, dim) for t in rest):
         return NotImplemented  # torch.cat says what is wrong
     if any(isinstance(t, SparkTensor) or t.dtype != state.dtype for t in rest):
         return NotImplemented
@@ -123,7 +126,7 @@ def _zero_(state: SparkTensor) -> SparkTensor:
 
 
 def _index_copy_(state: SparkTensor, dim: int, index: Tensor, source: Tensor) -> Any:
-    dim %= 4
+    dim %= state.dim()
     rows = list(state.shape)
     rows[dim] = index.numel()
     if not state.static or dim != state.form.tokens_dim or list(source.shape) != rows:
@@ -174,8 +177,7 @@ def _write(state: SparkTensor, position: Tensor, rows: Tensor) -> Any:
     """
     if rows.dtype != state.dtype:
         return NotImplemented
-    if state.form.tokens_dim == 1:
-        rows = rows.transpose(1, 2)
+    rows = state.form.rows(rows, state.head.shape[1])
     store = Store(state.pages, state.head, state.spec, state.SIDE)
     first = position_of(position, store.tokens, store.first)
     if first + rows.shape[2] > state.tokens:
@@ -190,14 +192,17 @@ def _write(state: SparkTensor, position: Tensor, rows: Tensor) -> Any:
 
 def _copy_(state: Tensor, source: Any, non_blocking: bool = False) -> Any:
     """All tokens anew, as a rolling window of the model's eager code writes them."""
-    if not isinstance(state, SparkTensor) or not isinstance(source, Tensor) or source.dim() > 4:
+    if (
+        not isinstance(state, SparkTensor)
+        or not isinstance(source, Tensor)
+        or source.dim() > state.dim()
+    ):
         return NotImplemented
     dense = source.dense() if isinstance(source, SparkTensor) else source
     rows = dense.to(state.head.device, state.dtype).expand(state.shape)
     if state.static:
         return _write(state, torch.arange(state.tokens), rows)
-    rows = rows if state.form.tokens_dim == 2 else rows.transpose(1, 2)
-    rows = state.form.taken(rows, 0)
+    rows = state.form.taken(state.form.rows(rows, state.head.shape[1]), 0)
     pages, tail_rows = map(int, state.spec.room(rows.shape[2]))
     store = allocate(rows, state.spec, state.SIDE, pages, tail_rows)
     store.append(rows, ALL)

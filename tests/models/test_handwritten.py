@@ -52,7 +52,9 @@ EXPECTED = {
     "late_rotary": "the keys are computed from what is cached",
     "stacked": "the cache keeps the keys changed by aten.stack",
     "keys_transposed": OTHER_LAYOUT,
-    "multi_query": OTHER_LAYOUT,
+    "multi_query": "rewritten",
+    "heads_late": "rewritten",
+    "channels_first": OTHER_LAYOUT,
     "flat_cache": OTHER_LAYOUT,
 }
 """What becomes of every attention of a decoder: it is rewritten, or why it is not."""

@@ -1,4 +1,6 @@
-"""States of models that have their tokens before the heads, and slices written by a model."""
+"""States of models that have their tokens before the heads, which may be merged with the channels,
+and slices written by a model.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +21,9 @@ CAPACITY = 30
 EXACT = SparkConfig(key_ratio=0, window=4)
 
 
-def turned(state: SparkTensor) -> SparkTensor:
-    """A copy of a state [B, Hkv, S, D] as one of [B, S, Hkv, D]."""
-    form = StateForm(state.spec, state.static, tokens_dim=1)
+def turned(state: SparkTensor, merged: bool = False) -> SparkTensor:
+    """A copy of a state [B, Hkv, S, D] as one of [B, S, Hkv, D], or [B, S, Hkv * D]."""
+    form = StateForm(state.spec, state.static, tokens_dim=1, merged=merged)
     own = state.clone()
     assert isinstance(own, SparkTensor)
     return new_state(state.SIDE, form, own.pages, own.head, state.tokens)
@@ -35,24 +37,32 @@ def both_layouts(length: int, *, fixed: bool) -> list[SparkTensor]:
 CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
     "crop": lambda x: x[:, :7],
     "crop by narrow": lambda x: x.narrow(1, 0, 5),
-    "whole slice": lambda x: x[:, :, :],
+    "whole slice": lambda x: x[..., :],
     "batch": lambda x: x[1:],
     "index_select": lambda x: x.index_select(0, torch.tensor([1, 1, 0])),
     "clone": lambda x: x.clone(),
     "deepcopy": copy.deepcopy,
     "cat": lambda x: torch.cat((x, torch.ones(x.shape)[:, :9]), 1),
-    "cat, negative dim": lambda x: torch.cat((x, torch.ones(x.shape)[:, :2]), -3),
+    "cat, negative dim": lambda x: torch.cat((x, torch.ones(x.shape)[:, :2]), 1 - x.dim()),
+    "index_select, negative dim": lambda x: x.index_select(-x.dim(), torch.tensor([1, 0])),
+    "copy_": lambda x: x.clone().copy_(torch.ones(x.shape)),
+    "repeat_interleave": lambda x: x.repeat_interleave(2, 0),
     "zero_": lambda x: x.clone().zero_(),
 }
 
 
+@pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("name", CHANGES)
 def test_tokens_in_the_second_dimension_stay_compressed(
-    name: str, recwarn: pytest.WarningsRecorder
+    name: str, merged: bool, recwarn: pytest.WarningsRecorder
 ) -> None:
-    for state in map(turned, prefill(EXACT, 21).states):
-        before = state.dense()
-        assert state.shape == before.shape == (BATCH, 21, HEADS, state.shape[3])
+    for heads_first in prefill(EXACT, 21).states:
+        state = turned(heads_first, merged)
+        rows, before = heads_first.dense(), state.dense()
+        assert torch.equal(
+            before, rows.transpose(1, 2).flatten(2) if merged else rows.transpose(1, 2)
+        )
+        assert state.shape == before.shape
         result, expected = CHANGES[name](state), CHANGES[name](before)
         assert isinstance(result, type(state))
         assert result.shape == expected.shape
@@ -179,3 +189,5 @@ def test_a_form_says_the_shape() -> None:
     spec, head = spec_of(EXACT), torch.zeros(BATCH, HEADS, 64, dtype=torch.uint8)
     assert StateForm(spec).shape("key", head, 9) == (BATCH, HEADS, 9, KEY_DIM)
     assert StateForm(spec, True, 1).shape("key", head, 9) == (BATCH, 9, HEADS, KEY_DIM)
+    merged = StateForm(spec, tokens_dim=1, merged=True)
+    assert merged.shape("key", head, 9) == (BATCH, 9, HEADS * KEY_DIM)

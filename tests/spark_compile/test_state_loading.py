@@ -83,6 +83,15 @@ def stored(name: str, change: Callable[[Tensor], Any]) -> Callable[[Parts], None
     return put("stored", change, name)
 
 
+def merged(*, tokens_dim: int, static: bool = False) -> Callable[[Parts], None]:
+    """Says that heads and channels are one dimension."""
+
+    def change(parts: Parts) -> None:
+        parts["form"][1:] = [static, tokens_dim, False, 1, 0, True]
+
+    return change
+
+
 def misaligned(tensor: Tensor) -> Tensor:
     return torch.cat((tensor.new_zeros(4), tensor.flatten()))[4:].view(tensor.shape)
 
@@ -92,10 +101,10 @@ SHAPE = f"2, 3, 21, {KEY_DIM}"
 WRONG: list[tuple[Callable[[Parts], None], str]] = [
     (put("kind", "SparkTensor"), "kind is SparkTensor, allowed is PrunedKeys or StoredValues"),
     (put("kind", ["PrunedKeys"]), "kind is ['PrunedKeys'], allowed is PrunedKeys or StoredValues"),
-    (put("shape", (2, 3, 21)), "shape is (2, 3, 21), allowed is four sizes"),
-    (put("shape", (2, 3, 21.0, KEY_DIM)), "allowed is four sizes"),
-    (put("shape", (2, 3, True, KEY_DIM)), "allowed is four sizes"),
-    (put("shape", None), "shape is None, allowed is four sizes"),
+    (put("shape", (2, 3, 21)), "shape is (2, 3, 21), allowed is 4 sizes"),
+    (put("shape", (2, 3, 21.0, KEY_DIM)), "allowed is 4 sizes"),
+    (put("shape", (2, 3, True, KEY_DIM)), "allowed is 4 sizes"),
+    (put("shape", None), "shape is None, allowed is 4 sizes"),
     (put("shape", (1, 3, 21, KEY_DIM)), f"allowed is ({SHAPE})"),
     (put("shape", (2, 2, 21, KEY_DIM)), f"allowed is ({SHAPE})"),
     (put("shape", (2, 3, 21, KEY_DIM + 1)), f"allowed is ({SHAPE})"),
@@ -108,6 +117,9 @@ WRONG: list[tuple[Callable[[Parts], None], str]] = [
     (put("form", 0, 1), "allowed is a spec's text, static, tokens_dim and strict"),
     (put("form", 3, 2), "tokens_dim is 3, allowed is 1 or 2"),
     (put("form", 1, 2), "shape is"),
+    (merged(tokens_dim=1), f"shape is ({SHAPE}), allowed is 3 sizes"),
+    (merged(tokens_dim=2), "merged is True, allowed is False"),
+    (merged(tokens_dim=1, static=True), "merged is True, allowed is False"),
     (spec("layout=4", "layout=7"), "is of layout 7: allowed is 4"),
     (spec("layout=4;", ""), "is of layout None: allowed is 4"),
     (spec("window=4", "window=0"), "window is 0: allowed is 1 to"),

@@ -277,13 +277,54 @@ class MultiQuery(Attention):
         q = q.transpose(1, 2) * DIM**-0.5
         if past is not None:
             k, v = torch.cat((past[0], k), dim=1), torch.cat((past[1], v), dim=1)
+        y = self.over_by_sdpa(q, k, v) if self.twin else self.over(q, k, v)
+        return self.o_proj(merge_heads(y)), (k, v)
+
+    def over(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         sim = torch.einsum("bhid,bjd->bhij", q, k)
         sim = sim.masked_fill(~causal(q.shape[2], k.shape[1]), -torch.finfo(sim.dtype).max)
-        y = torch.einsum("bhij,bjd->bhid", sim.softmax(dim=-1), v)
+        return torch.einsum("bhij,bjd->bhid", sim.softmax(dim=-1), v)
+
+    def over_by_sdpa(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self.by_sdpa(q * DIM**0.5, k.unsqueeze(1), v.unsqueeze(1))
+
+    def length(self, past: Any) -> int:
+        return past[0].shape[1]
+
+
+class HeadsLate(Attention):
+    """What the projections give is cached, [B, S, Hkv * D], and split into heads after that."""
+
+    kv_heads = 2
+
+    def forward(self, x: Tensor, past: Any = None) -> tuple[Tensor, Any]:
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if past is not None:
+            k, v = (
+                torch.cat((old, new), dim=1).detach() for old, new in zip(past, (k, v), strict=True)
+            )
+        y = self.by_sdpa(
+            *(rows.view(*rows.shape[:2], -1, DIM).permute(0, 2, 1, 3) for rows in (q, k, v))
+        )
         return self.o_proj(merge_heads(y)), (k, v)
 
     def length(self, past: Any) -> int:
         return past[0].shape[1]
+
+
+class ChannelsFirst(HeadsLate):
+    """[B, Hkv * D, S], as a convolution of width 1 gives it."""
+
+    def forward(self, x: Tensor, past: Any = None) -> tuple[Tensor, Any]:
+        q = self.project(x, 0)[0]
+        k, v = self.k_proj(x).transpose(1, 2), self.v_proj(x).transpose(1, 2)
+        if past is not None:
+            k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
+        y = self.by_sdpa(q, *(rows.unflatten(1, (-1, DIM)).transpose(2, 3) for rows in (k, v)))
+        return self.o_proj(merge_heads(y)), (k, v)
+
+    def length(self, past: Any) -> int:
+        return past[0].shape[2]
 
 
 class FlatCache(Attention):
@@ -316,6 +357,8 @@ DECODERS: dict[str, Callable[..., Any]] = {
     "stacked": partial(Decoder, Stacked),
     "keys_transposed": partial(Decoder, KeysTransposed),
     "multi_query": partial(Decoder, MultiQuery),
+    "heads_late": partial(Decoder, HeadsLate),
+    "channels_first": partial(Decoder, ChannelsFirst),
     "flat_cache": partial(Decoder, FlatCache),
 }
 
