@@ -55,7 +55,7 @@ def check(
         raise Refused("only one of keys and values slides", key.base)
     if key.base is value.base or (key.past is not None and key.past is value.past):
         raise Refused("keys and values are the same tensor", key.base)
-    if key.dim != value.dim or key.position is not value.position:
+    if (key.dim, key.merged) != (value.dim, value.merged) or key.position is not value.position:
         raise Refused("keys and values are written in different ways", key.base)
     wanted(program, site, site.key.slides)
     if site.is_static:

@@ -54,6 +54,7 @@ EXPECTED = {
     "keys_transposed": OTHER_LAYOUT,
     "multi_query": "rewritten",
     "heads_late": "rewritten",
+    "keys_merged": "keys and values are written in different ways",
     "channels_first": OTHER_LAYOUT,
     "flat_cache": OTHER_LAYOUT,
 }

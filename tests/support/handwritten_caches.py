@@ -312,6 +312,18 @@ class HeadsLate(Attention):
         return past[0].shape[1]
 
 
+class KeysMerged(HeadsLate):
+    """The keys are cached as [B, S, Hkv * D], the values as [B, S, Hkv, D]."""
+
+    def forward(self, x: Tensor, past: Any = None) -> tuple[Tensor, Any]:
+        q, _, v = self.project(x, 0)
+        k, v = self.k_proj(x), v.transpose(1, 2)
+        if past is not None:
+            k, v = torch.cat((past[0], k), dim=1), torch.cat((past[1], v), dim=1)
+        y = self.by_sdpa(q, k.unflatten(2, (-1, DIM)).transpose(1, 2), v.transpose(1, 2))
+        return self.o_proj(merge_heads(y)), (k, v)
+
+
 class ChannelsFirst(HeadsLate):
     """[B, Hkv * D, S], as a convolution of width 1 gives it."""
 
@@ -358,6 +370,7 @@ DECODERS: dict[str, Callable[..., Any]] = {
     "keys_transposed": partial(Decoder, KeysTransposed),
     "multi_query": partial(Decoder, MultiQuery),
     "heads_late": partial(Decoder, HeadsLate),
+    "keys_merged": partial(Decoder, KeysMerged),
     "channels_first": partial(Decoder, ChannelsFirst),
     "flat_cache": partial(Decoder, FlatCache),
 }
