@@ -61,6 +61,10 @@ def check(
     if site.is_static:
         if program.config.context_parallel is not None:
             raise Refused("a cache with a capacity is not spread over ranks", key.base)
+        if key.merged:
+            raise Refused(
+                "the buffer of the keys has heads and channels in one dimension", key.base
+            )
         _check_buffers(program, group)
     _check_past(program, site)
     _check_readers(program, group, live)

@@ -140,6 +140,26 @@ def test_a_sliding_window_lets_go_of_its_first_tokens(capture: Any, compressed: 
     assert set(with_past.growth.values()) == {Growth(3, 8, shared=False)}
 
 
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_full_buffer_rolls_unless_its_heads_are_merged(capture: Any, merged: bool) -> None:
+    shape = (2, 8, 12) if merged else (2, 8, 3, 4)
+
+    def step(query: Tensor, new: list[Tensor], buffers: list[Tensor]) -> Tensor:
+        rows = []
+        for token, buffer in zip(new, buffers, strict=True):
+            rolled = torch.cat((buffer[:, 1:], token), 1)
+            buffer.copy_(rolled)
+            rows.append(rolled.reshape(2, 8, 3, 4).transpose(1, 2))
+        mask = torch.ones(1, 8, dtype=torch.bool)
+        return F.scaled_dot_product_attention(query, *rows, attn_mask=mask)
+
+    tokens, buffers = ([torch.randn(shape)[:, :n] for _ in range(2)] for n in (1, 8))
+    program = capture(step, torch.randn(2, 3, 1, 4), tokens, buffers, passes=PASSES)
+    reason = "the buffer of the keys has heads and channels in one dimension" if merged else ""
+    assert [refusal.partition(" (")[0] for refusal in refusals(program)] == [reason]
+    assert len(program.adopted) == (0 if merged else 2)
+
+
 def test_a_cache_that_layers_share_grows_once(capture: Any, compressed: Any, count: Any) -> None:
     model = decoder("shared_cache", layers=1)
     program = capture(model, prompt(1), compressed(model, prompt(LENGTH)), passes=PASSES)
