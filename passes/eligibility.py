@@ -94,7 +94,10 @@ def _fills_a_buffer(node: fx.Node, returned: set[fx.Node]) -> bool:
     if node.target not in WRITES:
         return False
     into: Any = node.args[0]
-    return node in returned or any(of.op in _INPUTS for of in moved(into))
+    before = moved(into)  # a part of it may have been written to already
+    return node in returned or any(
+        of.op in _INPUTS or _fills_a_buffer(of, returned) for of in before
+    )
 
 
 def _computed_from(node: fx.Node, returned: set[fx.Node]) -> bool:

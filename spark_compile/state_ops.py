@@ -62,7 +62,7 @@ def _to_copy(state: SparkTensor, **kwargs: Any) -> Any:
 
 
 def _index_select(state: SparkTensor, dim: int, index: Tensor) -> Any:
-    if dim % state.dim() != 0:
+    if _dimension(state, dim) != 0:
         return NotImplemented
     return state.mapped(lambda tensor: tensor.index_select(0, index))
 
@@ -81,7 +81,7 @@ def _slice(
     first, last, step = slice(start, end, step).indices(state.shape[dim])
     if step == 1 and first == 0 and last == state.shape[dim]:
         return _alias(state)
-    dim %= state.dim()
+    dim = _dimension(state, dim)
     if dim == state.form.tokens_dim and step == 1 and first == 0 and not state.static:
         return state.resized(last)
     if dim == 0:
@@ -94,7 +94,7 @@ def _cat(tensors: list[Tensor], dim: int = 0) -> Any:
     state, *rest = [t for t in tensors if t.shape != (0,) or t.dtype != tensors[-1].dtype]
     if not isinstance(state, SparkTensor) or state.static:
         return NotImplemented
-    if (dim := dim % state.dim()) != state.form.tokens_dim:
+    if (dim := _dimension(state, dim)) != state.form.tokens_dim:
         return NotImplemented
     if any(t.dim() != state.dim() or _without(t, dim) != _without(state, dim) for t in rest):
         return NotImplemented  # torch.cat says what is wrong
@@ -103,6 +103,15 @@ def _cat(tensors: list[Tensor], dim: int = 0) -> Any:
     for new in rest:
         state = state.appended(new)
     return state
+
+
+def _dimension(state: SparkTensor, dim: int) -> int:
+    """A dimension counted from the front.
+
+    Raises:
+        IndexError: there is none of that number.
+    """
+    return range(state.dim())[dim]
 
 
 def _without(tensor: Tensor, dim: int) -> list[int]:
@@ -126,7 +135,7 @@ def _zero_(state: SparkTensor) -> SparkTensor:
 
 
 def _index_copy_(state: SparkTensor, dim: int, index: Tensor, source: Tensor) -> Any:
-    dim %= state.dim()
+    dim = _dimension(state, dim)
     rows = list(state.shape)
     rows[dim] = index.numel()
     if not state.static or dim != state.form.tokens_dim or list(source.shape) != rows:

@@ -160,6 +160,21 @@ def test_a_full_buffer_rolls_unless_its_heads_are_merged(capture: Any, merged: b
     assert len(program.adopted) == (0 if merged else 2)
 
 
+def test_a_stacked_buffer_is_told_as_one(capture: Any) -> None:
+    """Keys and values in one buffer, as moshi has them: not an attention without a cache."""
+
+    def step(query: Tensor, key: Tensor, value: Tensor, cache: Tensor, at: Tensor) -> Tensor:
+        cache[0].index_copy_(2, at, key)
+        cache[1].index_copy_(2, at, value)
+        mask = torch.arange(cache.shape[3]) <= at
+        return F.scaled_dot_product_attention(query, cache[0], cache[1], attn_mask=mask[None])
+
+    rows = [torch.randn(2, 3, 1, 4) for _ in range(3)]
+    program = capture(step, *rows, torch.zeros(2, 2, 3, 8, 4), torch.tensor([5]), passes=PASSES)
+    (refusal,) = refusals(program)
+    assert "the keys are written into a buffer by aten.select_scatter.default" in refusal
+
+
 def test_a_cache_that_layers_share_grows_once(capture: Any, compressed: Any, count: Any) -> None:
     model = decoder("shared_cache", layers=1)
     program = capture(model, prompt(1), compressed(model, prompt(LENGTH)), passes=PASSES)

@@ -130,6 +130,7 @@ def test_writing_into_a_state_raises_and_changes_nothing(name: str) -> None:
         lambda x: x.index_select(0, torch.tensor([2])),
         lambda x: x[torch.tensor([2])],
         lambda x: torch.cat((x, torch.ones(x.shape)), 6),
+        lambda x: torch.ops.aten.slice(x, 4, 0, 1),
         lambda x: torch.cat((x, torch.ones(1, *x.shape[1:])), 2),
         lambda x: torch.cat((x, torch.ones(*x.shape[:3], 1)), 2),
         lambda x: torch.cat((x, torch.ones(2, 2)), 2),
