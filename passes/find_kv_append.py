@@ -91,11 +91,19 @@ def _takes_a_past(node: fx.Node, given: set[fx.Node]) -> bool:
 
     Of every attention, also of one that no matcher knows.
     """
-    if node.target is ATTENTION:
-        query, key = node.args[:2]
-        longer = not equal(tensor(key).shape[2], tensor(query).shape[2])  # type: ignore[arg-type]
-        return longer and any(base in given for base, _ in viewed(key))  # type: ignore[arg-type]
-    if node.target not in MATCHERS or rank(node) not in (3, 4):
+    if node.target is not ATTENTION:
+        return _grows(node, given) and rank(node) == 4
+    query, key = node.args[:2]
+    if equal(tensor(key).shape[2], tensor(query).shape[2]):  # type: ignore[arg-type]
+        return False
+    # What has three dimensions need not be a cache: prompts are put together so, too.
+    grown = any(_grows(whole, given) for whole, _ in candidates(key))  # type: ignore[arg-type]
+    return grown or any(base in given for base, _ in viewed(key))  # type: ignore[arg-type]
+
+
+def _grows(node: fx.Node, given: set[fx.Node]) -> bool:
+    """Whether a node adds tokens to one of the arguments."""
+    if node.target not in MATCHERS:
         return False
     before: Any = node.args[0]
     if node.target is _aten.cat.default:

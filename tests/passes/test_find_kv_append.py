@@ -114,3 +114,21 @@ def test_a_cat_that_no_attention_reads_stays(capture: Any, count: Any) -> None:
     program = capture(lambda x: torch.cat((x, x), dim=2), torch.ones(1, 2, 3, 4), passes=PASSES)
     assert program.matches["FindKVAppend"] == 0
     assert count(program, "aten.cat") == 1
+
+
+@pytest.mark.parametrize(("cached", "length"), [(True, 3), (True, 1), (False, 3)])
+def test_a_cat_of_three_dimensions_is_a_past_where_keys_are_a_view_of_it(
+    capture: Any, cached: bool, length: int
+) -> None:
+    """Else it puts a prompt together, as of learned embeddings and tokens."""
+
+    def attend(x: Tensor, before: Tensor, weight: Tensor) -> Tensor:
+        whole = x if cached else torch.cat((before, x), 1)
+        query, key, value = (whole @ weight).chunk(3, dim=2)
+        if cached:
+            key, value = torch.cat((before, key), 1), torch.cat((before, value), 1)
+        heads = (rows.unflatten(2, (2, -1)).transpose(1, 2) for rows in (query, key, value))
+        return F.scaled_dot_product_attention(*heads)
+
+    given = torch.randn(2, length, 8), torch.randn(2, 4, 8), torch.randn(8, 24)
+    assert capture(attend, *given, passes=PASSES).continues == cached
