@@ -62,18 +62,19 @@ def _form(form: Any) -> StateForm:
     if types not in (least, (*least, int, int), (*least, int, int, bool)):
         allowed = "a spec's text, static, tokens_dim and strict, and ranks, rank, and merged"
         _refuse("form", form, allowed)
-    form += (1, 0, False)[len(form) - 4 :]
-    text, static, tokens_dim, strict, ranks, rank, merged = form
+    text, tokens_dim = form[0], form[2]
     if tokens_dim not in (1, 2):
         _refuse("tokens_dim", tokens_dim, "1 or 2")
     spec = parse_spec(text)
     if text != (allowed := spec.attending(1.0, 0.0).text):
         _refuse("spec", text, allowed)
-    if not 0 <= rank < ranks <= MOST_TOKENS or (static and ranks > 1):
-        _refuse("ranks and rank", (ranks, rank), "a rank below the ranks of a growing state")
-    if merged and (static or tokens_dim != 1):
-        _refuse("merged", merged, "False of a static state, or one with tokens_dim 2")
-    return StateForm(spec, static, tokens_dim, strict, ranks, rank, merged)
+    made = StateForm(spec, *form[1:])
+    if not 0 <= made.rank < made.ranks <= MOST_TOKENS or (made.static and made.ranks > 1):
+        allowed = "a rank below the ranks of a growing state"
+        _refuse("ranks and rank", (made.ranks, made.rank), allowed)
+    if made.merged and (made.static or tokens_dim != 1):
+        _refuse("merged", made.merged, "False of a static state, or one with tokens_dim 2")
+    return made
 
 
 def _stored(stored: Any) -> dict[str, Tensor]:

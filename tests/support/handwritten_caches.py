@@ -324,8 +324,10 @@ class KeysMerged(HeadsLate):
         return self.o_proj(merge_heads(y)), (k, v)
 
 
-class ChannelsFirst(HeadsLate):
+class ChannelsFirst(Attention):
     """[B, Hkv * D, S], as a convolution of width 1 gives it."""
+
+    kv_heads = 2
 
     def forward(self, x: Tensor, past: Any = None) -> tuple[Tensor, Any]:
         q = self.project(x, 0)[0]
@@ -334,9 +336,6 @@ class ChannelsFirst(HeadsLate):
             k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
         y = self.by_sdpa(q, *(rows.unflatten(1, (-1, DIM)).transpose(2, 3) for rows in (k, v)))
         return self.o_proj(merge_heads(y)), (k, v)
-
-    def length(self, past: Any) -> int:
-        return past[0].shape[2]
 
 
 class FlatCache(Attention):
